@@ -1,0 +1,87 @@
+# Every target makes .venv first; `make help` lists them.
+#
+#   PYTHON=...             the Python (>= 3.11) to make .venv with; default: the first that serves
+#   TORCH_INDEX=...        a further package index, for example one that offers CPU builds of torch
+#   GAC_FAST_NO_CPP=1      leave out the C++ engine (needs no compiler)
+#   GAC_FAST_DATA=...      folder of full D4RL files; tests that want them skip without it
+
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+PYTHON ?=
+TORCH_INDEX ?=
+CXX_CANDIDATES := $(or $(if $(filter-out default undefined,$(origin CXX)),$(firstword $(CXX))),c++ g++ clang++)
+
+NO_CPP := $(filter-out 0,$(GAC_FAST_NO_CPP))
+DEPENDENCIES := $(VENV)/.dependencies
+# One name per kind of build, so that switching kinds installs again.
+INSTALLED := $(VENV)/.installed$(if $(NO_CPP),-no-cpp)
+OTHER_INSTALLED := $(VENV)/.installed$(if $(NO_CPP),,-no-cpp)
+# The engine lies in the source tree; where it was removed, install again.
+ENGINE_MISSING := $(if $(NO_CPP)$(wildcard gac_fast/_C.*.so),,FORCE)
+SOURCES := setup.py pyproject.toml CMakeLists.txt gac_fast/_version.py $(wildcard csrc/*)
+
+export PIP_REQUIRE_VIRTUALENV := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all lint format bench clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+
+demo: $(INSTALLED) ## train GAC on PointMaze, plan, act, and write runs/demo (about 10 minutes)
+	$(PY) -m gac_fast.demo
+
+# Ends in the summary line of pytest: lint comes first.
+test: lint ## lint, type-check and run the tests that are not slow
+	$(PY) -m pytest -m "not slow"
+
+test-all: lint ## the same with the slow tests
+	$(PY) -m pytest
+
+lint: $(INSTALLED) ## ruff, clang-format and mypy
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run -Werror csrc/*
+	$(PY) -m mypy
+
+format: $(INSTALLED) ## format the Python and C++ files
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(VENV)/bin/clang-format -i csrc/*
+
+bench: $(INSTALLED) ## benchmarks of the ops
+	$(PY) -m pytest benchmarks
+
+clean: ## remove builds, caches and .venv; runs/ stays
+	rm -rf $(VENV) build dist *.egg-info gac_fast/_C*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+FORCE:
+
+# Before the downloads: a missing compiler should not show only after them.
+CHECK_COMPILER = $(if $(NO_CPP),,@for cxx in $(CXX_CANDIDATES); do command -v "$$cxx" >/dev/null 2>&1 && exit 0; done; \
+	echo "error: gac_fast needs a C++17 compiler and found no $(CXX_CANDIDATES): install one, name it by CXX, or set GAC_FAST_NO_CPP=1 to do without the C++ engine." >&2; \
+	exit 1)
+
+# An environment that is there already is taken as it is.
+$(PY):
+	@found=; for python in $(if $(PYTHON),"$(PYTHON)",python3.12 python3.11 python3.13 python3 python); do \
+	  if "$$python" -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then \
+	    found="$$python"; break; fi; done; \
+	if [ -z "$$found" ]; then \
+	  echo "error: gac_fast needs Python >= 3.11 with its venv module and found none$(if $(PYTHON), in PYTHON=$(PYTHON)): install one, or name it as in 'make test PYTHON=/path/to/python3.12'." >&2; \
+	  exit 1; fi; \
+	echo "making $(VENV) with $$found"; "$$found" -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
+
+$(DEPENDENCIES): constraints.txt | $(PY)
+	$(CHECK_COMPILER)
+	$(PIP) install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r constraints.txt
+	@touch $@
+
+$(INSTALLED): $(SOURCES) $(DEPENDENCIES) $(ENGINE_MISSING)
+	$(CHECK_COMPILER)
+	$(if $(NO_CPP),rm -f gac_fast/_C*.so)
+	$(PIP) install --no-deps --no-build-isolation -e .
+	@rm -f $(OTHER_INSTALLED)
+	@touch $@

@@ -1,0 +1,274 @@
+"""Configuration: frozen dataclasses, one per part, whose field docs are the command line's help; named presets."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from gac_fast.errors import ConfigError
+
+__all__ = ["PRESETS", "Config", "ModelConfig", "PlanConfig", "PosteriorConfig", "TrainConfig", "preset"]
+
+
+def _check(condition: bool, name: str, expected: str, value: object) -> None:
+    if not condition:
+        raise ConfigError(f"{name} must be {expected}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The joint model p(trajectory, return, plan)."""
+
+    dim: int = 128
+    """Width D of the decoder and of every plan vector."""
+    n_layers: int = 3
+    """Decoder layers L; the decoder sees L * (window - 1) + 1 steps."""
+    n_heads: int = 4
+    """Attention heads; the head width dim / n_heads must be even, 8 to 256."""
+    window: int = 32
+    """Steps K that one layer sees, the present one included."""
+    mlp_ratio: int = 4
+    """Hidden width of the decoder's MLP in units of dim."""
+    n_z: int = 4
+    """Plan vectors."""
+    context: Literal["states", "states_actions"] = "states_actions"
+    """What the decoder reads: states alone (one token per step), or states and past actions (two)."""
+    action_token_dropout: float = 0.0
+    """Share of past action tokens replaced by a learned one in training (states_actions only): the middle way."""
+    rope_base: float = 10000.0
+    """Base of the rotary frequencies."""
+    prior: Literal["mlp", "identity"] = "mlp"
+    """Map U from plan seed z0 to plan z: residual MLP, or identity."""
+    prior_hidden: int = 256
+    """Hidden width of the prior's MLP."""
+    return_hidden: int = 128
+    """Width of the return model's two hidden layers."""
+    return_dropout: float = 0.3
+    """Dropout in the return model."""
+    return_ensemble: int = 1
+    """Members of the return model's ensemble."""
+    return_context: Literal["none", "first_state"] = "none"
+    """What the return model knows beside the plan: nothing, or the first state."""
+
+    def __post_init__(self) -> None:
+        sizes = (
+            "dim",
+            "n_layers",
+            "n_heads",
+            "window",
+            "mlp_ratio",
+            "n_z",
+            "prior_hidden",
+            "return_hidden",
+            "return_ensemble",
+        )
+        for name in sizes:
+            _check(getattr(self, name) >= 1, f"model.{name}", "at least 1", getattr(self, name))
+        _check(self.dim % self.n_heads == 0, "model.dim", f"a multiple of model.n_heads = {self.n_heads}", self.dim)
+        width = self.dim // self.n_heads
+        _check(width % 2 == 0 and 8 <= width <= 256, "model.dim / model.n_heads", "even and within 8..256", width)
+        for name in ("action_token_dropout", "return_dropout"):
+            _check(0 <= getattr(self, name) < 1, f"model.{name}", "in [0, 1)", getattr(self, name))
+        _check(self.rope_base > 1, "model.rope_base", "greater than 1", self.rope_base)
+        _check(self.context in ("states", "states_actions"), "model.context", "states or states_actions", self.context)
+        _check(self.prior in ("mlp", "identity"), "model.prior", "mlp or identity", self.prior)
+        _check(
+            self.return_context in ("none", "first_state"),
+            "model.return_context",
+            "none or first_state",
+            self.return_context,
+        )
+        _check(
+            self.action_token_dropout == 0 or self.context == "states_actions",
+            "model.action_token_dropout", "0 where model.context = 'states'", self.action_token_dropout,
+        )  # fmt: skip
+
+    @property
+    def tokens_per_step(self) -> int:
+        """C: 1 with states alone, 2 with past actions."""
+        return 2 if self.context == "states_actions" else 1
+
+
+@dataclass(frozen=True)
+class PosteriorConfig:
+    """Inference of the plan seed from a trajectory and its return."""
+
+    method: Literal["langevin", "variational"] = "langevin"
+    """Persistent Langevin chains, or a Gaussian per trajectory fitted by gradient steps on the ELBO."""
+    n_steps: int = 3
+    """Posterior steps per update."""
+    step_size: float = 0.3
+    """Langevin step s: z0 <- z0 - (s^2 / 2) grad E + s * noise."""
+    max_drift_ratio: float = 0.5
+    """Greatest |drift| / |noise| of a Langevin step; beyond it that trajectory's s shrinks for the step."""
+    action_temperature: float = 0.5
+    """T_a of the energy's action term."""
+    return_temperature: float = 0.5
+    """T_y of the energy's return term."""
+    learning_rate: float = 0.1
+    """Adam step of the variational posterior."""
+    tau_only_fraction: float = 0.125
+    """Share of each batch whose plan is inferred without the return; these fit the return model's variance."""
+
+    def __post_init__(self) -> None:
+        _check(self.method in ("langevin", "variational"), "posterior.method", "langevin or variational", self.method)
+        _check(self.n_steps >= 1, "posterior.n_steps", "at least 1", self.n_steps)
+        for name in ("step_size", "max_drift_ratio", "action_temperature", "return_temperature", "learning_rate"):
+            _check(getattr(self, name) > 0, f"posterior.{name}", "greater than 0", getattr(self, name))
+        _check(0 <= self.tau_only_fraction < 1, "posterior.tau_only_fraction", "in [0, 1)", self.tau_only_fraction)
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """Policy improvement: inference of plans for high or wanted returns."""
+
+    n_steps: int = 100
+    """Ascent or Langevin steps."""
+    step_size: float = 0.05
+    """First step of the ascent, in units of sqrt(d); it decays linearly to 0."""
+    kappa: float = 1.0
+    """Weight of the predicted standard deviation in the lower bound that exploit raises."""
+    prior_weight: float = 0.0
+    """Weight lambda of log p(z0) in that bound."""
+    radius: float = 0.5
+    """Trust region: greatest distance from the start seed, in units of sqrt(d)."""
+    max_norm: float = 1.1
+    """Trust region: greatest |z0|, in units of sqrt(d)."""
+    n_best: int = 64
+    """Posterior seeds of the best training trajectories that exploit starts from."""
+    n_prior: int = 64
+    """Prior samples that exploit starts from as well."""
+    n_refine: int = 4
+    """Candidates raised for each start, the most promising ones, when starts are given."""
+    explore_step_size: float = 0.3
+    """Langevin step of explore."""
+
+    def __post_init__(self) -> None:
+        _check(self.n_steps >= 0, "plan.n_steps", "at least 0", self.n_steps)
+        for name in ("step_size", "radius", "max_norm", "explore_step_size"):
+            _check(getattr(self, name) > 0, f"plan.{name}", "greater than 0", getattr(self, name))
+        for name in ("kappa", "prior_weight"):
+            _check(getattr(self, name) >= 0, f"plan.{name}", "at least 0", getattr(self, name))
+        _check(
+            self.n_best >= 0 and self.n_prior >= 0,
+            "plan.n_best and plan.n_prior",
+            "at least 0",
+            (self.n_best, self.n_prior),
+        )
+        _check(self.n_best + self.n_prior > 0, "plan.n_best + plan.n_prior", "at least 1", 0)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Offline training."""
+
+    n_updates: int = 2000
+    """Parameter updates."""
+    batch_size: int = 32
+    """Trajectories per update."""
+    learning_rate: float = 1e-3
+    """Peak AdamW learning rate."""
+    warmup: int = 50
+    """Updates of linear warm-up; a cosine to final_lr_ratio follows."""
+    final_lr_ratio: float = 0.1
+    """Last learning rate in units of the peak."""
+    weight_decay: float = 1e-4
+    """AdamW weight decay."""
+    grad_clip: float = 0.25
+    """Greatest norm of the gradient."""
+    return_weight: float = 0.25
+    """Weight of the squared return error beside the mean squared action error."""
+    held_out: float = 0.05
+    """Share of episodes kept out of training for the offline metrics."""
+    bf16: Literal["off", "on", "auto"] = "off"
+    """bfloat16 autocast of the decoder; auto where the device multiplies matrices in it (CUDA, CPUs with AMX)."""
+    log_every: int = 20
+    """Updates between log rows."""
+    eval_every: int = 500
+    """Updates between offline metrics on held-out episodes; 0 for the end only."""
+    replay_episodes: int = 64
+    """Episodes of the replay of good plans, where an environment is given."""
+    checkpoint_every: int = 500
+    """Updates between checkpoints."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept."""
+    seed: int = 0
+    """Seed of initialisation, batches, noise and split."""
+    device: str = "auto"
+    """Torch device; auto takes CUDA where there is one."""
+    sampling: Literal["length", "uniform"] = "length"
+    """Draw trajectories with probability proportional to their length, or all alike."""
+    n_threads: int = 0
+    """Torch CPU threads; 0 leaves torch's own choice."""
+
+    def __post_init__(self) -> None:
+        for name in ("n_updates", "batch_size", "log_every", "checkpoint_every", "keep_checkpoints", "replay_episodes"):
+            _check(getattr(self, name) >= 1, f"train.{name}", "at least 1", getattr(self, name))
+        for name in ("warmup", "weight_decay", "return_weight", "eval_every", "n_threads"):
+            _check(getattr(self, name) >= 0, f"train.{name}", "at least 0", getattr(self, name))
+        for name in ("learning_rate", "grad_clip"):
+            _check(getattr(self, name) > 0, f"train.{name}", "greater than 0", getattr(self, name))
+        _check(self.bf16 in ("off", "on", "auto"), "train.bf16", "off, on or auto", self.bf16)
+        _check(self.sampling in ("length", "uniform"), "train.sampling", "length or uniform", self.sampling)
+        _check(0 <= self.final_lr_ratio <= 1, "train.final_lr_ratio", "in [0, 1]", self.final_lr_ratio)
+        _check(0 <= self.held_out < 1, "train.held_out", "in [0, 1)", self.held_out)
+        _check(0 <= self.seed < 2**32, "train.seed", "in [0, 2^32)", self.seed)
+
+
+@dataclass(frozen=True)
+class Config:
+    """All of a run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    posterior: PosteriorConfig = field(default_factory=PosteriorConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested plain dict, JSON-ready."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Config:
+        """Inverse of :meth:`to_dict`; what is missing has its default, an unknown name raises :class:`ConfigError`."""
+        parts: dict[str, Any] = {}
+        sections: dict[str, Any] = {f.name: f.default_factory for f in dataclasses.fields(cls)}
+        for name in values.keys() - sections.keys():
+            raise ConfigError(f"config section {name!r} is unknown; expected {', '.join(sections)}")
+        for name, section in sections.items():
+            given = values.get(name, {})
+            known = {f.name for f in dataclasses.fields(section)}
+            for key in given.keys() - known:
+                raise ConfigError(f"config field {name}.{key} is unknown; expected one of {', '.join(sorted(known))}")
+            parts[name] = section(**given)
+        return cls(**parts)
+
+    def replace(self, **sections: dict[str, Any]) -> Config:
+        """A copy with fields of sections replaced: ``config.replace(train={"seed": 1})``."""
+        values = self.to_dict()
+        for name, fields in sections.items():
+            values.setdefault(name, {}).update(fields)
+        return Config.from_dict(values)
+
+
+PRESETS: dict[str, Config] = {
+    "gym": Config(),
+    "pointmaze": Config(
+        model=ModelConfig(
+            dim=64, n_layers=2, window=16, context="states", rope_base=1000.0, return_context="first_state"
+        ),
+    ),
+    "tiny": Config(
+        model=ModelConfig(dim=32, n_layers=2, n_heads=2, window=4, n_z=2, prior_hidden=32, return_hidden=32),
+        plan=PlanConfig(n_steps=10, n_best=8, n_prior=8),
+        train=TrainConfig(n_updates=20, batch_size=4, warmup=5, log_every=5, eval_every=10, checkpoint_every=10),
+    ),
+}  # fmt: skip
+
+
+def preset(name: str) -> Config:
+    """A named starting point; raises :class:`ConfigError` naming the known ones."""
+    if name not in PRESETS:
+        raise ConfigError(f"preset {name!r} is unknown; expected one of {', '.join(sorted(PRESETS))}")
+    return PRESETS[name]

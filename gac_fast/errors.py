@@ -1,0 +1,29 @@
+"""The errors users see: one sentence naming the thing, what was expected and what came."""
+
+from __future__ import annotations
+
+__all__ = ["BackendError", "CheckpointError", "ConfigError", "DataError", "EnvError", "GacError"]
+
+
+class GacError(Exception):
+    """Base of every error that gac_fast raises about its input."""
+
+
+class DataError(GacError, ValueError):
+    """A dataset, file or array is not what it should be."""
+
+
+class ConfigError(GacError, ValueError):
+    """A flag or configuration value is out of range or does not fit another."""
+
+
+class CheckpointError(GacError, RuntimeError):
+    """A checkpoint is damaged, incomplete or of another model or environment."""
+
+
+class BackendError(GacError, RuntimeError):
+    """A forced backend cannot run the op at hand."""
+
+
+class EnvError(GacError, RuntimeError):
+    """An environment is unknown, crashed, or does not fit the policy."""

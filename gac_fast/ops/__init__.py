@@ -1,0 +1,24 @@
+"""The accelerated ops: one file each, every one with a plain PyTorch reference and engines chosen by device."""
+
+from gac_fast.ops._dispatch import BACKENDS, OpStatus, backend, dispatch_counts, reset_dispatch_counts, status
+from gac_fast.ops.decode_step import decode_token
+from gac_fast.ops.pack_batch import pack_batch
+from gac_fast.ops.philox_normal import philox_normal
+from gac_fast.ops.plan_ascent import plan_ascent
+from gac_fast.ops.plan_attention import plan_attention
+from gac_fast.ops.window_attention import window_attention
+
+__all__ = [
+    "BACKENDS",
+    "OpStatus",
+    "backend",
+    "decode_token",
+    "dispatch_counts",
+    "pack_batch",
+    "philox_normal",
+    "plan_ascent",
+    "plan_attention",
+    "reset_dispatch_counts",
+    "status",
+    "window_attention",
+]

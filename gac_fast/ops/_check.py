@@ -1,0 +1,45 @@
+"""Checks of tensor arguments; none reads tensor data, so none waits for a device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+INTEGERS = (torch.int32, torch.int64)
+
+
+def dtype(name: str, x: Tensor, *expected: torch.dtype) -> None:
+    if x.dtype not in expected:
+        names = " or ".join(_name(dtype) for dtype in expected)
+        raise ValueError(f"{name}: expected dtype {names}, got {_name(x.dtype)}")
+
+
+def device(name: str, x: Tensor, like_name: str, like: Tensor) -> None:
+    if x.device != like.device:
+        raise ValueError(f"{name}: expected device {like.device} of {like_name}, got {x.device}")
+
+
+def shape(name: str, x: Tensor, *expected: int | str) -> None:
+    """``expected`` holds a size, or a letter where any size will do."""
+    if x.dim() != len(expected) or any(
+        isinstance(size, int) and size != actual for size, actual in zip(expected, x.shape, strict=True)
+    ):
+        wanted = ", ".join(str(size) for size in expected)
+        raise ValueError(f"{name}: expected shape [{wanted}], got {list(x.shape)}")
+
+
+def head_width(width: int) -> None:
+    if width % 2 != 0 or not 8 <= width <= 256:
+        raise ValueError(f"q: expected an even head width of 8 to 256, got {width}")
+
+
+def cu_seqlens(x: Tensor, n_tokens: int) -> None:
+    """Type and size only: the values stay on the device."""
+    dtype("cu_seqlens", x, *INTEGERS)
+    shape("cu_seqlens", x, "B + 1")
+    if x.shape[0] == 0 or (x.shape[0] == 1 and n_tokens > 0):
+        raise ValueError(f"cu_seqlens: expected at least 2 offsets for {n_tokens} tokens, got {x.shape[0]}")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,192 @@
+"""Which engine runs an op: chosen by device, forced by :func:`backend` or ``GAC_FAST_BACKEND``, counted per call."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+
+from gac_fast._version import __version__
+from gac_fast.errors import BackendError
+
+__all__ = ["BACKENDS", "OpStatus", "backend", "dispatch_counts", "reset_dispatch_counts", "status"]
+
+BACKENDS = ("reference", "triton", "cpp")
+ENVIRONMENT_VARIABLE = "GAC_FAST_BACKEND"
+
+_engines: dict[str, tuple[str, ...]] = {}
+_forced: ContextVar[str | None] = ContextVar("gac_fast_backend", default=None)
+_counts: Counter[tuple[str, str]] = Counter()
+
+
+@dataclass(frozen=True)
+class OpStatus:
+    """What can run one op on one device."""
+
+    op: str
+    device: str
+    active: str
+    """The backend that a call takes; the empty string where a forced one cannot run."""
+    problems: Mapping[str, str]
+    """Backends that cannot run, each with the reason."""
+
+    def __str__(self) -> str:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in self.problems.items())
+        return f"{self.op} on {self.device}: {self.active or 'none'}" + (f" ({reasons})" if reasons else "")
+
+
+def register(op: str, *engines: str) -> None:
+    """Declare ``op`` and its engines beside the reference, in the order of preference."""
+    _engines[op] = engines
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Force every op inside the ``with`` block onto one backend; it goes before ``GAC_FAST_BACKEND``.
+
+    Holds for the thread (and the asynchronous task) that entered the block.
+
+    Args:
+        name: ``"reference"``, ``"triton"`` or ``"cpp"``.
+
+    Raises:
+        BackendError: unknown name; inside the block, an op that cannot run there.
+    """
+    token = _forced.set(_checked(name, "backend()"))
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def dispatch_counts() -> dict[tuple[str, str], int]:
+    """Calls per (op, backend) since the start or the last :func:`reset_dispatch_counts`.
+
+    A compiled graph counts an op that it sees through (the attention references) once, when it is traced.
+    """
+    return dict(_counts)
+
+
+def reset_dispatch_counts() -> None:
+    """Set all counts of :func:`dispatch_counts` to zero."""
+    _counts.clear()
+
+
+def status(device: str | torch.device | None = None) -> list[OpStatus]:
+    """For every op: the active backend on ``device`` and why the others cannot run.
+
+    Args:
+        device: default the first CUDA device, else the CPU.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(device)
+    report = []
+    for op in sorted(_engines):
+        problems = {name: reason for name in BACKENDS if (reason := problem(op, name, device)) is not None}
+        try:
+            active = _select(op, device)
+        except BackendError:
+            active = ""
+        report.append(OpStatus(op, str(device), active, problems))
+    return report
+
+
+def choose(op: str, device: torch.device) -> str:
+    """The backend for one call of ``op`` on tensors of ``device``, counted.
+
+    A compiled graph asks once, when it is traced, and keeps the answer.
+
+    Raises:
+        BackendError: a forced backend cannot run the op there, or does not exist.
+    """
+    name = _select(op, device)
+    _counts[op, name] += 1
+    return name
+
+
+# What torch.compiler.assume_constant_result does, without its import of the compiler: 2 s that most users never need.
+choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def problem(op: str, name: str, device: torch.device) -> str | None:
+    """Why backend ``name`` cannot run ``op`` on ``device``; None where it can."""
+    if name == "reference":
+        return None
+    if name not in _engines[op]:
+        return f"{op} has no {name} engine"
+    return _cpp_problem(device) if name == "cpp" else _triton_problem(device)
+
+
+def cpp_engine() -> ModuleType:
+    """``gac_fast._C``; call it only where :func:`choose` said ``cpp``."""
+    module, _ = _load_cpp_engine()
+    assert module is not None
+    return module
+
+
+def _select(op: str, device: torch.device) -> str:
+    forced = _forced.get()
+    source = "backend()"
+    if forced is None and (forced := os.environ.get(ENVIRONMENT_VARIABLE) or None) is not None:
+        source = ENVIRONMENT_VARIABLE
+        _checked(forced, source)
+    if forced is not None:
+        reason = problem(op, forced, device)
+        if reason is not None:
+            raise BackendError(f"{op}: {source} forces the {forced} backend, which cannot run: {reason}")
+        return forced
+    # The interpreter of Triton runs on CPU tensors too, but is for tests alone: never chosen, only forced.
+    preferred = "cpp" if device.type == "cpu" else "triton"
+    return preferred if problem(op, preferred, device) is None else "reference"
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise BackendError(f"{source}: expected one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+def _cpp_problem(device: torch.device) -> str | None:
+    if device.type != "cpu":
+        return f"the C++ engine needs CPU tensors, got {device.type} tensors"
+    return _load_cpp_engine()[1]
+
+
+@functools.cache
+def _load_cpp_engine() -> tuple[ModuleType | None, str | None]:
+    if importlib.util.find_spec("gac_fast._C") is None:
+        return None, "gac_fast._C is not installed (GAC_FAST_NO_CPP=1 leaves it out; install again without it)"
+    try:
+        from gac_fast import _C
+    except ImportError as error:
+        return None, f"gac_fast._C does not load: {error}"
+    built = _C._build_info()["version"]
+    if built != __version__:
+        return None, f"gac_fast._C was built for version {built}, the package is {__version__}: install it again"
+    return _C, None
+
+
+def _triton_problem(device: torch.device) -> str | None:
+    if (reason := _triton_missing()) is not None:
+        return reason
+    interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"
+    if device.type != "cuda" and not (interpreted and device.type == "cpu"):
+        return f"Triton needs CUDA tensors (or TRITON_INTERPRET=1), got {device.type} tensors"
+    return None
+
+
+@functools.cache
+def _triton_missing() -> str | None:
+    for module in ("triton", "gac_fast.kernels"):
+        if importlib.util.find_spec(module) is None:
+            return f"{module} is not installed"
+    return None

@@ -1,0 +1,501 @@
+"""Every accelerated op in plain PyTorch: the oracle of the tests, the baseline of the benchmarks, the fallback.
+
+Shapes: N tokens packed over B trajectories (``cu_seqlens`` int [B + 1] in tokens), H heads of width d, D = H * d,
+``n_z`` plan vectors, P plans or environments, E members of the return ensemble.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = [
+    "DecoderWeights",
+    "LayerWeights",
+    "PriorWeights",
+    "ReturnWeights",
+    "decode_token",
+    "mlp_residual",
+    "norm_linear",
+    "pack_batch",
+    "philox4x32",
+    "philox_normal",
+    "plan_ascent",
+    "plan_attention",
+    "plan_norm",
+    "prior",
+    "return_model",
+    "return_moments",
+    "rotary",
+    "window_attention",
+]
+
+NORM_EPS = 1e-5
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention over packed trajectories
+
+
+def rotary(x: Tensor, positions: Tensor, base: float) -> Tensor:
+    """Rotate the pairs (i, i + d/2) of ``x`` [N, H, d] by ``positions`` [N] * base^(-2i/d)."""
+    return _rotate(x, *_rotary_table(positions, x.shape[-1], base, x.dtype))
+
+
+def _rotary_table(positions: Tensor, width: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    half = width // 2
+    # float64: at t = 10,000 a float32 angle is off by 1e-3, and every engine must agree to 1e-5.
+    frequency = base ** (-torch.arange(half, device=positions.device, dtype=torch.float64) / half)
+    angle = positions.to(torch.float64)[:, None, None] * frequency
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
+
+
+class _Blocks(NamedTuple):
+    """A packed batch cut into blocks of equal size that never cross a trajectory; the last of each is padded."""
+
+    sequence: Tensor  # [n_blocks] trajectory of each block
+    is_first: Tensor  # [n_blocks] bool, first block of its trajectory
+    token: Tensor  # [n_blocks * size] packed token of each slot (0 where padded)
+    slot: Tensor  # [N] slot of each packed token
+
+
+def _blocks(cu_seqlens: Tensor, n_tokens: int, size: int) -> _Blocks:
+    device = cu_seqlens.device
+    cu = cu_seqlens.to(torch.int64)
+    n_sequences = cu.numel() - 1
+    ends = ((cu.diff() + size - 1) // size).cumsum(0)
+    starts = F.pad(ends, (1, 0))[:-1]
+    # An upper bound known without reading the device: at most one padded block per trajectory.
+    n_blocks = n_tokens // size + n_sequences
+    block = torch.arange(n_blocks, device=device)
+    sequence = torch.searchsorted(ends, block, right=True).clamp_(max=n_sequences - 1)
+    first_token = cu[sequence] + (block - starts[sequence]) * size
+    token = first_token[:, None] + torch.arange(size, device=device)
+    token = torch.where(token < cu[sequence + 1, None], token, 0).clamp_(max=n_tokens - 1)
+    position = torch.arange(n_tokens, device=device)
+    owner = torch.searchsorted(cu[1:].contiguous(), position, right=True)
+    slot = starts[owner] * size + position - cu[owner]
+    return _Blocks(sequence, block == starts[sequence], token.view(-1), slot)
+
+
+class _Permute(torch.autograd.Function):
+    """``x[forward]`` whose gradient is ``grad[backward]``: gathers both ways, hence fast and deterministic."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, forward: Tensor, backward: Tensor) -> Tensor:
+        ctx.save_for_backward(backward)
+        return x.index_select(0, forward)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad.contiguous().index_select(0, ctx.saved_tensors[0]), None, None
+
+
+class _Unpermute(torch.autograd.Function):
+    """The inverse of :class:`_Permute`; slots that hold no token receive zero gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, slot: Tensor) -> Tensor:
+        ctx.save_for_backward(slot)
+        ctx.n_slots = x.shape[0]
+        return x.index_select(0, slot)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        out = grad.new_zeros(ctx.n_slots, *grad.shape[1:])
+        return out.index_copy_(0, ctx.saved_tensors[0], grad.contiguous()), None
+
+
+SMALLEST_BLOCK = 16  # queries per block, however narrow the window: tiny products cost more than masked work
+
+
+def window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    window: int,
+    positions: Tensor | None = None,
+    rope_base: float = 10000.0,
+) -> Tensor:
+    """Causal attention in which a token sees itself and the ``window - 1`` tokens before it in its own trajectory.
+
+    Args:
+        q, k, v: [N, H, d].
+        cu_seqlens: int [B + 1], token offsets of the trajectories.
+        window: in tokens.
+        positions: int [N] for the rotation of q and k; None leaves them as they are.
+        rope_base: base of the rotary frequencies.
+
+    Returns:
+        [N, H, d]; softmax scale 1/sqrt(d).
+    """
+    n, heads, width = q.shape
+    if n == 0:
+        return q + k + v
+    if positions is not None:
+        cos, sin = _rotary_table(positions, width, rope_base, q.dtype)
+        q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+    size = min(max(window, SMALLEST_BLOCK), n)
+    if not q.is_cuda and not torch.compiler.is_compiling():
+        size = min(size, int(cu_seqlens.diff().max()))
+    blocks = _blocks(cu_seqlens, n, size)
+
+    def cut(x: Tensor) -> Tensor:  # [N, H, d] -> [n_blocks, H, size, d]
+        return _Permute.apply(x, blocks.token, blocks.slot).view(-1, size, heads, width).transpose(1, 2)
+
+    def with_previous(x: Tensor) -> Tensor:
+        return torch.cat((x.roll(1, 0), x), dim=2)
+
+    i = torch.arange(size, device=q.device)[:, None]
+    j = torch.arange(-size, size, device=q.device)[None, :]
+    band = (j <= i) & (j > i - window)
+    visible = band & ((j >= 0) | ~blocks.is_first[:, None, None])
+    bias = torch.zeros(visible.shape, dtype=q.dtype, device=q.device).masked_fill_(~visible, -math.inf)
+    score = cut(q * width**-0.5) @ with_previous(cut(k)).transpose(-1, -2) + bias[:, None]
+    out = torch.softmax(score, dim=-1) @ with_previous(cut(v))
+    return _Unpermute.apply(out.transpose(1, 2).reshape(-1, heads, width), blocks.slot)
+
+
+PLAN_BLOCK = 64  # tokens that share one copy of their trajectory's plan keys
+
+
+def plan_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Attention of every token to the plan vectors of its own trajectory.
+
+    Args:
+        q: [N, H, d].
+        k, v: [B, n_z, H, d].
+        cu_seqlens: int [B + 1], token offsets of the trajectories.
+
+    Returns:
+        [N, H, d]; softmax scale 1/sqrt(d).
+    """
+    n, heads, width = q.shape
+    if n == 0:
+        return q.clone()
+    blocks = _blocks(cu_seqlens, n, PLAN_BLOCK)
+    b_q = _Permute.apply(q * width**-0.5, blocks.token, blocks.slot).view(-1, PLAN_BLOCK, heads, width).transpose(1, 2)
+    b_k = k[blocks.sequence].permute(0, 2, 3, 1)  # [n_blocks, H, d, n_z]
+    b_v = v[blocks.sequence].transpose(1, 2)  # [n_blocks, H, n_z, d]
+    out = torch.softmax(b_q @ b_k, dim=-1) @ b_v
+    return _Unpermute.apply(out.transpose(1, 2).reshape(-1, heads, width), blocks.slot)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Block parts
+
+
+def norm_linear(x: Tensor, norm_w: Tensor, norm_b: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+    """Layer norm over the last axis, then a linear map: [..., D] -> [..., out]."""
+    return F.linear(F.layer_norm(x, (x.shape[-1],), norm_w, norm_b, NORM_EPS), w, b)
+
+
+def mlp_residual(
+    x: Tensor, norm_w: Tensor, norm_b: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, b_out: Tensor
+) -> Tensor:
+    """``x + W_out silu(W_in norm(x))``: [..., D] -> [..., D]."""
+    return x + F.linear(F.silu(norm_linear(x, norm_w, norm_b, w_in, b_in)), w_out, b_out)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One token of every environment through the whole decoder
+
+
+class LayerWeights(NamedTuple):
+    """One decoder layer; [out, in] matrices."""
+
+    norm1_w: Tensor
+    norm1_b: Tensor
+    w_qkv: Tensor
+    b_qkv: Tensor
+    w_o: Tensor
+    b_o: Tensor
+    norm2_w: Tensor
+    norm2_b: Tensor
+    w_plan_q: Tensor
+    b_plan_q: Tensor
+    w_plan_o: Tensor
+    b_plan_o: Tensor
+    norm3_w: Tensor
+    norm3_b: Tensor
+    w_in: Tensor
+    b_in: Tensor
+    w_out: Tensor
+    b_out: Tensor
+
+
+class DecoderWeights(NamedTuple):
+    """All that one environment step needs of the decoder."""
+
+    layers: tuple[LayerWeights, ...]
+    norm_w: Tensor
+    norm_b: Tensor
+    w_head: Tensor
+    b_head: Tensor
+    n_heads: int
+    rope_base: float
+
+
+def decode_token(
+    weights: DecoderWeights,
+    x: Tensor,
+    ring_k: Tensor,
+    ring_v: Tensor,
+    plan_k: Tensor,
+    plan_v: Tensor,
+    n_seen: Tensor,
+    positions: Tensor,
+    active: Tensor | None = None,
+) -> Tensor:
+    """Feed one token per environment through all layers, keeping its keys and values in the rings.
+
+    Args:
+        x: [P, D] embedded tokens.
+        ring_k, ring_v: [L, P, W, H, d], **mutated**: token i of an environment lives in slot i % W.
+        plan_k, plan_v: [L, P, n_z, H, d].
+        n_seen: int64 [P], tokens each environment has been fed before this one.
+        positions: int64 [P], time step of the token.
+        active: bool [P]; rows that are False leave their ring as it was (their output means nothing).
+
+    Returns:
+        [P, act_dim], the tanh mean read at this token.
+    """
+    n_rows, dim = x.shape
+    heads, width = weights.n_heads, dim // weights.n_heads
+    window = ring_k.shape[2]
+    rows = torch.arange(n_rows, device=x.device)
+    slot = n_seen % window
+    valid = torch.arange(window, device=x.device)[None, :] <= n_seen[:, None]  # [P, W]
+    bias = torch.zeros(valid.shape, dtype=x.dtype, device=x.device).masked_fill_(~valid, -math.inf)[:, None]
+    cos, sin = _rotary_table(positions, width, weights.rope_base, x.dtype)
+    for i, w in enumerate(weights.layers):
+        q, k, v = norm_linear(x, w.norm1_w, w.norm1_b, w.w_qkv, w.b_qkv).view(n_rows, 3, heads, width).unbind(1)
+        q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+        if active is not None:
+            k = torch.where(active[:, None, None], k, ring_k[i, rows, slot])
+            v = torch.where(active[:, None, None], v, ring_v[i, rows, slot])
+        ring_k[i, rows, slot] = k
+        ring_v[i, rows, slot] = v
+        score = torch.einsum("phd,pwhd->phw", q * width**-0.5, ring_k[i]) + bias
+        out = torch.einsum("phw,pwhd->phd", torch.softmax(score, dim=-1), ring_v[i])
+        x = x + F.linear(out.reshape(n_rows, dim), w.w_o, w.b_o)
+        q = norm_linear(x, w.norm2_w, w.norm2_b, w.w_plan_q, w.b_plan_q).view(n_rows, heads, width)
+        score = torch.einsum("phd,pzhd->phz", q * width**-0.5, plan_k[i])
+        out = torch.einsum("phz,pzhd->phd", torch.softmax(score, dim=-1), plan_v[i])
+        x = x + F.linear(out.reshape(n_rows, dim), w.w_plan_o, w.b_plan_o)
+        x = mlp_residual(x, w.norm3_w, w.norm3_b, w.w_in, w.b_in, w.w_out, w.b_out)
+    return torch.tanh(norm_linear(x, weights.norm_w, weights.norm_b, weights.w_head, weights.b_head))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Plans: prior map, return model, ascent
+
+
+class PriorWeights(NamedTuple):
+    """U(z0) = z0 + W2 silu(W1 z0 + b1) + b2 on the flattened seed; all None for the identity."""
+
+    w1: Tensor | None
+    b1: Tensor | None
+    w2: Tensor | None
+    b2: Tensor | None
+
+
+class ReturnWeights(NamedTuple):
+    """E return models with two hidden layers; w_i [E, out, in], b_i [E, out]. The last has two outputs."""
+
+    w1: Tensor
+    b1: Tensor
+    w2: Tensor
+    b2: Tensor
+    w3: Tensor
+    b3: Tensor
+
+
+def plan_norm(x: Tensor) -> Tensor:
+    """Scale every plan vector [..., D] to root mean square 1; no parameters."""
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + NORM_EPS)
+
+
+def prior(weights: PriorWeights, z0: Tensor) -> Tensor:
+    """Plan of a seed: [P, n_z, D] -> [P, n_z, D], every plan vector of rms 1."""
+    if weights.w1 is None or weights.w2 is None:
+        return plan_norm(z0)
+    flat = z0.flatten(1)
+    return plan_norm(
+        (flat + F.linear(F.silu(F.linear(flat, weights.w1, weights.b1)), weights.w2, weights.b2)).view_as(z0)
+    )
+
+
+LOG_VARIANCE_RANGE = (-8.0, 4.0)
+
+
+def return_model(
+    weights: ReturnWeights, z: Tensor, context: Tensor | None = None, dropout: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Standardised return of a plan.
+
+    Args:
+        z: [P, n_z, D].
+        context: normalised first states where the model takes one: [P, obs_dim], or [P, G, obs_dim] for G starts each.
+        dropout: applied to both hidden layers.
+
+    Returns:
+        means and log-variances of the members, [E, P], or [E, P, G] with G starts.
+    """
+    x = z.flatten(1)
+    shape = context.shape[:-1] if context is not None else x.shape[:1]
+    if context is not None:
+        if context.ndim == 3:
+            x = x[:, None].expand(*shape, x.shape[-1])
+        x = torch.cat((x, context), dim=-1).flatten(0, -2)
+    h = x.expand(weights.w1.shape[0], *x.shape)
+    for w, b in ((weights.w1, weights.b1), (weights.w2, weights.b2)):
+        h = F.silu(torch.baddbmm(b[:, None], h, w.transpose(1, 2)))
+        if dropout > 0:
+            h = F.dropout(h, dropout)
+    out = torch.baddbmm(weights.b3[:, None], h, weights.w3.transpose(1, 2)).view(weights.w1.shape[0], *shape, 2)
+    mean, log_variance = out.unbind(-1)
+    return mean, log_variance.clamp(*LOG_VARIANCE_RANGE)
+
+
+def return_moments(means: Tensor, log_variances: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation [P] of the equal mixture of E members (and G starts): own variance plus disagreement.
+
+    Args:
+        means, log_variances: [E, P] or [E, P, G].
+    """
+    if means.ndim == 3:
+        means, log_variances = (x.transpose(1, 2).flatten(0, 1) for x in (means, log_variances))
+    mean = means.mean(0)
+    variance = log_variances.exp().mean(0) + (means - mean).square().mean(0)
+    return mean, variance.sqrt()
+
+
+def plan_ascent(
+    prior_weights: PriorWeights,
+    return_weights: ReturnWeights,
+    z0: Tensor,
+    *,
+    n_steps: int,
+    step_size: float,
+    kappa: float = 0.0,
+    prior_weight: float = 0.0,
+    radius: float = math.inf,
+    max_norm: float = math.inf,
+    context: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradient ascent of P plan seeds on ``mean - kappa * std - prior_weight * |z0|^2 / 2`` of the standardised return.
+
+    Step k of S moves by ``step_size * (1 - k/S) * sqrt(d)`` along the normalised gradient, back into the ball of
+    ``radius * sqrt(d)`` around the seed it started from, then into the ball of ``max_norm * sqrt(d)`` around zero.
+
+    Args:
+        z0: [P, n_z, D] seeds.
+        context: [P, obs_dim] or [P, G, obs_dim] normalised first states, where the return model takes them.
+
+    Returns:
+        seeds [P, n_z, D], mean [P] and std [P] of the standardised return at them.
+    """
+    scale = math.sqrt(z0[0].numel()) if len(z0) else 1.0
+    start = z0.detach()
+
+    def norm(x: Tensor) -> Tensor:
+        return x.flatten(1).norm(dim=1)[:, None, None].clamp_min(1e-12)
+
+    for step in range(n_steps):
+        z0 = z0.detach().requires_grad_(True)
+        with torch.enable_grad():
+            mean, std = return_moments(*return_model(return_weights, prior(prior_weights, z0), context))
+            bound = mean - kappa * std - 0.5 * prior_weight * z0.square().sum((1, 2))
+            (grad,) = torch.autograd.grad(bound.sum(), z0)
+        z0 = z0.detach() + grad * (step_size * (1 - step / n_steps) * scale / norm(grad))
+        offset = z0 - start
+        z0 = start + offset * (radius * scale / norm(offset)).clamp(max=1.0)
+        z0 = z0 * (max_norm * scale / norm(z0)).clamp(max=1.0)
+    with torch.no_grad():
+        mean, std = return_moments(*return_model(return_weights, prior(prior_weights, z0), context))
+    return z0.detach(), mean, std
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Counter-based noise (Salmon et al. 2011, Philox4x32-10) and packing
+
+_PHILOX_M = (0xD2511F53, 0xCD9E8D57)
+_PHILOX_W = (0x9E3779B9, 0xBB67AE85)
+_MASK32 = 0xFFFFFFFF
+
+
+def _mulhilo(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
+    # 32 x 32 -> 64 bits in int64 without overflow: by halves of b.
+    low = a * (b & 0xFFFF)
+    high = a * (b >> 16) + (low >> 16)
+    return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
+
+
+def philox4x32(key: tuple[int, int], counter: Tensor) -> Tensor:
+    """Philox4x32-10: counters int64 [..., 4] holding uint32 values -> random words, int64 [..., 4] in [0, 2^32)."""
+    c0, c1, c2, c3 = counter.unbind(-1)
+    k0, k1 = key[0] & _MASK32, key[1] & _MASK32
+    for _ in range(10):
+        hi0, lo0 = _mulhilo(_PHILOX_M[0], c0)
+        hi1, lo1 = _mulhilo(_PHILOX_M[1], c2)
+        c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
+        k0, k1 = (k0 + _PHILOX_W[0]) & _MASK32, (k1 + _PHILOX_W[1]) & _MASK32
+    return torch.stack((c0, c1, c2, c3), dim=-1)
+
+
+def philox_normal(seed: tuple[int, int], plans: Tensor, step: int | Tensor, n: int) -> Tensor:
+    """Standard normals that depend on (seed, plan, step, element) alone.
+
+    Element i of plan p at step s uses word i % 4 of Philox at counter (i // 4, p, s, 0). Words (w0, w1) give
+    sqrt(-2 ln u) (cos, sin)(2 pi u') with u = (w0 + 1) / 2^32 and u' = w1 / 2^32 (Box-Muller); (w2, w3) likewise.
+
+    Args:
+        seed: two uint32 words.
+        plans: int64 [P], ids in [0, 2^32).
+        step: int or int64 [P], in [0, 2^32).
+        n: elements per plan.
+
+    Returns:
+        float32 [P, n].
+    """
+    blocks = (n + 3) // 4
+    counter = torch.zeros(len(plans), blocks, 4, dtype=torch.int64, device=plans.device)
+    counter[..., 0] = torch.arange(blocks, device=plans.device)
+    counter[..., 1] = plans[:, None]
+    counter[..., 2] = step[:, None] if isinstance(step, Tensor) else step
+    words = philox4x32(seed, counter).to(torch.float64)
+    radius = torch.sqrt(-2.0 * torch.log((words[..., 0::2] + 1.0) * 2.0**-32))
+    angle = words[..., 1::2] * (2.0 * math.pi * 2.0**-32)
+    normals = torch.stack((radius * angle.cos(), radius * angle.sin()), dim=-1)
+    return normals.flatten(1)[:, :n].to(torch.float32)
+
+
+def pack_batch(
+    observations: Tensor, actions: Tensor, cu_seqlens: Tensor, indices: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Copy the chosen trajectories next to each other.
+
+    Args:
+        observations, actions: [N, obs_dim] and [N, act_dim].
+        cu_seqlens: int64 [B + 1], in time steps.
+        indices: int64 [b], trajectories in the order wanted; may repeat.
+
+    Returns:
+        observations [n, obs_dim], actions [n, act_dim], cu_seqlens int32 [b + 1] of the batch.
+    """
+    starts = cu_seqlens[indices]
+    lengths = cu_seqlens[indices + 1] - starts
+    cu = F.pad(lengths.cumsum(0), (1, 0))
+    steps = torch.arange(int(cu[-1]), device=observations.device)
+    steps = steps + torch.repeat_interleave(starts - cu[:-1], lengths)
+    return observations[steps], actions[steps], cu.to(torch.int32)

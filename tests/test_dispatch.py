@@ -1,0 +1,261 @@
+"""Backend choice, forced backends, counters, and the argument checks of the attention ops."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from torch import Tensor
+
+from gac_fast import ops, reference
+from gac_fast.errors import BackendError
+from gac_fast.ops import _dispatch
+
+CPU = torch.device("cpu")
+
+
+def noise() -> Tensor:
+    return ops.philox_normal((1, 2), torch.arange(2), 0, 5)
+
+
+@pytest.fixture
+def without_cpp(monkeypatch):
+    monkeypatch.setattr(_dispatch, "_load_cpp_engine", lambda: (None, "gac_fast._C is not installed"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Choice
+
+
+@pytest.mark.usefixtures("cpp_engine")
+def test_cpu_takes_the_cpp_engine_where_it_is_installed():
+    noise()
+    assert ops.dispatch_counts() == {("philox_normal", "cpp"): 1}
+
+
+@pytest.mark.usefixtures("without_cpp")
+def test_cpu_takes_the_reference_without_the_cpp_engine():
+    noise()
+    assert ops.dispatch_counts() == {("philox_normal", "reference"): 1}
+
+
+def test_counts_add_up_per_op_and_backend_until_reset():
+    with ops.backend("reference"):
+        noise()
+        noise()
+        ops.pack_batch(torch.zeros(3, 1), torch.zeros(3, 1), torch.tensor([0, 3]), torch.tensor([0]))
+    assert ops.dispatch_counts() == {("philox_normal", "reference"): 2, ("pack_batch", "reference"): 1}
+    ops.reset_dispatch_counts()
+    assert ops.dispatch_counts() == {}
+
+
+def test_environment_variable_is_read_at_every_call(monkeypatch):
+    monkeypatch.setenv("GAC_FAST_BACKEND", "reference")
+    noise()
+    assert ops.dispatch_counts() == {("philox_normal", "reference"): 1}
+    monkeypatch.setenv("GAC_FAST_BACKEND", "triton")
+    with pytest.raises(
+        BackendError, match="philox_normal: GAC_FAST_BACKEND forces the triton backend, which cannot run"
+    ):
+        noise()
+
+
+def test_context_manager_goes_before_the_environment_variable_and_nests(monkeypatch):
+    monkeypatch.setenv("GAC_FAST_BACKEND", "triton")
+    with ops.backend("reference"):
+        noise()
+        with ops.backend("triton"), pytest.raises(BackendError, match=r"backend\(\) forces the triton backend"):
+            noise()
+        noise()
+    with pytest.raises(BackendError, match="GAC_FAST_BACKEND"):
+        noise()
+    assert ops.dispatch_counts() == {("philox_normal", "reference"): 2}
+
+
+def test_context_manager_ends_with_an_error_inside_it():
+    with pytest.raises(ZeroDivisionError), ops.backend("triton"):
+        raise ZeroDivisionError
+    noise()
+
+
+def test_context_manager_holds_for_its_own_thread(monkeypatch):
+    monkeypatch.setenv("GAC_FAST_BACKEND", "reference")
+    failed = []
+
+    def call() -> None:
+        try:
+            noise()
+        except BackendError as error:
+            failed.append(error)
+
+    with ops.backend("triton"):
+        thread = threading.Thread(target=call)
+        thread.start()
+        thread.join()
+    assert not failed
+
+
+def test_unknown_backends_are_refused(monkeypatch):
+    with pytest.raises(BackendError, match=r"backend\(\): expected one of reference, triton, cpp, got 'cuda'"):
+        ops.backend("cuda").__enter__()
+    monkeypatch.setenv("GAC_FAST_BACKEND", "C++")
+    with pytest.raises(BackendError, match=r"GAC_FAST_BACKEND: expected one of reference, triton, cpp, got 'C\+\+'"):
+        noise()
+
+
+@pytest.mark.usefixtures("without_cpp")
+def test_a_forced_backend_that_is_not_installed_raises():
+    with ops.backend("cpp"), pytest.raises(BackendError, match=r"cannot run: gac_fast\._C is not installed"):
+        noise()
+
+
+def test_a_forced_backend_without_an_engine_for_the_op_raises():
+    q = torch.zeros(4, 1, 8)
+    with ops.backend("cpp"), pytest.raises(BackendError, match="window_attention has no cpp engine"):
+        ops.window_attention(q, q, q, torch.tensor([0, 4]), 2)
+
+
+@pytest.mark.usefixtures("cpp_engine")
+def test_an_engine_of_another_version_is_not_used(monkeypatch):
+    monkeypatch.setattr(_dispatch, "__version__", "99.0")
+    _dispatch._load_cpp_engine.cache_clear()
+    try:
+        reason = _dispatch.problem("pack_batch", "cpp", CPU)
+    finally:
+        _dispatch._load_cpp_engine.cache_clear()
+    assert reason is not None
+    assert "the package is 99.0: install it again" in reason
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Status
+
+
+def test_status_names_every_op_its_active_backend_and_the_reasons_of_the_others():
+    report = {entry.op: entry for entry in ops.status("cpu")}
+    assert set(report) >= {"pack_batch", "philox_normal", "plan_attention", "window_attention"}
+    assert report["window_attention"].active == "reference"
+    assert report["window_attention"].problems["cpp"] == "window_attention has no cpp engine"
+    assert "needs CUDA tensors" in report["philox_normal"].problems["triton"]
+    for entry in report.values():
+        assert "reference" not in entry.problems
+        assert str(entry).startswith(f"{entry.op} on cpu: {entry.active}")
+    # Asking is not calling.
+    assert ops.dispatch_counts() == {}
+
+
+def test_status_shows_a_forced_backend_that_cannot_run(monkeypatch):
+    monkeypatch.setenv("GAC_FAST_BACKEND", "triton")
+    assert all(entry.active == "" for entry in ops.status("cpu"))
+
+
+@pytest.mark.usefixtures("without_cpp")
+def test_status_without_the_cpp_engine_says_so():
+    entry = next(entry for entry in ops.status("cpu") if entry.op == "philox_normal")
+    assert entry.active == "reference"
+    assert entry.problems["cpp"] == "gac_fast._C is not installed"
+
+
+def test_build_info_names_version_compiler_and_instruction_sets(cpp_engine):
+    info = cpp_engine._build_info()
+    assert set(info) == {"version", "compiler", "standard", "isa", "cpu"}
+    assert info["version"] == _dispatch.__version__
+    assert info["standard"] == "C++17"
+    assert all(info.values())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The attention ops check what enters
+
+
+def attention_arguments() -> dict:
+    q, k, v = torch.randn(3, 10, 2, 8, generator=torch.Generator().manual_seed(0))
+    return {"q": q, "k": k, "v": v, "cu_seqlens": torch.tensor([0, 4, 10])}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"q": torch.zeros(10, 2, 8, dtype=torch.int64)},
+            "q: expected dtype float32 or bfloat16 or float64, got int64",
+        ),
+        ({"k": torch.zeros(10, 2, 8, dtype=torch.float64)}, "k: expected dtype float32, got float64"),
+        ({"v": torch.zeros(10, 2, 8, device="meta")}, "v: expected device cpu of q, got meta"),
+        ({"q": torch.zeros(10, 16)}, r"q: expected shape \[N, H, d\], got \[10, 16\]"),
+        ({"k": torch.zeros(9, 2, 8)}, r"k: expected shape \[10, 2, 8\], got \[9, 2, 8\]"),
+        ({"v": torch.zeros(10, 2, 16)}, r"v: expected shape \[10, 2, 8\], got \[10, 2, 16\]"),
+        ({"cu_seqlens": torch.tensor([0.0, 10.0])}, "cu_seqlens: expected dtype int32 or int64, got float32"),
+        ({"cu_seqlens": torch.tensor([[0, 10]])}, r"cu_seqlens: expected shape \[B \+ 1\], got \[1, 2\]"),
+        ({"cu_seqlens": torch.tensor([0])}, "cu_seqlens: expected at least 2 offsets for 10 tokens, got 1"),
+        ({"window": 0}, "window: expected at least 1 token, got 0"),
+        ({"positions": torch.zeros(10)}, "positions: expected dtype int32 or int64, got float32"),
+        ({"positions": torch.arange(9)}, r"positions: expected shape \[10\], got \[9\]"),
+        ({"rope_base": -1.0}, "rope_base: expected a positive number, got -1.0"),
+        ({"rope_base": float("nan")}, "rope_base: expected a positive number, got nan"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
+)
+def test_window_attention_names_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ops.window_attention(**{**attention_arguments(), "window": 3, **arguments})
+    assert ops.dispatch_counts() == {}
+
+
+@pytest.mark.parametrize("width", [6, 9, 258])
+def test_head_width_is_even_and_8_to_256(width):
+    q = torch.zeros(10, 2, width)
+    with pytest.raises(ValueError, match=f"q: expected an even head width of 8 to 256, got {width}"):
+        ops.window_attention(q, q, q, torch.tensor([0, 10]), 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"k": torch.zeros(3, 4, 2, 8)}, r"k: expected shape \[2, n_z, 2, 8\], got \[3, 4, 2, 8\]"),
+        ({"v": torch.zeros(2, 5, 2, 8)}, r"v: expected shape \[2, 4, 2, 8\], got \[2, 5, 2, 8\]"),
+        ({"k": torch.zeros(2, 0, 2, 8)}, "k: expected at least 1 plan vector per trajectory, got 0"),
+        ({"k": torch.zeros(2, 4, 2, 8, dtype=torch.bfloat16)}, "k: expected dtype float32, got bfloat16"),
+        ({"cu_seqlens": torch.tensor([0, 10])}, r"k: expected shape \[1, n_z, 2, 8\], got \[2, 4, 2, 8\]"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
+)
+def test_plan_attention_names_bad_arguments(arguments, message):
+    plans = torch.zeros(2, 4, 2, 8)
+    good = {**attention_arguments(), "k": plans, "v": plans}
+    with pytest.raises(ValueError, match=message):
+        ops.plan_attention(**{**good, **arguments})
+
+
+def test_attention_ops_pass_on_every_argument():
+    arguments = attention_arguments()
+    positions = torch.arange(10)
+    with ops.backend("reference"):
+        actual = ops.window_attention(**arguments, window=3, positions=positions, rope_base=100.0)
+    expected = reference.window_attention(**arguments, window=3, positions=positions, rope_base=100.0)
+    assert torch.equal(actual, expected)
+    assert ops.dispatch_counts() == {("window_attention", "reference"): 1}
+
+    plans = torch.randn(2, 4, 2, 8)
+    actual = ops.plan_attention(arguments["q"], plans, plans.flip(1), arguments["cu_seqlens"])
+    assert torch.equal(actual, reference.plan_attention(arguments["q"], plans, plans.flip(1), arguments["cu_seqlens"]))
+
+
+def test_dispatch_is_traced_into_one_graph():
+    arguments = attention_arguments()
+    plans = torch.randn(2, 4, 2, 8)
+
+    def attend(q: Tensor) -> Tensor:
+        return ops.plan_attention(q, plans, plans, arguments["cu_seqlens"])
+
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(arguments["q"]), attend(arguments["q"]))
+
+
+def test_ops_do_not_import_the_compiler():
+    """It costs seconds, and choosing a backend must stay traceable without it."""
+    code = "import sys, gac_fast.ops; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
