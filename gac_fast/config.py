@@ -156,6 +156,7 @@ class PlanConfig:
             "at least 0",
             (self.n_best, self.n_prior),
         )
+        _check(self.n_refine >= 1, "plan.n_refine", "at least 1", self.n_refine)
         _check(self.n_best + self.n_prior > 0, "plan.n_best + plan.n_prior", "at least 1", 0)
 
 
@@ -254,10 +255,22 @@ class Config:
 
 PRESETS: dict[str, Config] = {
     "gym": Config(),
-    "pointmaze": Config(
+    # Tuned on umaze (docs/tuning.md): a short window and few plan vectors leave the plan something to say, and T_a is
+    # the variance of the controller's own noise.
+    "pointmaze-umaze": Config(
         model=ModelConfig(
-            dim=64, n_layers=2, window=16, context="states", rope_base=1000.0, return_context="first_state"
+            dim=64,
+            n_layers=2,
+            window=4,
+            n_z=2,
+            context="states",
+            rope_base=1000.0,
+            return_ensemble=4,
+            return_context="first_state",
         ),
+        posterior=PosteriorConfig(action_temperature=0.12),
+        plan=PlanConfig(radius=1.0),
+        train=TrainConfig(n_updates=700, batch_size=32, held_out=0.01, bf16="auto", eval_every=350, checkpoint_every=175),
     ),
     "tiny": Config(
         model=ModelConfig(dim=32, n_layers=2, n_heads=2, window=4, n_z=2, prior_hidden=32, return_hidden=32),

@@ -17,6 +17,9 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
+# Tiny tensors gain nothing from threads, and on a busy machine they wait for one another.
+torch.set_num_threads(1)
+
 # Full float32 products on every device: a tolerance should measure the op, not the TF32 mode.
 torch.backends.cuda.matmul.allow_tf32 = False
 torch.backends.cudnn.allow_tf32 = False

@@ -1,0 +1,193 @@
+"""Policy improvement: inference of plans, batched over P plans at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gac_fast import ops
+from gac_fast.config import PlanConfig
+from gac_fast.model import GAC
+from gac_fast.model.normalization import Normalization
+from gac_fast.posterior import langevin
+
+__all__ = ["Plans", "TargetSchedule", "exploit", "explore", "predict"]
+
+
+@dataclass(frozen=True)
+class Plans:
+    """P plans with what the return model says of them."""
+
+    z0: Tensor
+    """[P, n_z, D] seeds."""
+    return_mean: Tensor
+    """[P] predicted return in environment units."""
+    return_std: Tensor
+    """[P] its standard deviation in environment units: the model's own, and the ensemble's disagreement."""
+
+    def __len__(self) -> int:
+        return len(self.z0)
+
+    def __getitem__(self, rows: Tensor | slice) -> Plans:
+        return Plans(self.z0[rows], self.return_mean[rows], self.return_std[rows])
+
+
+def predict(model: GAC, normalization: Normalization, z0: Tensor, first_states: Tensor | None) -> Plans:
+    """Plans of given seeds.
+
+    Args:
+        z0: [P, n_z, D].
+        first_states: normalised [P, obs_dim] or [P, G, obs_dim]; None where the return model takes none.
+    """
+    with torch.no_grad():
+        mean, std = model.return_moments(model.prior(z0), first_states)
+    return _plans(normalization, z0, mean, std)
+
+
+def _plans(normalization: Normalization, z0: Tensor, mean: Tensor, std: Tensor) -> Plans:
+    scale = normalization.return_std
+    return Plans(z0, mean * scale + normalization.return_mean, std * scale)
+
+
+def exploit(
+    model: GAC,
+    normalization: Normalization,
+    seeds: Tensor,
+    n: int,
+    config: PlanConfig,
+    first_states: Tensor | None = None,
+    seed: int = 0,
+) -> Plans:
+    """Plans of the greatest lower bound ``mean - kappa * std + lambda * log p(z0)``, by ascent in a trust region.
+
+    The ascent starts from ``seeds`` and from prior samples. Without given starts the n best are returned (best first,
+    the candidates' number permitting; else they repeat). With starts, all candidates are scored for each start and the
+    ``n_refine`` most promising ones raised.
+
+    Args:
+        seeds: [M, n_z, D], posterior seeds of good trajectories.
+        n: number of plans.
+        first_states: normalised. [G, obs_dim]: plan for the average over G starts. [n, 1, obs_dim]: row i is the
+            start of plan i. None where the return model takes no start.
+        seed: of the prior samples.
+    """
+    generator = torch.Generator(device=seeds.device).manual_seed(seed)
+    prior = torch.randn(config.n_prior, *seeds.shape[1:], generator=generator, device=seeds.device)
+    candidates = torch.cat((seeds[: config.n_best], prior))
+    if len(candidates) == 0:
+        raise ValueError("exploit: expected at least one candidate from n_best seeds and n_prior samples, got none")
+    per_start = first_states is not None and first_states.ndim == 3
+    context = first_states
+    if first_states is not None and per_start:
+        # All pairs are scored; only the most promising few of each start are worth the ascent.
+        k = min(config.n_refine, len(candidates))
+        with torch.no_grad():
+            z = model.prior(candidates)
+            mean, std = model.return_moments_of_pairs(z, first_states[:, 0])
+            top = _bound(mean, std, candidates, config).topk(k, dim=1).indices
+        candidates = candidates[top].flatten(0, 1)
+        context = first_states[:, 0].repeat_interleave(k, dim=0)
+    elif first_states is not None:
+        context = first_states.expand(len(candidates), *first_states.shape)
+    z0, mean, std = ops.plan_ascent(
+        model.prior.weights(),
+        model.returns.weights(),
+        candidates,
+        n_steps=config.n_steps,
+        step_size=config.step_size,
+        kappa=config.kappa,
+        prior_weight=config.prior_weight,
+        radius=config.radius,
+        max_norm=config.max_norm,
+        context=context,
+    )
+    bound = _bound(mean, std, z0, config)
+    rows = torch.arange(n, device=z0.device)
+    if per_start:
+        best = bound.view(n, -1).argmax(dim=1) + bound.numel() // n * rows
+    else:
+        best = bound.argsort(descending=True)[rows % len(bound)]
+    return _plans(normalization, z0[best], mean[best], std[best])
+
+
+def _bound(mean: Tensor, std: Tensor, z0: Tensor, config: PlanConfig) -> Tensor:
+    return mean - config.kappa * std - 0.5 * config.prior_weight * z0.square().sum((1, 2))
+
+
+def explore(
+    model: GAC,
+    normalization: Normalization,
+    n: int,
+    target: float,
+    config: PlanConfig,
+    first_states: Tensor | None = None,
+    seed: int = 0,
+    start: Tensor | None = None,
+) -> Plans:
+    """Plans sampled from p(z0 | y = target) by Langevin steps.
+
+    Args:
+        n: number of plans.
+        target: wanted return in environment units.
+        first_states: normalised [n, G, obs_dim] starts per plan, where the return model takes them.
+        seed: of start and noise.
+        start: [n, n_z, D] seeds to start from; None draws them from the prior.
+    """
+    c = model.config
+    device = normalization.obs_mean.device
+    plans = torch.arange(n, device=device)
+    key = (seed & 0xFFFFFFFF, 0x45585052)
+    shape = (n, c.n_z, c.dim)
+
+    def noise(step: int) -> Tensor:
+        return ops.philox_normal(key, plans, step + 1, c.n_z * c.dim).view(shape)
+
+    y = normalization.returns(torch.as_tensor(target, dtype=torch.float32, device=device))
+
+    def energy(z0: Tensor) -> Tensor:
+        mean, std = model.return_moments(model.prior(z0), first_states)
+        return 0.5 * z0.square().sum((1, 2)) + 0.5 * ((y - mean) / std).square() + std.log()
+
+    z0 = noise(-1) if start is None else start
+    z0, _ = langevin(
+        energy, z0, n_steps=config.n_steps, step_size=config.explore_step_size, noise=noise, max_drift_ratio=0.5
+    )
+    return predict(model, normalization, z0, first_states)
+
+
+@dataclass
+class TargetSchedule:
+    """The dynamically adjusted target return y* of exploration.
+
+    With b the mean of the best ``n_best`` returns and sd the standard deviation of the data's returns:
+    y* = b + 0.5 sd while the last round reached at least y* - sd on average; else y* <- 0.5 y* + 0.5 (b + 0.25 sd).
+    """
+
+    n_best: int = 32
+    target: float | None = None
+    """Current y* in environment units; None before the first round."""
+
+    def update(self, returns: Sequence[float], achieved: Sequence[float] | None = None) -> float:
+        """Next target.
+
+        Args:
+            returns: of all episodes known, in environment units.
+            achieved: of the last round's episodes; None before the first.
+        """
+        if len(returns) == 0:
+            raise ValueError("TargetSchedule.update: expected at least one return, got none")
+        y = torch.as_tensor(returns, dtype=torch.float64)
+        best = float(y.sort(descending=True).values[: self.n_best].mean())
+        sd = float(y.std(correction=0))
+        reached = self.target is None or achieved is None or len(achieved) == 0
+        if not reached:
+            reached = math.fsum(achieved) / len(achieved) >= self.target - sd  # type: ignore[arg-type,operator]
+        if reached or self.target is None:
+            self.target = best + 0.5 * sd
+        else:
+            self.target = 0.5 * self.target + 0.5 * (best + 0.25 * sd)
+        return self.target

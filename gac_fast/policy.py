@@ -1,0 +1,192 @@
+"""What :func:`gac_fast.load` returns: model, units and posterior seeds, and the ways to plan and act with them."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gac_fast import checkpoint
+from gac_fast import plan as planning
+from gac_fast.act import Actor
+from gac_fast.config import Config, PlanConfig
+from gac_fast.errors import CheckpointError
+from gac_fast.model import GAC
+from gac_fast.model.normalization import Normalization
+from gac_fast.plan import Plans
+
+__all__ = ["Policy", "load"]
+
+# Starts over which plans for unknown first states are averaged.
+N_STARTS = 16
+
+
+class Policy:
+    """A trained joint model, ready for inference.
+
+    Attributes:
+        model: the joint model, in evaluation mode.
+        normalization: units.
+        config: of the run.
+        env_id: environment the data came from, or None.
+        z0: [B, n_z, D] posterior seeds of the training trajectories.
+        returns: float64 [B], their returns in environment units.
+        first_observations: [B, obs_dim], in environment units.
+        usable: bool [B], episodes that were trained on and whose return is known.
+        step: parameter updates made.
+    """
+
+    def __init__(
+        self, model: GAC, normalization: Normalization, config: Config, env_id: str | None,
+        z0: Tensor, returns: Tensor, first_observations: Tensor, usable: Tensor, step: int = 0,
+    ) -> None:  # fmt: skip
+        self.model = model.eval()
+        self.normalization = normalization
+        self.config = config
+        self.env_id = env_id
+        self.z0, self.returns, self.first_observations, self.usable = z0, returns, first_observations, usable
+        self.step = step
+        order = torch.where(usable, returns, -torch.inf).argsort(descending=True, stable=True)
+        self._best = order[: int(usable.sum())]
+
+    def __repr__(self) -> str:
+        return f"Policy({self.env_id or 'unnamed environment'}, {len(self.returns)} trajectories, step {self.step})"
+
+    @property
+    def device(self) -> torch.device:
+        return self.normalization.obs_mean.device
+
+    def _plan_config(self, overrides: dict[str, Any]) -> PlanConfig:
+        return dataclasses.replace(self.config.plan, **overrides)
+
+    def _starts(self, n: int, obs: np.ndarray | Tensor | None, seed: int) -> Tensor | None:
+        """Normalised first states: [n, 1, obs_dim] of given ones, else [G, obs_dim] of the data's."""
+        if obs is not None:
+            x = torch.as_tensor(obs, dtype=torch.float32, device=self.device)
+            if x.shape != (n, self.model.obs_dim):
+                raise ValueError(f"obs: expected shape [{n}, {self.model.obs_dim}], got {list(x.shape)}")
+            if not bool(torch.isfinite(x).all()):
+                raise ValueError("obs: expected finite values, got NaN or infinity")
+        if not self.model.returns.uses_first_state:
+            return None
+        if obs is not None:
+            return self.normalization.observations(x)[:, None]
+        generator = torch.Generator().manual_seed(seed)
+        rows = torch.randperm(len(self.first_observations), generator=generator)[:N_STARTS]
+        return self.normalization.observations(self.first_observations[rows])
+
+    def exploit(self, n: int, obs: np.ndarray | Tensor | None = None, seed: int = 0, **overrides: Any) -> Plans:
+        """Plans for high expected return, by ascent from the best trajectories' posterior seeds and prior samples.
+
+        Args:
+            n: number of plans P.
+            obs: [n, obs_dim] first observations in environment units; row i then gets the best plan for its own start
+                (used where the return model takes the first state). None plans for the data's starts on average.
+            seed: of the prior samples.
+            overrides: fields of :class:`PlanConfig`, such as ``n_steps=200`` or ``kappa=0.5``.
+        """
+        _check_count(n)
+        config = self._plan_config(overrides)
+        seeds = self.z0[self._best[: config.n_best]]
+        return planning.exploit(self.model, self.normalization, seeds, n, config, self._starts(n, obs, seed), seed=seed)
+
+    def explore(
+        self, n: int, target: float, obs: np.ndarray | Tensor | None = None, seed: int = 0, **overrides: Any
+    ) -> Plans:
+        """Plans sampled from p(z0 | y = target).
+
+        Args:
+            n: number of plans P.
+            target: wanted return in environment units.
+            obs: [n, obs_dim] first observations, as in :meth:`exploit`.
+            seed: of the samples.
+            overrides: fields of :class:`PlanConfig`.
+        """
+        _check_count(n)
+        if not np.isfinite(target):
+            raise ValueError(f"target: expected a finite return, got {target}")
+        starts = self._per_plan(n, self._starts(n, obs, seed))
+        return planning.explore(
+            self.model, self.normalization, n, target, self._plan_config(overrides), starts, seed=seed
+        )
+
+    def best(self, n: int) -> Tensor:
+        """Numbers of the n best training trajectories whose return is known, int64 [n], best first; they repeat."""
+        _check_count(n)
+        return self._best[torch.arange(n, device=self._best.device) % len(self._best)]
+
+    def posterior_best(self, n: int) -> Plans:
+        """Posterior plans of the n best training trajectories, best first; they repeat if there are fewer."""
+        rows = self.best(n)
+        return self._predict(self.z0[rows], self.first_observations[rows])
+
+    def prior_plans(self, n: int, seed: int = 0) -> Plans:
+        """Plans drawn from the prior."""
+        _check_count(n)
+        generator = torch.Generator().manual_seed(seed)
+        shape = (n, self.model.config.n_z, self.model.config.dim)
+        return self._predict(torch.randn(shape, generator=generator).to(self.device), None)
+
+    def _per_plan(self, n: int, starts: Tensor | None) -> Tensor | None:
+        return starts if starts is None or starts.ndim == 3 else starts.expand(n, *starts.shape)
+
+    def _predict(self, z0: Tensor, obs: Tensor | None) -> Plans:
+        starts = self._per_plan(len(z0), self._starts(len(z0), obs, 0))
+        return planning.predict(self.model, self.normalization, z0, starts)
+
+    def actor(self, plans: Plans | Tensor, action_noise: float = 0.0, seed: int = 0) -> Actor:
+        """An :class:`Actor` for ``len(plans)`` environments, plan i acting in environment i."""
+        z0 = plans.z0 if isinstance(plans, Plans) else plans
+        return Actor(self.model, self.normalization, z0, action_noise, seed)
+
+
+def _check_count(n: int) -> None:
+    if n < 1:
+        raise ValueError(f"n: expected at least 1 plan, got {n}")
+
+
+def load(run_dir: str | Path, step: int | None = None, device: str | torch.device = "cpu") -> Policy:
+    """The policy of a run, or of one checkpoint folder.
+
+    Args:
+        run_dir: folder of a run (its newest checkpoint is taken), or of a checkpoint.
+        step: take this step's checkpoint instead of the newest.
+        device: where the model goes.
+
+    Raises:
+        CheckpointError: no checkpoint there, or a damaged one.
+    """
+    path = Path(run_dir)
+    if step is not None:
+        path = checkpoint.checkpoint_path(path, step)
+    elif not (path / "state.json").exists():
+        path = checkpoint.latest(path)
+    return from_checkpoint(*checkpoint.load(path), device=device, name=str(path))
+
+
+def from_checkpoint(
+    tensors: dict[str, Tensor], state: dict[str, Any], device: str | torch.device = "cpu", name: str = "checkpoint"
+) -> Policy:
+    """A policy of what :func:`gac_fast.checkpoint.load` returned."""
+    device = torch.device(device)
+    try:
+        config = Config.from_dict(state["config"])
+        model = GAC(config.model, state["obs_dim"], state["act_dim"])
+        weights = {key.removeprefix("model."): value for key, value in tensors.items() if key.startswith("model.")}
+        model.load_state_dict(weights)
+        fields = [tensors[f"normalization.{field}"] for field in Normalization._fields]
+        returns = tensors["data.returns"]
+        policy = Policy(
+            model.to(device), Normalization(*fields).to(device), config, state["env_id"],
+            tensors["posterior.z0"][: len(returns)].to(device), returns.to(device),
+            tensors["data.first_observations"].to(device), tensors["data.usable"].to(device), state["step"],
+        )  # fmt: skip
+    except KeyError as error:
+        raise CheckpointError(f"{name}: expected {error.args[0]!r} in it, found no such entry") from None
+    except RuntimeError as error:
+        raise CheckpointError(f"{name}: its weights do not fit its configuration: {error}") from None
+    return policy

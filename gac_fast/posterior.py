@@ -1,0 +1,190 @@
+"""Policy evaluation's inner loop: p(z0 | tau, y) by Langevin chains or a local Gaussian, persistent per trajectory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gac_fast import ops
+from gac_fast.config import PosteriorConfig
+
+__all__ = ["PosteriorState", "PosteriorStats", "langevin", "refine", "variational"]
+
+Energy = Callable[[Tensor], Tensor]
+"""Seeds [P, n_z, D] -> energies [P]."""
+
+Noise = Callable[[int], Tensor]
+"""Step index within the call -> standard normals [P, n_z, D]."""
+
+ADAM_BETAS = (0.9, 0.99)
+LOG_STD_RANGE = (-6.0, 1.0)
+
+
+class PosteriorStats(NamedTuple):
+    """Diagnostics of one refinement, zero-dimensional tensors (never read back inside an update)."""
+
+    drift_ratio: Tensor  # mean |drift| / |noise| of the last step as taken
+    step_size: Tensor  # mean Langevin step as taken
+    seed_norm: Tensor  # mean |z0| / sqrt(d)
+
+
+def _gradient(energy: Energy, z0: Tensor) -> Tensor:
+    z0 = z0.detach().requires_grad_(True)
+    with torch.enable_grad():
+        (grad,) = torch.autograd.grad(energy(z0).sum(), z0)
+    return grad
+
+
+def langevin(
+    energy: Energy, z0: Tensor, *, n_steps: int, step_size: float, noise: Noise, max_drift_ratio: float = math.inf
+) -> tuple[Tensor, PosteriorStats]:
+    """Unadjusted Langevin: z0 <- z0 - (s^2 / 2) grad E + s * noise.
+
+    Where the drift would exceed ``max_drift_ratio`` times the noise, s of that trajectory's step is shrunk until it
+    does not. On a Gaussian posterior of precision A the ratio is s sqrt(mean A) / 2, and the step is unstable from
+    s^2 A = 4 on: a bound of 1/2 keeps s^2 A at 1, whatever the number of steps the energy sums.
+
+    Args:
+        energy: [P, n_z, D] -> [P].
+        z0: [P, n_z, D], where the chains are.
+        noise: step index -> standard normals like z0.
+
+    Returns:
+        the moved seeds and diagnostics.
+    """
+    scale = math.sqrt(z0[0].numel())
+    s = ratio = torch.full((len(z0), 1, 1), step_size, device=z0.device)
+    for step in range(n_steps):
+        grad = _gradient(energy, z0)
+        grad_norm = grad.flatten(1).norm(dim=1)[:, None, None]
+        s = (2 * max_drift_ratio * scale / grad_norm.clamp_min(1e-12)).clamp(max=step_size)
+        ratio = s * grad_norm / (2 * scale)
+        z0 = z0.detach() - 0.5 * s.square() * grad + s * noise(step)
+    norm = z0.flatten(1).norm(dim=1).mean() / scale
+    return z0, PosteriorStats(ratio.mean(), s.mean(), norm)
+
+
+def variational(
+    energy: Energy,
+    mean: Tensor,
+    log_std: Tensor,
+    moments: Tensor,
+    n_taken: Tensor,
+    *,
+    n_steps: int,
+    learning_rate: float,
+    noise: Noise,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Adam on the ELBO of a diagonal Gaussian per trajectory, reparameterised: minimise E_q[E(z0)] - entropy.
+
+    Args:
+        energy: [P, n_z, D] -> [P]; its |z0|^2 / 2 is the prior's part of the KL term.
+        mean, log_std: [P, n_z, D].
+        moments: [P, 4, n_z, D], Adam's first and second moments of mean and log-std.
+        n_taken: int64 [P], steps each trajectory has taken before.
+        noise: step index -> standard normals like mean; index ``n_steps`` is used for the returned sample.
+
+    Returns:
+        sample z0 ~ q [P, n_z, D], mean, log_std, moments, n_taken.
+    """
+    beta1, beta2 = ADAM_BETAS
+    for step in range(n_steps):
+        eps = noise(step)
+        std = log_std.exp()
+        grad = _gradient(energy, mean + std * eps)
+        grads = torch.stack((grad, grad * eps * std - 1.0), dim=1)  # [P, 2, n_z, D]
+        first = beta1 * moments[:, :2] + (1 - beta1) * grads
+        second = beta2 * moments[:, 2:] + (1 - beta2) * grads.square()
+        moments = torch.cat((first, second), dim=1)
+        n_taken = n_taken + 1
+        t = n_taken.to(torch.float64)[:, None, None, None]
+        move = (first / (1 - beta1**t)) / ((second / (1 - beta2**t)).sqrt() + 1e-8)
+        move = (learning_rate * move).to(mean.dtype)
+        mean, log_std = mean - move[:, 0], (log_std - move[:, 1]).clamp(*LOG_STD_RANGE)
+    return mean + log_std.exp() * noise(n_steps), mean, log_std, moments, n_taken
+
+
+class PosteriorState:
+    """What each trajectory keeps between updates, two chains per trajectory: given (tau, y), and given tau alone.
+
+    Noise is counter-based: a chain's draws depend on the seed, its id and how many it has had, never on the order of
+    batches, so that state and counters are all that a checkpoint needs.
+
+    Attributes:
+        tensors: name -> [2 * B, ...]; row i is trajectory i given (tau, y), row B + i given tau alone.
+    """
+
+    def __init__(
+        self, config: PosteriorConfig, n_trajectories: int, n_z: int, dim: int, seed: int, device: torch.device
+    ) -> None:
+        self.config = config
+        self.seed = (seed & 0xFFFFFFFF, 0x504F5354)
+        self.n_trajectories = n_trajectories
+        rows = 2 * n_trajectories
+        self.tensors: dict[str, Tensor] = {"n_draws": torch.zeros(rows, dtype=torch.int64, device=device)}
+        self.tensors["z0"] = self.normals(torch.arange(rows, device=device), 0, (n_z, dim))
+        self.tensors["n_draws"] += 1
+        if config.method == "variational":
+            shape = (rows, n_z, dim)
+            self.tensors["mean"] = torch.zeros(shape, device=device)
+            self.tensors["log_std"] = torch.full(shape, -0.5, device=device)
+            self.tensors["moments"] = torch.zeros(rows, 4, n_z, dim, device=device)
+            self.tensors["n_taken"] = torch.zeros(rows, dtype=torch.int64, device=device)
+
+    @property
+    def z0(self) -> Tensor:
+        """Current seeds given (tau, y), [B, n_z, D]."""
+        return self.tensors["z0"][: self.n_trajectories]
+
+    def normals(self, rows: Tensor, offset: int, shape: tuple[int, int]) -> Tensor:
+        """Draw ``offset`` (from the next one) of the given chains: [len(rows), *shape]."""
+        step = self.tensors["n_draws"][rows] + offset
+        return ops.philox_normal(self.seed, rows, step, shape[0] * shape[1]).view(-1, *shape)
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Take over saved tensors; shapes were checked by the checkpoint's manifest."""
+        for name, tensor in self.tensors.items():
+            tensor.copy_(tensors[name])
+
+
+def refine(state: PosteriorState, rows: Tensor, energy: Energy) -> tuple[Tensor, PosteriorStats]:
+    """Move the chains ``rows`` (int64 [b], distinct) by the configured posterior and store them.
+
+    Returns:
+        seeds [b, n_z, D] and diagnostics.
+    """
+    config, tensors = state.config, state.tensors
+    z0 = tensors["z0"][rows]
+    shape = (z0.shape[1], z0.shape[2])
+
+    def noise(step: int) -> Tensor:
+        return state.normals(rows, step, shape)
+
+    if config.method == "langevin":
+        z0, stats = langevin(
+            energy,
+            z0,
+            n_steps=config.n_steps,
+            step_size=config.step_size,
+            noise=noise,
+            max_drift_ratio=config.max_drift_ratio,
+        )
+        drawn = config.n_steps
+    else:
+        names = ("mean", "log_std", "moments", "n_taken")
+        z0, *updated = variational(
+            energy, *(tensors[name][rows] for name in names),
+            n_steps=config.n_steps, learning_rate=config.learning_rate, noise=noise,
+        )  # fmt: skip
+        for name, value in zip(names, updated, strict=True):
+            tensors[name][rows] = value
+        zero = torch.zeros((), device=z0.device)
+        stats = PosteriorStats(zero, zero, z0.flatten(1).norm(dim=1).mean() / math.sqrt(z0[0].numel()))
+        drawn = config.n_steps + 1
+    tensors["z0"][rows] = z0
+    tensors["n_draws"][rows] += drawn
+    return z0, stats

@@ -1,0 +1,1 @@
+"""Training: the outer loops, the update and the log."""

@@ -1,0 +1,369 @@
+"""Offline runs: reproducible, resumable bit for bit, stopped cleanly, never ruined by a diverged update."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from core_fixtures import make_trajectories, model_config
+
+import gac_fast
+from gac_fast import checkpoint, ops
+from gac_fast.config import Config, PosteriorConfig, TrainConfig
+from gac_fast.errors import CheckpointError, ConfigError, DataError
+from gac_fast.policy import load
+from gac_fast.train import offline
+from gac_fast.train.offline import OfflineTrainer, TrainingDivergedError, pick_device, uses_bf16
+
+LENGTHS = [6, 5, 7, 4, 8, 5, 6, 7, 5, 6]
+COMPLETE = [True] * 7 + [False] + [True] * 2
+
+# What depends on the clock alone.
+CLOCK = {"time_steps_per_second"}
+
+
+def data(seed: int = 0, **fields):
+    return make_trajectories(LENGTHS, complete=COMPLETE, seed=seed, **fields)
+
+
+def config(method="langevin", model=None, **train) -> Config:
+    """Twelve updates with logs, metrics and checkpoints at different beats."""
+    defaults = {
+        "n_updates": 12, "batch_size": 4, "learning_rate": 1e-2, "warmup": 3, "held_out": 0.2, "log_every": 3,
+        "eval_every": 6, "checkpoint_every": 4, "keep_checkpoints": 10, "device": "cpu",
+    }  # fmt: skip
+    fields = {"context": "states_actions", "action_token_dropout": 0.2, "return_context": "first_state"}
+    return Config(
+        model=model_config(**(fields | (model or {}))),
+        posterior=PosteriorConfig(method=method, tau_only_fraction=0.25),
+        train=TrainConfig(**(defaults | train)),
+    )  # fmt: skip
+
+
+def run(path: Path, conf: Config | None = None, dataset=None, **options) -> Path:
+    return gac_fast.train(
+        dataset or data(), conf or config(), path, **({"progress": False, "tensorboard": False} | options)
+    )
+
+
+def checkpoints(path: Path) -> dict[str, dict[str, torch.Tensor]]:
+    return {p.name: checkpoint.load(p)[0] for p in checkpoint.list_checkpoints(path)}
+
+
+def metrics(path: Path) -> list[dict[str, str]]:
+    with (path / "metrics.csv").open() as file:
+        return [{k: v for k, v in row.items() if k not in CLOCK} for row in csv.DictReader(file)]
+
+
+def assert_same_run(one: Path, two: Path, but: tuple[str, ...] = ()) -> None:
+    a, b = checkpoints(one), checkpoints(two)
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name].keys() == b[name].keys()
+        for key in a[name].keys() - set(but):
+            assert torch.equal(a[name][key], b[name][key]), f"{name}: {key}"
+    assert metrics(one) == metrics(two)
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(request, monkeypatch):
+    """Drawing takes most of the time of so short a run; one test does without this."""
+    if "pictures" not in request.fixturenames:
+        monkeypatch.setattr(offline, "_write_plots", lambda run: None)
+
+
+@pytest.fixture
+def pictures():
+    """Asks for the pictures of a run."""
+
+
+@pytest.fixture(scope="module", params=["langevin", "variational"])
+def whole(request, tmp_path_factory) -> tuple[Path, Config]:
+    """An uninterrupted run."""
+    conf = config(request.param)
+    return run(tmp_path_factory.mktemp("whole") / "run", conf), conf
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a run leaves
+
+
+@pytest.mark.usefixtures("pictures")
+def test_a_run_folder_is_complete(tmp_path):
+    path = run(tmp_path / "run", tensorboard=True)
+    assert json.loads((path / "config.json").read_text()) == config().to_dict()
+    assert {"python", "packages", "git", "command"} <= json.loads((path / "environment.json").read_text()).keys()
+    assert [p.name for p in checkpoint.list_checkpoints(path)] == ["step_00000004", "step_00000008", "step_00000012"]
+    assert (path / "plots" / "learning_curves.png").stat().st_size > 1000
+    assert any((path / "tensorboard").iterdir())
+    rows = {int(row["step"]): row for row in metrics(path)}
+    assert list(rows) == [3, 6, 9, 12]
+    trained = {
+        "loss",
+        "action_error",
+        "return_error",
+        "nll_per_step",
+        "drift_ratio",
+        "langevin_step",
+        "seed_norm",
+        "grad_norm",
+    }
+    held_out = {
+        "nll_per_step",
+        "nll_other_plan",
+        "steering",
+        "tau_only_corr",
+        "return_rmse",
+        "return_coverage",
+        "return_nll",
+    }
+    assert trained | {f"held_out/{name}" for name in held_out} <= rows[6].keys()
+    assert all(rows[step][name] for step in rows for name in trained)
+    assert all(bool(rows[step]["held_out/steering"]) == (step in (6, 12)) for step in rows)
+    assert float(rows[3]["learning_rate"]) == pytest.approx(1e-2)
+
+
+def test_parameters_and_chains_moved_and_held_out_chains_did_not(whole):
+    path, conf = whole
+    start = OfflineTrainer(data(), conf)
+    end = checkpoint.load(checkpoint.latest(path))[0]
+    for name, p in start.model.named_parameters():
+        assert not torch.equal(p, end[f"model.{name}"]), name
+    moved = (end["posterior.z0"] != start.posterior.tensors["z0"]).flatten(1).any(1)
+    held = start.held_out.tolist()
+    assert len(held) == 2
+    # Chains given (tau, y) first, then those given tau alone; episode 7 was cut, so its return is never shown.
+    assert not bool(moved[held].any())
+    assert not bool(moved[[10 + i for i in held]].any())
+    assert not bool(moved[7])
+    others = [i for i in range(10) if i not in held and i != 7]
+    assert bool(moved[others].all())
+    assert bool((end["posterior.n_draws"][moved] > 1).all())
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path):
+    path = run(tmp_path / "run", config(checkpoint_every=2, keep_checkpoints=3))
+    assert [p.name for p in checkpoint.list_checkpoints(path)] == ["step_00000008", "step_00000010", "step_00000012"]
+
+
+def test_no_held_out_episodes_no_metrics(tmp_path):
+    path = run(tmp_path / "run", config(held_out=0.0))
+    assert not any(name.startswith("held_out") for name in metrics(path)[-1])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reproduction
+
+
+def test_the_same_seed_gives_the_same_run(whole, tmp_path):
+    path, conf = whole
+    # The global generator's state is not an input.
+    torch.manual_seed(12345)
+    np.random.seed(54321)  # noqa: NPY002
+    assert_same_run(path, run(tmp_path / "again", conf))
+
+
+def test_another_seed_gives_another_run(whole, tmp_path):
+    path, conf = whole
+    other = run(tmp_path / "other", conf.replace(train={"seed": 1}))
+    a, b = (checkpoint.load(checkpoint.latest(p))[0] for p in (path, other))
+    for key in ("model.decoder.head.weight", "posterior.z0", "rng.batches"):
+        assert not torch.equal(a[key], b[key]), key
+    assert metrics(path) != metrics(other)
+
+
+@pytest.mark.parametrize("step", [4, 8, 12])
+def test_resume_from_any_checkpoint_is_bit_identical(whole, step, tmp_path):
+    path, conf = whole
+    resumed = tmp_path / "run"
+    shutil.copytree(path, resumed)
+    for p in checkpoint.list_checkpoints(resumed):
+        if p.name > f"step_{step:08d}":
+            shutil.rmtree(p)
+    torch.manual_seed(999)
+    run(resumed, conf, resume=True)
+    assert_same_run(path, resumed)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_stops_and_the_run_goes_on_as_if_nothing_was(whole, number, tmp_path, monkeypatch):
+    path, conf = whole
+    run_update = OfflineTrainer.run_update
+
+    def interrupted(self):
+        if self.step == 6:
+            os.kill(os.getpid(), number)
+        return run_update(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(OfflineTrainer, "run_update", interrupted)
+        stopped = run(tmp_path / "run", conf)
+    assert [p.name for p in checkpoint.list_checkpoints(stopped)] == ["step_00000004", "step_00000007"]
+    run(stopped, conf, resume=True)
+    shutil.rmtree(checkpoint.checkpoint_path(stopped, 7))
+    assert_same_run(path, stopped)
+
+
+def test_a_finished_run_may_be_lengthened(tmp_path):
+    path = run(tmp_path / "run")
+    run(path, config(n_updates=16), resume=True)
+    assert checkpoint.latest(path).name == "step_00000016"
+    assert int(metrics(path)[-1]["step"]) == 16
+
+
+def test_the_return_of_a_cut_episode_influences_nothing(whole, tmp_path):
+    path, conf = whole
+    dataset = data()
+    changed = dataclasses.replace(dataset, returns=np.where(dataset.complete, dataset.returns, 1e4))
+    assert_same_run(path, run(tmp_path / "run", conf, changed), but=("data.returns",))
+    # While the label of a complete one does.
+    changed = dataclasses.replace(dataset, returns=dataset.returns + np.eye(10)[0])
+    other = run(tmp_path / "other", conf, changed)
+    assert metrics(other) != metrics(path)
+
+
+@pytest.mark.usefixtures("cpp_engine")
+def test_reference_and_fast_ops_train_alike(tmp_path):
+    ops.reset_dispatch_counts()
+    fast = run(tmp_path / "fast")
+    assert ops.dispatch_counts()["philox_normal", "cpp"] > 0
+    ops.reset_dispatch_counts()
+    with ops.backend("reference"):
+        plain = run(tmp_path / "plain")
+    assert {name for _, name in ops.dispatch_counts()} == {"reference"}
+    a, b = (checkpoint.load(checkpoint.latest(path))[0] for path in (fast, plain))
+    # Normals agree to 1e-6; twelve updates with Adam's division by small moments amplify that.
+    for key in a:
+        if key.startswith(("model.", "posterior.z0")):
+            assert torch.allclose(a[key], b[key], rtol=0, atol=1e-3), key
+    last = [float(metrics(path)[-1]["loss"]) for path in (fast, plain)]
+    assert last[0] == pytest.approx(last[1], rel=1e-4)
+
+
+def test_bfloat16_runs(tmp_path):
+    path = run(tmp_path / "run", config(bf16="on"))
+    losses = [float(row["loss"]) for row in metrics(path)]
+    exact = [float(row["loss"]) for row in metrics(run(tmp_path / "exact"))]
+    assert losses != exact
+    assert losses == pytest.approx(exact, rel=0.05)
+    assert uses_bf16(config(bf16="on"), torch.device("cpu"))
+    assert not uses_bf16(config(bf16="off"), torch.device("cpu"))
+    assert isinstance(uses_bf16(config(bf16="auto"), torch.device("cpu")), bool)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What goes wrong
+
+
+def test_a_diverged_update_raises_and_is_never_saved(tmp_path):
+    conf = config(learning_rate=1e25, warmup=0, log_every=100, checkpoint_every=1)
+    with pytest.raises(
+        TrainingDivergedError, match=r"update \d+: \w+ is (nan|inf); the checkpoints in .* are from before"
+    ):
+        run(tmp_path / "run", conf)
+    for name, tensors in checkpoints(tmp_path / "run").items():
+        for key, value in tensors.items():
+            assert not value.is_floating_point() or bool(torch.isfinite(value).all()), f"{name}: {key}"
+
+
+def test_divergence_shows_in_the_log_row_too(tmp_path):
+    with pytest.raises(TrainingDivergedError, match=r"smaller train.learning_rate"):
+        run(tmp_path / "run", config(learning_rate=1e25, warmup=0, log_every=1, checkpoint_every=100))
+
+
+def test_an_existing_run_is_not_overwritten_unasked(whole):
+    path, conf = whole
+    before = checkpoints(path).keys()
+    with pytest.raises(ConfigError, match="already holds a run: resume it, overwrite it or choose another folder"):
+        run(path, conf)
+    assert checkpoints(path).keys() == before
+
+
+def test_overwrite_starts_anew(tmp_path):
+    path = run(tmp_path / "run")
+    run(path, config(n_updates=4), overwrite=True)
+    assert [p.name for p in checkpoint.list_checkpoints(path)] == ["step_00000004"]
+    assert int(metrics(path)[-1]["step"]) == 4
+
+
+def test_resume_asks_for_the_same_configuration_data_and_environment(whole):
+    path, conf = whole
+    with pytest.raises(CheckpointError, match=r"expected train.learning_rate 0.5, the run to resume has 0.01"):
+        run(path, conf.replace(train={"learning_rate": 0.5}), resume=True)
+    with pytest.raises(CheckpointError, match=r"expected model.window 4, the run to resume has 3"):
+        run(path, conf.replace(model={"window": 4}), resume=True)
+    with pytest.raises(CheckpointError, match="trained on other episodes than the data given now"):
+        run(path, conf, data(seed=1), resume=True)
+    with pytest.raises(CheckpointError, match="expected env_id 'Other-v0' as in the data, the checkpoint has 'Toy-v0'"):
+        run(path, conf, data(env_id="Other-v0"), resume=True)
+    with pytest.raises(CheckpointError, match="expected act_dim 4 as in the data, the checkpoint has 2"):
+        run(path, conf, data(act_dim=4), resume=True)
+
+
+def test_resume_needs_a_run(tmp_path):
+    with pytest.raises(ConfigError, match="resume: expected run_dir to name the run to resume, got None"):
+        gac_fast.train(data(), config(), resume=True)
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        run(tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("name", ["posterior.z0", "rng.batches", "model.decoder.head.weight"])
+def test_resume_from_a_checkpoint_that_lacks_a_tensor(whole, name, tmp_path):
+    path, conf = whole
+    tensors, state = checkpoint.load(checkpoint.latest(path))
+    checkpoint.save(
+        checkpoint.checkpoint_path(tmp_path / "run", 12), {k: v for k, v in tensors.items() if k != name}, state
+    )
+    with pytest.raises(CheckpointError, match=name):
+        run(tmp_path / "run", conf, resume=True)
+
+
+def test_data_that_leave_nothing_to_train_on():
+    with pytest.raises(DataError, match="expected more than 2 episodes, which are held out, got 2"):
+        OfflineTrainer(make_trajectories([3, 4]), config())
+    with pytest.raises(DataError, match="expected a training episode whose return is known, all 8 were cut"):
+        OfflineTrainer(make_trajectories(LENGTHS, complete=[False] * 10), config())
+    dataset = data()
+    held = OfflineTrainer(dataset, config()).held_out.numpy()
+    cut = dataclasses.replace(dataset, complete=np.isin(np.arange(10), held))
+    with pytest.raises(DataError, match="expected a training episode whose return is known, all 8 were cut"):
+        OfflineTrainer(cut, config())
+
+
+def test_an_unusable_device_is_named():
+    with pytest.raises(ConfigError, match="device: expected a device that torch can use, got 'quantum'"):
+        pick_device("quantum")
+    assert pick_device("cpu") == torch.device("cpu")
+    if not torch.cuda.is_available():
+        assert pick_device("auto") == torch.device("cpu")
+        with pytest.raises(ConfigError, match="device: expected a device that torch can use, got 'cuda'"):
+            pick_device("cuda")
+
+
+def test_threads_are_set_where_asked_for(tmp_path):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        run(tmp_path / "run", config(n_updates=1, n_threads=1))
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_the_trainers_policy_is_the_saved_one(whole):
+    path, conf = whole
+    trainer = OfflineTrainer(data(), conf)
+    trainer.restore(checkpoint.latest(path))
+    mine, loaded = trainer.policy(), load(path)
+    assert mine.step == loaded.step == 12
+    assert torch.equal(mine.usable, loaded.usable)
+    assert mine.best(20).tolist() == loaded.best(20).tolist()
+    assert torch.equal(mine.exploit(3, n_steps=3).z0, loaded.exploit(3, n_steps=3).z0)

@@ -1,0 +1,281 @@
+"""One update: its loss written out, what moves and what must not, clipping, schedule, bfloat16."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from conftest import row_error
+from core_fixtures import make_batch, make_model, make_trajectories, model_config, random_seeds
+
+from gac_fast.config import Config, PosteriorConfig, TrainConfig
+from gac_fast.model.normalization import Normalization
+from gac_fast.posterior import PosteriorState
+from gac_fast.train.batches import Batches
+from gac_fast.train.update import VARIANCE_WEIGHT, frozen, learning_rate, make_optimizer, update
+
+LENGTHS = [5, 9, 4, 7]
+ROWS = torch.tensor([0, 1, 2, 7])  # the last chain sees tau alone
+HAS_RETURN = [True, True, True, False]
+
+
+def setup(method="langevin", bf16=False, train=None, **fields):
+    """Model, optimiser, posterior, batch and configuration of one update."""
+    defaults = {"return_dropout": 0.0}
+    config = Config(
+        model=model_config(**(defaults | fields)), posterior=PosteriorConfig(method=method),
+        train=TrainConfig(**{"learning_rate": 1e-2, **(train or {})}),
+    )  # fmt: skip
+    model = make_model(config.model)
+    model.bf16 = bf16
+    posterior = PosteriorState(
+        config.posterior, len(LENGTHS), config.model.n_z, config.model.dim, 0, torch.device("cpu")
+    )
+    batch = make_batch(LENGTHS, has_return=HAS_RETURN)
+    return model, make_optimizer(model, config.train), posterior, batch, config
+
+
+def run(parts, rows=ROWS):
+    model, optimizer, posterior, batch, config = parts
+    torch.manual_seed(0)
+    return update(model, optimizer, posterior, batch, rows, config)
+
+
+def everything(parts) -> dict[str, torch.Tensor]:
+    """All tensors an update may change, copied."""
+    model, _, posterior, *_ = parts
+    return {k: v.clone() for k, v in (dict(model.named_parameters()) | posterior.tensors).items()}
+
+
+@pytest.mark.parametrize("context", ["states", "states_actions"])
+@pytest.mark.parametrize("method", ["langevin", "variational"])
+def test_every_parameter_and_the_batches_chains_move(method, context):
+    dropout = 0.5 if context == "states_actions" else 0.0
+    parts = setup(
+        method, context=context, action_token_dropout=dropout, return_ensemble=2, return_context="first_state"
+    )
+    model, _, posterior, batch, _ = parts
+    if dropout:
+        parts = (*parts[:3], batch._replace(dropped=torch.arange(25) % 2 == 0), parts[4])
+    before = everything(parts)
+    values = run(parts)
+    assert all(math.isfinite(float(value)) and value.ndim == 0 and not value.requires_grad for value in values.values())
+    for name, p in model.named_parameters():
+        assert not torch.equal(p, before[name]), name
+        assert bool(torch.isfinite(p).all()), name
+    moved = (posterior.tensors["z0"] != before["z0"]).flatten(1).any(1)
+    assert moved.nonzero().flatten().tolist() == ROWS.tolist()
+
+
+@pytest.mark.parametrize("return_ensemble", [1, 3])
+def test_the_loss_is_the_written_one(return_ensemble):
+    parts = setup(return_ensemble=return_ensemble, train={"grad_clip": 1e9, "return_weight": 0.4})
+    model, _, posterior, batch, _ = parts
+    old = copy.deepcopy(model)
+    values = run(parts)
+    z = old.prior(posterior.tensors["z0"][ROWS])
+    errors = old.action_errors(batch, z)
+    means, _ = old.predict_return(z, None)
+    _, log_variances = old.predict_return(z.detach(), None)
+    seen = batch.returns[:3] - means[:, :3]
+    honest = batch.returns[3] - means[:, 3].detach()
+    return_nll = (0.5 * (honest.square() / log_variances[:, 3].exp() + log_variances[:, 3])).mean()
+    sigma = old.decoder.log_sigma_a.exp()
+    action_nll = (0.5 * errors.detach() / sigma**2 + sigma.log() + 0.5 * math.log(2 * math.pi)).sum(-1).mean()
+    loss = errors.mean() + 0.4 * seen.square().mean() + VARIANCE_WEIGHT * (action_nll + return_nll)
+    assert float(values["loss"]) == pytest.approx(float(loss.detach()), rel=1e-5)
+    assert float(values["action_error"]) == pytest.approx(float(errors.detach().mean()), rel=1e-5)
+    assert float(values["return_error"]) == pytest.approx(float(seen.detach().square().mean()), rel=1e-5)
+    assert float(values["nll_per_step"]) == pytest.approx(float(action_nll.detach()), rel=1e-5)
+    # So are its gradients: the fit of the variances shapes neither the means nor the plans.
+    loss.backward()
+    for (name, new), p in zip(model.named_parameters(), old.parameters(), strict=True):
+        assert torch.allclose(new.grad, p.grad, rtol=1e-3, atol=1e-6), name
+    expected = VARIANCE_WEIGHT * (1 - errors.detach().mean(0) / sigma.detach() ** 2)
+    assert torch.allclose(model.decoder.log_sigma_a.grad, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_chain_given_tau_alone_never_sees_the_return():
+    one, two = setup(), setup()
+    two = (*two[:3], two[3]._replace(returns=two[3].returns + torch.tensor([0.0, 0.0, 0.0, 5.0])), two[4])
+    a, b = run(one), run(two)
+    for name in one[2].tensors:
+        assert torch.equal(one[2].tensors[name], two[2].tensors[name]), name
+    # Nor does the fit of the mean; only the variance is fitted to it.
+    assert float(a["return_error"]) == float(b["return_error"])
+    assert not torch.equal(one[0].returns.w3, two[0].returns.w3)
+
+
+def test_a_chain_given_the_return_sees_it():
+    one, two = setup(), setup()
+    two = (*two[:3], two[3]._replace(returns=two[3].returns + torch.tensor([5.0, 0.0, 0.0, 0.0])), two[4])
+    run(one), run(two)
+    same = (one[2].tensors["z0"] == two[2].tensors["z0"]).flatten(1).all(1)
+    assert (~same).nonzero().flatten().tolist() == [0]
+
+
+def test_an_unknown_return_touches_nothing():
+    """Episodes that were cut carry a label that is never read."""
+    one, two = setup(), setup()
+    hidden = one[3]._replace(has_label=torch.tensor([True, True, True, False]))
+    one = (*one[:3], hidden, one[4])
+    two = (*two[:3], hidden._replace(returns=hidden.returns + torch.tensor([0.0, 0.0, 0.0, 1e3])), two[4])
+    run(one), run(two)
+    other = everything(two)
+    for name, value in everything(one).items():
+        assert torch.equal(value, other[name]), name
+
+
+def test_a_batch_without_any_return_still_learns_actions():
+    parts = setup()
+    batch = parts[3]._replace(has_return=torch.zeros(4, dtype=torch.bool), has_label=torch.zeros(4, dtype=torch.bool))
+    values = run((*parts[:3], batch, parts[4]), ROWS % 4 + 4)
+    assert float(values["return_error"]) == 0.0
+    assert all(math.isfinite(float(value)) for value in values.values())
+    assert not bool(parts[0].returns.w1.grad.any())
+    assert bool(parts[0].decoder.head.weight.grad.any())
+
+
+def test_gradients_are_clipped():
+    parts = setup(train={"grad_clip": 0.01})
+    values = run(parts)
+    norm = torch.cat([p.grad.flatten() for p in parts[0].parameters() if p.grad is not None]).norm()
+    assert float(values["grad_norm"]) > 0.05
+    assert float(norm) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_the_loss_falls():
+    parts = setup()
+    first = float(run(parts)["loss"])
+    for _ in range(60):
+        last = float(run(parts)["loss"])
+    assert last < 0.7 * first
+
+
+def test_learning_rate_warms_up_and_falls_along_a_cosine():
+    config = TrainConfig(learning_rate=2.0, warmup=4, n_updates=24, final_lr_ratio=0.1)
+    assert [learning_rate(step, config) for step in range(4)] == pytest.approx([0.5, 1.0, 1.5, 2.0])
+    assert learning_rate(4, config) == pytest.approx(2.0)
+    assert learning_rate(14, config) == pytest.approx(2.0 * 0.55)
+    assert learning_rate(24, config) == pytest.approx(0.2)
+    assert learning_rate(1000, config) == pytest.approx(0.2)
+    assert learning_rate(0, TrainConfig(learning_rate=2.0, warmup=0)) == 2.0
+
+
+def test_vectors_do_not_decay():
+    model = make_model()
+    decayed, plain = make_optimizer(model, TrainConfig(weight_decay=0.3)).param_groups
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.3, 0.0)
+    assert all(p.ndim >= 2 for p in decayed["params"])
+    assert len(decayed["params"]) + len(plain["params"]) == len(list(model.parameters()))
+
+
+def test_frozen_restores_what_it_found():
+    model = make_model()
+    model.decoder.head.weight.requires_grad_(False)
+    inside = []
+
+    def fail() -> None:
+        inside.extend(p.requires_grad for p in model.parameters())
+        raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"), frozen(model):
+        fail()
+    assert not any(inside)
+    still = {name for name, p in model.named_parameters() if not p.requires_grad}
+    assert still == {"decoder.head.weight"}
+
+
+@pytest.mark.parametrize("context", ["states", "states_actions"])
+def test_bfloat16_autocast_agrees_loosely(context):
+    exact, rounded = setup(context=context), setup(bf16=True, context=context)
+    batch = exact[3]
+    z = exact[0].prior(random_seeds(4, exact[0].config))
+    with torch.no_grad():
+        means = [model.mean_actions(batch, z) for model in (exact[0], rounded[0])]
+    assert means[1].dtype == torch.float32
+    assert not torch.equal(*means)
+    # Relative to all rows together: a row near zero keeps the absolute error of its layers, not a relative one.
+    assert row_error(means[1].view(1, -1), means[0].view(1, -1)) < 2e-2
+    assert float((means[1] - means[0]).abs().max()) < 2e-2
+    a, b = run(exact), run(rounded)
+    assert float(b["loss"]) == pytest.approx(float(a["loss"]), rel=2e-2)
+    assert all(p.dtype == torch.float32 and bool(torch.isfinite(p).all()) for p in rounded[0].parameters())
+    assert rounded[2].tensors["z0"].dtype == torch.float32
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches
+
+
+def batches(sampling="length", tau_only_fraction=0.25, complete=None, held_out=(), dropout=0.0, batch_size=4):
+    lengths = [3, 30, 6, 9, 12, 5]
+    config = Config(
+        model=model_config(context="states_actions", action_token_dropout=dropout),
+        posterior=PosteriorConfig(tau_only_fraction=tau_only_fraction),
+        train=TrainConfig(batch_size=batch_size, sampling=sampling),
+    )
+    data = make_trajectories(lengths, complete=complete)
+    held = torch.tensor(held_out, dtype=torch.int64)
+    return data, Batches(data, Normalization.fit(data), held, config, torch.device("cpu"))
+
+
+def test_a_batch_holds_whole_trajectories_in_the_models_units():
+    data, b = batches()
+    batch = b.of(torch.tensor([4, 0, 4]))
+    assert batch.cu_seqlens.tolist() == [0, 12, 15, 27]
+    assert batch.sequence.tolist() == [0] * 12 + [1] * 3 + [2] * 12
+    assert batch.positions.tolist() == [*range(12), *range(3), *range(12)]
+    units = Normalization.fit(data)
+    obs, actions, y, _ = data.episode(4)
+    assert torch.equal(batch.observations[:12], units.observations(torch.from_numpy(obs)))
+    assert torch.equal(batch.actions[15:], units.actions(torch.from_numpy(actions)))
+    assert float(batch.actions.abs().max()) <= 1
+    assert float(batch.returns[0]) == pytest.approx((y - float(units.return_mean)) / float(units.return_std), abs=1e-5)
+    assert torch.equal(batch.first_states, batch.observations[[0, 12, 15]])
+    assert not bool(batch.has_return.any())
+    assert bool(batch.has_label.all())
+
+
+def test_draws_have_no_repetition_and_mark_the_tau_only_rows():
+    data, b = batches(complete=[True, True, False, True, True, True])
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        batch, rows = b.draw(generator)
+        ids = rows % len(data)
+        assert len(set(ids.tolist())) == 4
+        assert torch.equal(rows >= len(data), ~batch.has_return)
+        assert not bool(batch.has_return[3])
+        assert torch.equal(batch.has_label, ids != 2)
+        assert not bool((batch.has_return & (ids == 2)).any())
+        assert bool((batch.returns[ids == 2] == 0).all())
+        # All but the last fourth see their return, unless it is unknown.
+        assert batch.has_return[:3].tolist() == (ids[:3] != 2).tolist()
+
+
+def test_held_out_trajectories_are_never_drawn():
+    data, b = batches(held_out=(1, 4), batch_size=32)
+    assert b.size == 4
+    generator = torch.Generator().manual_seed(0)
+    drawn = {int(row) % len(data) for _ in range(20) for row in b.draw(generator)[1]}
+    assert drawn == {0, 2, 3, 5}
+
+
+@pytest.mark.parametrize("sampling", ["length", "uniform"])
+def test_trajectories_are_drawn_by_length_or_alike(sampling):
+    data, b = batches(sampling, batch_size=1)
+    generator = torch.Generator().manual_seed(0)
+    n = 3000
+    counts = torch.bincount(torch.tensor([int(b.draw(generator)[1]) % len(data) for _ in range(n)]), minlength=6)
+    share = torch.from_numpy(data.lengths / data.lengths.sum()) if sampling == "length" else torch.full((6,), 1 / 6)
+    assert bool(((counts / n - share).abs() < 5 * (share * (1 - share) / n).sqrt()).all())
+
+
+def test_action_tokens_are_dropped_at_their_rate():
+    _, b = batches(dropout=0.3, batch_size=6)
+    generator = torch.Generator().manual_seed(0)
+    dropped = torch.cat([b.draw(generator)[0].dropped for _ in range(40)]).double()
+    assert abs(float(dropped.mean()) - 0.3) < 5 * math.sqrt(0.21 / len(dropped))
+    assert batches()[1].draw(generator)[0].dropped is None
