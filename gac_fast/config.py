@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 from gac_fast.errors import ConfigError
 
@@ -16,6 +18,23 @@ def _check(condition: bool, name: str, expected: str, value: object) -> None:
         raise ConfigError(f"{name} must be {expected}, got {value!r}")
 
 
+def _check_finite(section: Any, name: str) -> None:
+    for f in dataclasses.fields(section):
+        value = getattr(section, f.name)
+        if isinstance(value, float):
+            _check(math.isfinite(value), f"{name}.{f.name}", "finite", value)
+
+
+def _check_type(hint: Any, name: str, value: object) -> None:
+    """Refuse a value of another type than the field's; an integer may stand for a number."""
+    if hint is int:
+        _check(isinstance(value, int) and not isinstance(value, bool), name, "an integer", value)
+    elif hint is float:
+        _check(isinstance(value, int | float) and not isinstance(value, bool), name, "a number", value)
+    else:
+        _check(isinstance(value, str), name, "a string", value)
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The joint model p(trajectory, return, plan)."""
@@ -23,7 +42,7 @@ class ModelConfig:
     dim: int = 128
     """Width D of the decoder and of every plan vector."""
     n_layers: int = 3
-    """Decoder layers L; the decoder sees L * (window - 1) + 1 steps."""
+    """Decoder layers L; from states alone the decoder sees L * (window - 1) + 1 steps."""
     n_heads: int = 4
     """Attention heads; the head width dim / n_heads must be even, 8 to 256."""
     window: int = 32
@@ -83,6 +102,7 @@ class ModelConfig:
             self.action_token_dropout == 0 or self.context == "states_actions",
             "model.action_token_dropout", "0 where model.context = 'states'", self.action_token_dropout,
         )  # fmt: skip
+        _check_finite(self, "model")
 
     @property
     def tokens_per_step(self) -> int:
@@ -117,6 +137,7 @@ class PosteriorConfig:
         for name in ("step_size", "max_drift_ratio", "action_temperature", "return_temperature", "learning_rate"):
             _check(getattr(self, name) > 0, f"posterior.{name}", "greater than 0", getattr(self, name))
         _check(0 <= self.tau_only_fraction < 1, "posterior.tau_only_fraction", "in [0, 1)", self.tau_only_fraction)
+        _check_finite(self, "posterior")
 
 
 @dataclass(frozen=True)
@@ -139,6 +160,8 @@ class PlanConfig:
     """Posterior seeds of the best training trajectories that exploit starts from."""
     n_prior: int = 64
     """Prior samples that exploit starts from as well."""
+    n_keep: int = 16
+    """Distinct plans that exploit returns when no starts are given; asked for more, it repeats them."""
     n_refine: int = 4
     """Candidates raised for each start, the most promising ones, when starts are given."""
     explore_step_size: float = 0.3
@@ -156,8 +179,10 @@ class PlanConfig:
             "at least 0",
             (self.n_best, self.n_prior),
         )
-        _check(self.n_refine >= 1, "plan.n_refine", "at least 1", self.n_refine)
+        for name in ("n_keep", "n_refine"):
+            _check(getattr(self, name) >= 1, f"plan.{name}", "at least 1", getattr(self, name))
         _check(self.n_best + self.n_prior > 0, "plan.n_best + plan.n_prior", "at least 1", 0)
+        _check_finite(self, "plan")
 
 
 @dataclass(frozen=True)
@@ -215,6 +240,7 @@ class TrainConfig:
         _check(0 <= self.final_lr_ratio <= 1, "train.final_lr_ratio", "in [0, 1]", self.final_lr_ratio)
         _check(0 <= self.held_out < 1, "train.held_out", "in [0, 1)", self.held_out)
         _check(0 <= self.seed < 2**32, "train.seed", "in [0, 2^32)", self.seed)
+        _check_finite(self, "train")
 
 
 @dataclass(frozen=True)
@@ -232,16 +258,24 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Config:
-        """Inverse of :meth:`to_dict`; what is missing has its default, an unknown name raises :class:`ConfigError`."""
+        """Inverse of :meth:`to_dict`; what is missing has its default.
+
+        Raises:
+            ConfigError: a name is unknown, or a value of the wrong type or out of bounds.
+        """
+        _check(isinstance(values, Mapping), "config", "a mapping of sections", values)
         parts: dict[str, Any] = {}
         sections: dict[str, Any] = {f.name: f.default_factory for f in dataclasses.fields(cls)}
         for name in values.keys() - sections.keys():
             raise ConfigError(f"config section {name!r} is unknown; expected {', '.join(sections)}")
         for name, section in sections.items():
             given = values.get(name, {})
-            known = {f.name for f in dataclasses.fields(section)}
-            for key in given.keys() - known:
+            _check(isinstance(given, Mapping), f"config section {name!r}", "a mapping of fields", given)
+            known = get_type_hints(section)
+            for key in given.keys() - known.keys():
                 raise ConfigError(f"config field {name}.{key} is unknown; expected one of {', '.join(sorted(known))}")
+            for key, value in given.items():
+                _check_type(known[key], f"{name}.{key}", value)
             parts[name] = section(**given)
         return cls(**parts)
 
@@ -254,7 +288,7 @@ class Config:
 
 
 PRESETS: dict[str, Config] = {
-    "gym": Config(),
+    "gym": Config(model=ModelConfig(return_ensemble=4)),
     # Tuned on umaze (docs/tuning.md): a short window and few plan vectors leave the plan something to say, and T_a is
     # the variance of the controller's own noise.
     "pointmaze-umaze": Config(
@@ -270,7 +304,9 @@ PRESETS: dict[str, Config] = {
         ),
         posterior=PosteriorConfig(action_temperature=0.12),
         plan=PlanConfig(radius=1.0),
-        train=TrainConfig(n_updates=700, batch_size=32, held_out=0.01, bf16="auto", eval_every=350, checkpoint_every=175),
+        train=TrainConfig(
+            n_updates=700, batch_size=32, held_out=0.01, bf16="auto", eval_every=175, checkpoint_every=175
+        ),
     ),
     "tiny": Config(
         model=ModelConfig(dim=32, n_layers=2, n_heads=2, window=4, n_z=2, prior_hidden=32, return_hidden=32),

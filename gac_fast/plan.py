@@ -64,9 +64,9 @@ def exploit(
 ) -> Plans:
     """Plans of the greatest lower bound ``mean - kappa * std + lambda * log p(z0)``, by ascent in a trust region.
 
-    The ascent starts from ``seeds`` and from prior samples. Without given starts the n best are returned (best first,
-    the candidates' number permitting; else they repeat). With starts, all candidates are scored for each start and the
-    ``n_refine`` most promising ones raised.
+    The ascent starts from ``seeds`` and from prior samples. Without given starts the ``n_keep`` best are returned, best
+    first, and repeated: what a plan is worth should not depend on how many are asked for. With starts, all candidates
+    are scored for each start and the ``n_refine`` most promising ones raised.
 
     Args:
         seeds: [M, n_z, D], posterior seeds of good trajectories.
@@ -110,7 +110,8 @@ def exploit(
     if per_start:
         best = bound.view(n, -1).argmax(dim=1) + bound.numel() // n * rows
     else:
-        best = bound.argsort(descending=True)[rows % len(bound)]
+        best = bound.topk(min(config.n_keep, len(bound))).indices
+        best = best[rows % len(best)]
     return _plans(normalization, z0[best], mean[best], std[best])
 
 

@@ -46,7 +46,9 @@ def langevin(
 
     Where the drift would exceed ``max_drift_ratio`` times the noise, s of that trajectory's step is shrunk until it
     does not. On a Gaussian posterior of precision A the ratio is s sqrt(mean A) / 2, and the step is unstable from
-    s^2 A = 4 on: a bound of 1/2 keeps s^2 A at 1, whatever the number of steps the energy sums.
+    s^2 A = 4 on: a bound of 1/2 keeps s^2 A at 1, whatever the number of steps the energy sums. Where it acts it also
+    widens the law sampled: by a quarter if all directions are alike, by more in a few directions far stiffer than the
+    rest, which are then stable and not exact. The log has the ratio and the step as taken.
 
     Args:
         energy: [P, n_z, D] -> [P].

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from gac_fast.errors import ConfigError
-from gac_fast.train.log import Logger, Progress, StopSignal, git_commit, start_run
+from gac_fast.train.log import Logger, Progress, StopSignal, environment, git_commit, start_run
 
 
 def test_start_run_writes_config_and_environment(tmp_path: Path) -> None:
@@ -67,6 +67,10 @@ def test_overwrite_and_resume(tmp_path: Path) -> None:
     start_run(tmp_path, {"seed": 2}, resume=True)
     assert set(tmp_path.rglob("*")) == before
     assert json.loads(run.config.read_text()) == {"seed": 2}
+    # Where the run began stays on record beside where it went on.
+    start_run(tmp_path, {"seed": 2}, resume=True)
+    here = environment()
+    assert json.loads(run.environment.read_text()) == {**here, "resumed": [here, here]}
 
     start_run(tmp_path, {"seed": 3}, overwrite=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "environment.json", "notes.txt"]

@@ -219,6 +219,45 @@ def test_a_finished_run_may_be_lengthened(tmp_path):
     assert int(metrics(path)[-1]["step"]) == 16
 
 
+def test_planning_may_change_and_bfloat16_may_not_between_run_and_resumption(tmp_path):
+    path = run(tmp_path / "run", config(bf16="on"))
+    state = checkpoint.load(checkpoint.latest(path))[1]
+    assert state["bf16"] is True
+    longer = config(bf16="on", n_updates=14).replace(plan={"radius": 2.0})
+    run(path, longer, resume=True)
+    assert load(path).config.plan.radius == 2.0
+    trainer = OfflineTrainer(data(), config(bf16="off"))
+    with pytest.raises(CheckpointError, match="train.bf16"):
+        trainer.restore(checkpoint.latest(path))
+    # "auto" takes what was decided where the run began, whatever it would mean here.
+    started = OfflineTrainer(data(), config(bf16="auto"))
+    started.model.bf16 = not started.model.bf16
+    saved = started.save(tmp_path / "auto")
+    again = OfflineTrainer(data(), config(bf16="auto"))
+    before = again.model.bf16
+    again.restore(saved)
+    assert again.model.bf16 is not before
+
+
+@pytest.mark.parametrize("field", ["observations", "actions", "action_high"])
+def test_resume_refuses_data_that_differ_anywhere(whole, field, tmp_path):
+    path, conf = whole
+    dataset = data()
+    changed = getattr(dataset, field).copy()
+    changed[-1] += 0.5
+    trainer = OfflineTrainer(dataclasses.replace(dataset, **{field: changed}), conf)
+    with pytest.raises(CheckpointError, match="trained on other episodes"):
+        trainer.restore(checkpoint.latest(path))
+
+
+@pytest.mark.parametrize(("size", "fraction", "expected"), [(4, 0.125, 1), (8, 0.25, 2), (4, 0.0, 0), (1, 0.5, 0)])
+def test_some_chains_of_every_batch_see_no_return(size, fraction, expected):
+    conf = config(batch_size=size).replace(posterior={"tau_only_fraction": fraction})
+    trainer = OfflineTrainer(make_trajectories(LENGTHS), conf)
+    batch, rows = trainer.batches.draw(trainer.generator)
+    assert int((~batch.has_return).sum()) == int((rows >= len(LENGTHS)).sum()) == expected
+
+
 def test_the_return_of_a_cut_episode_influences_nothing(whole, tmp_path):
     path, conf = whole
     dataset = data()
@@ -339,12 +378,14 @@ def test_data_that_leave_nothing_to_train_on():
 
 
 def test_an_unusable_device_is_named():
-    with pytest.raises(ConfigError, match="device: expected a device that torch can use, got 'quantum'"):
+    with pytest.raises(ConfigError, match="device: expected auto, cpu or a CUDA device, got 'quantum'"):
         pick_device("quantum")
+    with pytest.raises(ConfigError, match="device: expected auto, cpu or a CUDA device, got 'meta'"):
+        pick_device("meta")
     assert pick_device("cpu") == torch.device("cpu")
     if not torch.cuda.is_available():
         assert pick_device("auto") == torch.device("cpu")
-        with pytest.raises(ConfigError, match="device: expected a device that torch can use, got 'cuda'"):
+        with pytest.raises(ConfigError, match="device: expected auto, cpu or a CUDA device, got 'cuda'"):
             pick_device("cuda")
 
 

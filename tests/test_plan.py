@@ -74,6 +74,15 @@ def test_exploit_repeats_candidates_where_more_plans_are_asked_for():
     assert torch.equal(plans.z0[0], plans.z0[6])
 
 
+def test_a_plan_is_worth_the_same_however_many_are_asked_for():
+    m = model()
+    seeds = random_seeds(6, m.config)
+    config = dataclasses.replace(CONFIG, n_keep=3)
+    few, many = exploit(m, UNITS, seeds, 3, config), exploit(m, UNITS, seeds, 9, config)
+    assert torch.equal(many.z0, few.z0.repeat(3, 1, 1))
+    assert torch.equal(many.return_mean, few.return_mean.repeat(3))
+
+
 def test_exploit_stays_in_the_trust_region_of_its_seeds():
     m = model()
     d = m.config.n_z * m.config.dim

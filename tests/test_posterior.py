@@ -111,6 +111,25 @@ def test_the_drift_bound_keeps_steep_posteriors_stable():
     assert 1.15 < float(z0.square().mean()) * precision < 1.35
 
 
+def test_the_shipped_defaults_sample_the_same_law_where_the_mean_curvature_is_moderate():
+    """Default step and default bound, 256 directions of precision 1 to 8: the bound never acts, the covariance is exact."""
+    config, d, p = PosteriorConfig(), 256, 2_000
+    s = config.step_size
+    precision = torch.linspace(1.0, 8.0, d)
+    generator = torch.Generator().manual_seed(0)
+    z0, stats = langevin(
+        lambda z0: 0.5 * (precision * z0.flatten(1).square()).sum(1), torch.randn(p, 2, d // 2, generator=generator),
+        n_steps=200, step_size=s, noise=lambda _: torch.randn(p, 2, d // 2, generator=generator),
+        max_drift_ratio=config.max_drift_ratio,
+    )  # fmt: skip
+    assert float(stats.step_size) == pytest.approx(s)
+    expected = 1 / (precision * (1 - s**2 / 4 * precision))
+    error = (z0.flatten(1).var(0) / expected - 1).abs() / math.sqrt(2 / p)
+    assert float(error.max()) < SIGMAS
+    # Sharp enough to see the discretisation at all.
+    assert float(((z0.flatten(1).var(0) * precision - 1).abs() / math.sqrt(2 / p)).max()) > SIGMAS
+
+
 def test_the_drift_bound_shrinks_the_step_of_steep_trajectories_alone():
     zero_noise = torch.zeros(2, N_Z, DIM)
     slope = torch.tensor([1.0, 1000.0])

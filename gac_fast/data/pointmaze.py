@@ -11,6 +11,7 @@ import errno
 import os
 import shutil
 import tempfile
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -291,7 +292,9 @@ def _physics(spec: MazeSpec, count: int, n_threads: int | None) -> Any:
 def _progress_bar(total: int, label: str, show: bool) -> Any:
     from tqdm import tqdm
 
-    return tqdm(total=total, desc=label, unit="step", unit_scale=True, disable=not show)
+    # In a log file every redraw is a line.
+    interval = 0.1 if sys.stderr.isatty() else 5.0
+    return tqdm(total=total, desc=label, unit="step", unit_scale=True, mininterval=interval, disable=not show)
 
 
 def _check_counts(episodes: int, seed: int) -> None:

@@ -17,7 +17,7 @@ SMALLEST_STD = 1e-6
 
 
 class Normalization(NamedTuple):
-    """Affine maps fitted on the training episodes; float32 on the model's device."""
+    """Affine maps fitted on all episodes of a data set, held-out ones too; float32 on the model's device."""
 
     obs_mean: Tensor  # [obs_dim]
     obs_std: Tensor  # [obs_dim]

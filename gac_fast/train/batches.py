@@ -41,7 +41,9 @@ class Batches:
             self.weights.fill_(1.0)
         self.weights[held_out] = 0.0
         self.size = min(config.train.batch_size, int((self.weights > 0).sum()))
-        self.n_tau_only = round(config.posterior.tau_only_fraction * self.size)
+        fraction = config.posterior.tau_only_fraction
+        # At least one where asked for: without any, the return model's variance is never fitted.
+        self.n_tau_only = max(1, round(fraction * self.size)) if fraction > 0 and self.size > 1 else 0
         self.action_token_dropout = config.model.action_token_dropout
 
     def draw(self, generator: torch.Generator) -> tuple[Batch, Tensor]:

@@ -125,7 +125,11 @@ def start_run(
         _remove_run(run)
     run.path.mkdir(parents=True, exist_ok=True)
     write_json(run.config, config)
-    write_json(run.environment, environment())
+    here = environment()
+    if resume and run.environment.exists():
+        first = read_json(run.environment)
+        here = {**first, "resumed": [*first.get("resumed", []), here]}
+    write_json(run.environment, here)
     return run
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import time
@@ -29,16 +30,16 @@ from gac_fast.train.update import learning_rate, make_optimizer, update
 
 __all__ = ["OfflineTrainer", "TrainingDivergedError", "train"]
 
-# What may differ between a run and its resumption: none of it changes an update, but for n_updates, over which the
-# learning rate falls.
+# What may differ between a run and its resumption beside all of plan. None of it changes what an update means: the
+# learning rate falls over n_updates, and n_threads may change the order of sums, hence last bits.
 RESUME_MAY_CHANGE = {
-    "n_updates",
-    "log_every",
-    "eval_every",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "n_threads",
-    "replay_episodes",
+    "train.n_updates",
+    "train.log_every",
+    "train.eval_every",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.n_threads",
+    "train.replay_episodes",
 }
 
 MAX_HELD_OUT_MEASURED = 64
@@ -53,7 +54,7 @@ def uses_bf16(config: Config, device: torch.device) -> bool:
     if config.train.bf16 != "auto":
         return config.train.bf16 == "on"
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     return bool(torch.cpu.get_capabilities().get("amx_bf16", False))
 
 
@@ -65,7 +66,9 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device: expected a device that torch can use, got {name!r}: {error}") from None
+        raise ConfigError(f"device: expected auto, cpu or a CUDA device, got {name!r}: {error}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device: expected auto, cpu or a CUDA device, got {name!r}")
     return device
 
 
@@ -140,12 +143,13 @@ class OfflineTrainer:
         data = self.data.returns[policy.best(n).cpu().numpy()]
         return {"replay/best_plans": result.mean, "replay/their_data": float(data.mean())}
 
+    @functools.cached_property
     def fingerprint(self) -> str:
-        """Identifies the data set by lengths, returns and first observations."""
+        """SHA-256 of the data set: every array of it, action bounds included."""
+        d = self.data
         digest = hashlib.sha256()
-        firsts = self.data.observations[self.data.cu_seqlens[:-1]]
-        for array in (self.data.cu_seqlens, self.data.returns, self.data.complete, firsts):
-            digest.update(np.ascontiguousarray(array).tobytes())
+        for array in (d.cu_seqlens, d.returns, d.complete, d.action_low, d.action_high, d.observations, d.actions):
+            digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
 
     def save(self, run_dir: Path) -> Path:
@@ -161,13 +165,16 @@ class OfflineTrainer:
             "rng.torch": torch.get_rng_state(),
             "rng.batches": self.generator.get_state(),
         }
+        if self.device.type == "cuda":
+            tensors["rng.cuda"] = torch.cuda.get_rng_state(self.device)
         state = {
             "step": self.step,
             "config": self.config.to_dict(),
             "env_id": self.data.env_id,
             "obs_dim": self.data.obs_dim,
             "act_dim": self.data.act_dim,
-            "data_fingerprint": self.fingerprint(),
+            "data_fingerprint": self.fingerprint,
+            "bf16": self.model.bf16,
             "optimizer": optimizer,
         }
         path = checkpoint.checkpoint_path(run_dir, self.step)
@@ -188,14 +195,16 @@ class OfflineTrainer:
                 raise CheckpointError(
                     f"{path}: expected {name} {value!r} as in the data, the checkpoint has {state[name]!r}"
                 )
-        if state["data_fingerprint"] != self.fingerprint():
+        if state["data_fingerprint"] != self.fingerprint:
             raise CheckpointError(f"{path}: the run was trained on other episodes than the data given now")
         # Through Config: a run from before a field existed has that field's default.
         earlier = Config.from_dict(state["config"]).to_dict()
         for section, fields in self.config.to_dict().items():
             for name, value in fields.items():
                 saved = earlier[section][name]
-                if saved != value and name not in RESUME_MAY_CHANGE:
+                # Planning happens after training.
+                free = section == "plan" or f"{section}.{name}" in RESUME_MAY_CHANGE
+                if saved != value and not free:
                     raise CheckpointError(
                         f"{path}: expected {section}.{name} {value!r}, the run to resume has {saved!r}"
                     )
@@ -203,10 +212,16 @@ class OfflineTrainer:
             self.model.load_state_dict({name: tensors[f"model.{name}"] for name in self.model.state_dict()})
             self.posterior.load({name: tensors[f"posterior.{name}"] for name in self.posterior.tensors})
             self.optimizer.load_state_dict(checkpoint.unflatten(tensors, state["optimizer"]))
+            self.normalization = Normalization(*(tensors[f"normalization.{name}"] for name in Normalization._fields))
             self.generator.set_state(tensors["rng.batches"])
             torch.set_rng_state(tensors["rng.torch"])
+            if self.device.type == "cuda":
+                torch.cuda.set_rng_state(tensors["rng.cuda"], self.device)
         except (KeyError, RuntimeError) as error:
             raise CheckpointError(f"{path}: {error}") from None
+        self.batches = Batches(self.data, self.normalization, self.held_out, self.config, self.device)
+        # As it was decided where the run began: "auto" may mean another thing on this machine.
+        self.model.bf16 = state["bf16"]
         self.step = state["step"]
 
 

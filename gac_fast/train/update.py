@@ -88,8 +88,8 @@ def update(
     squared = model.return_errors(batch, means)
     return_loss = (squared * seen).sum() / (seen.sum().clamp_min(1) * len(means))
 
-    # The variances describe the model and do not shape it: means and plans are fixed. That of the return is fitted on
-    # plans inferred from tau alone, for a plan that has seen the return makes errors look small.
+    # The variances are fitted with means and plans held fixed. That of the return sees plans inferred from tau alone,
+    # for a plan that has seen the return makes errors look small.
     log_sigma = model.decoder.log_sigma_a
     action_nll = -model.action_log_likelihood(errors.detach()).mean()
     fixed_means, log_variances = model.predict_return(z.detach(), first_states)
