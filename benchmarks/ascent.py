@@ -1,6 +1,6 @@
 """Predicted against achieved return at several numbers of ascent steps: does a longer ascent leave the data?
 
-    python benchmarks/ascent.py runs/demo --env pointmaze-umaze
+python benchmarks/ascent.py runs/demo --env pointmaze-umaze
 """
 
 from __future__ import annotations

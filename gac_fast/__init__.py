@@ -1,6 +1,6 @@
 """Generative Actor Critic: learn p(trajectory, return), plan by inference, act fast.
 
-    run_dir = gac_fast.train("pointmaze-umaze-v0", gac_fast.preset("pointmaze"))
+    run_dir = gac_fast.train("pointmaze-umaze-v0", gac_fast.preset("pointmaze-umaze"))
     policy = gac_fast.load(run_dir)
     actor = policy.actor(policy.exploit(n=64))
     result = gac_fast.evaluate(policy, "pointmaze-umaze", episodes=256, seed=0)

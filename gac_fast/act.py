@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +18,13 @@ __all__ = ["Actor"]
 Array = TypeVar("Array", np.ndarray, Tensor)
 
 
+class HasSeeds(Protocol):
+    """Such as :class:`gac_fast.plan.Plans`."""
+
+    @property
+    def z0(self) -> Tensor: ...
+
+
 class Actor:
     """Stateful batched decoding for P environments.
 
@@ -27,19 +34,27 @@ class Actor:
     Args:
         model: the joint model; its weights are read at every step, never copied.
         normalization: units of observations and actions.
-        z0: [P, n_z, D], one plan seed per environment.
+        z0: [P, n_z, D], one plan seed per environment, P >= 1; NumPy or tensor, of any float type and device. It goes
+            to the device and type of ``normalization``.
         action_noise: standard deviation of Gaussian noise on the action, in units of half the action space.
         seed: of that noise.
+
+    Raises:
+        ValueError: ``z0`` has another shape, is not of a float type, or is not finite (checked if it comes on the CPU).
     """
 
     def __init__(
-        self, model: GAC, normalization: Normalization, z0: Tensor, action_noise: float = 0.0, seed: int = 0
+        self,
+        model: GAC,
+        normalization: Normalization,
+        z0: np.ndarray | Tensor,
+        action_noise: float = 0.0,
+        seed: int = 0,
     ) -> None:
-        if z0.ndim != 3 or z0.shape[1:] != (model.config.n_z, model.config.dim):
-            raise ValueError(f"z0: expected shape [P, {model.config.n_z}, {model.config.dim}], got {list(z0.shape)}")
         self.model = model
         self.normalization = normalization
         self.action_noise = action_noise
+        z0 = self._seeds("z0", z0, None)
         self._generator = torch.Generator(device=z0.device).manual_seed(seed)
         config, decoder = model.config, model.decoder
         n_rows, width = len(z0), config.dim // config.n_heads
@@ -61,6 +76,28 @@ class Actor:
         window = self.model.config.window
         return f"Actor({len(self)} environments, window={window} steps, action_noise={self.action_noise})"
 
+    def _seeds(self, name: str, z0: np.ndarray | Tensor, rows: Tensor | None) -> Tensor:
+        """Checked seeds on the actor's device; those outside ``rows`` (bool [P], None for all) may be anything."""
+        config, like = self.model.config, self.normalization.obs_mean
+        # A copy: torch takes over a read-only array only with a warning.
+        z0 = torch.from_numpy(z0.copy()) if isinstance(z0, np.ndarray) else torch.as_tensor(z0)
+        if not z0.is_floating_point():
+            raise ValueError(f"{name}: expected floating-point seeds, got {z0.dtype}")
+        p = "P" if rows is None else len(rows)
+        expected = f"{name}: expected seeds of shape [{p}, {config.n_z}, {config.dim}]"
+        if z0.ndim != 3 or z0.shape[1:] != (config.n_z, config.dim) or (rows is not None and len(z0) != len(rows)):
+            raise ValueError(f"{expected}, got {list(z0.shape)}")
+        if len(z0) == 0:
+            raise ValueError(f"{expected} with P >= 1, got {list(z0.shape)}")
+        if z0.device.type == "cpu":
+            finite = torch.isfinite(z0).flatten(1).all(dim=1)
+            if rows is not None:
+                finite |= ~rows.cpu()
+            if not bool(finite.all()):
+                row = int((~finite).nonzero()[0])
+                raise ValueError(f"{name}: expected finite seeds, plan {row} has NaN or infinity")
+        return z0.to(like.device, like.dtype)
+
     @torch.no_grad()
     def _set_plans(self, rows: Tensor, z0: Tensor) -> None:
         # All rows are computed and the masked ones kept: the same shapes, hence the same bits, as in a fresh actor.
@@ -70,13 +107,18 @@ class Actor:
             self._plan_k[i] = torch.where(keep, k, self._plan_k[i])
             self._plan_v[i] = torch.where(keep, v, self._plan_v[i])
 
-    def reset(self, mask: np.ndarray | Tensor | None = None, plans: Tensor | None = None) -> None:
+    def reset(
+        self, mask: np.ndarray | Tensor | None = None, plans: np.ndarray | Tensor | HasSeeds | None = None
+    ) -> None:
         """Start new episodes.
 
         Args:
             mask: bool [P], environments that start anew; None for all. The others keep their history untouched.
             plans: new plan seeds for them, [P, n_z, D] (rows outside the mask are not read), or anything with such a
                 ``z0``; None keeps their plans.
+
+        Raises:
+            ValueError: a mask or seeds of another shape or type, or seeds that are not finite (checked on the CPU).
         """
         rows = torch.ones_like(self._steps, dtype=torch.bool)
         if mask is not None:
@@ -84,13 +126,14 @@ class Actor:
             if rows.dtype != torch.bool or rows.shape != self._steps.shape:
                 raise ValueError(f"mask: expected bool [{len(self)}], got {rows.dtype} {list(rows.shape)}")
         if plans is not None:
-            z0 = torch.as_tensor(getattr(plans, "z0", plans), device=self._ring_k.device)
-            expected = (len(self), self.model.config.n_z, self.model.config.dim)
-            if z0.shape != expected:
-                raise ValueError(f"plans: expected z0 of shape {list(expected)}, got {list(z0.shape)}")
-            self._set_plans(rows, z0.to(self._ring_k.dtype))
-        # Rings are not cleared: a slot counts only once a token of the new episode has filled it.
-        self._steps[rows] = 0
+            z0 = plans if isinstance(plans, np.ndarray | Tensor) else plans.z0
+            self._set_plans(rows, self._seeds("plans", z0, rows))
+        # A slot counts only once a token of the new episode has filled it, but weight 0 times NaN is NaN: whatever an
+        # earlier episode left must go. Filled under a mask, as rows picked by one would make the host wait.
+        for ring in (self._ring_k, self._ring_v):
+            ring.masked_fill_(rows[:, None, None, None], 0)
+        self._last_action.masked_fill_(rows[:, None], 0)
+        self._steps.masked_fill_(rows, 0)
 
     @torch.no_grad()
     def act(self, obs: Array) -> Array:

@@ -14,16 +14,19 @@ import torch
 
 from gac_fast.act import Actor
 from gac_fast.errors import EnvError
-from gac_fast.plan import Plans
+from gac_fast.plan import Plans, predict
 from gac_fast.policy import Policy
 from gac_fast.rollout import Rollout, rollout
 
 if TYPE_CHECKING:
     from gymnasium.vector import VectorEnv
 
-__all__ = ["EvalResult", "evaluate"]
+__all__ = ["EvalResult", "check_fit", "evaluate"]
 
 MAX_ENVS = 256
+
+# Of action bounds, relative and absolute: they went through float32 sums.
+BOUND_TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True)
@@ -98,12 +101,14 @@ def evaluate(
         episodes: number of episodes, one plan each.
         seed: of the environments and of planning.
         plans: plan i acts in episode i (they repeat if there are fewer); None plans with ``policy.exploit``, for each
-            episode's own start where the return model takes the first state.
+            episode's own start where the return model takes the first state. There the return of given plans is
+            predicted anew, for the starts at hand.
         keep: episodes whose observations and actions are kept in ``result.rollout``.
         progress: show a bar.
 
     Raises:
-        EnvError: the environment is unknown, or its spaces are not those the policy was trained on.
+        EnvError: the environment is unknown, its spaces are not those the policy was trained on, or it was named and
+            is another task than that of the data. (A vector environment may be any task with the same spaces.)
     """
     from gac_fast import envs
 
@@ -113,7 +118,9 @@ def evaluate(
     vector = envs.make_vector(env, num_envs=min(episodes, MAX_ENVS))
     try:
         env_id = env if isinstance(env, str) else _env_id(vector)
-        _check_fit(policy, vector, env_id)
+        _check_spaces(policy, vector, env_id)
+        if own:
+            _check_task(policy, env_id)
         predicted, predicted_std = np.zeros(episodes), np.zeros(episodes)
 
         def make_actor(obs: np.ndarray, first: int) -> Actor:
@@ -122,6 +129,8 @@ def evaluate(
                 chosen = policy.exploit(n, obs, seed=seed)
             else:
                 chosen = plans[torch.arange(first, first + n, device=plans.z0.device) % len(plans)]
+                if policy.model.returns.uses_first_state:
+                    chosen = _predict_for(policy, chosen, obs)
             rows = slice(first, min(first + n, episodes))
             wanted = rows.stop - rows.start
             predicted[rows] = chosen.return_mean[:wanted].cpu().numpy()
@@ -152,31 +161,80 @@ def evaluate(
     )  # fmt: skip
 
 
+def check_fit(policy: Policy, env: str) -> None:
+    """Refuse an environment that :func:`evaluate` would refuse, without running it.
+
+    Raises:
+        EnvError: unknown, of other spaces, or of another task.
+    """
+    from gac_fast import envs
+
+    vector = envs.make_vector(env, num_envs=1)
+    try:
+        _check_spaces(policy, vector, env)
+        _check_task(policy, env)
+    finally:
+        vector.close()
+
+
 def _env_id(vector: VectorEnv[Any, Any, Any]) -> str:
     spec = getattr(vector, "spec", None)
     return spec.id if spec is not None else type(vector).__name__
 
 
-def _check_fit(policy: Policy, vector: VectorEnv[Any, Any, Any], env_id: str) -> None:
-    obs_shape, act_shape = vector.single_observation_space.shape, vector.single_action_space.shape
+def _predict_for(policy: Policy, plans: Plans, obs: np.ndarray) -> Plans:
+    """The same plans with the return predicted from the starts ``obs`` [P, obs_dim] in environment units."""
+    starts = policy.normalization.observations(torch.as_tensor(obs, device=policy.device))[:, None]
+    return predict(policy.model, policy.normalization, plans.z0.to(policy.device), starts)
+
+
+def _check_spaces(policy: Policy, vector: VectorEnv[Any, Any, Any], env_id: str) -> None:
+    trained_on = policy.env_id or "unnamed data"
+    space = vector.single_action_space
+    obs_shape, act_shape = vector.single_observation_space.shape, space.shape
     expected = ((policy.model.obs_dim,), (policy.model.act_dim,))
     if (obs_shape, act_shape) != expected:
-        trained_on = policy.env_id or "unnamed data"
         raise EnvError(
             f"{env_id}: the policy was trained on {trained_on} with observations {list(expected[0])} and actions "
             f"{list(expected[1])}, got an environment with {list(obs_shape or ())} and {list(act_shape or ())}"
         )
-    named = env_id != type(vector).__name__
-    if named and policy.env_id is not None and _task(env_id) != _task(policy.env_id):
-        warnings.warn(
-            f"the policy was trained on {policy.env_id} and acts in {env_id}, whose spaces have the same shapes",
-            stacklevel=3,
+    units = policy.normalization
+    bounds = {"low": units.action_mid - units.action_half, "high": units.action_mid + units.action_half}
+    for name, bound in bounds.items():
+        mine, its = bound.cpu().numpy(), np.asarray(getattr(space, name), np.float32)
+        # An environment without bounds takes every action.
+        if not np.allclose(mine, np.where(np.isfinite(its), its, mine), rtol=BOUND_TOLERANCE, atol=BOUND_TOLERANCE):
+            raise EnvError(
+                f"{env_id}: the policy was trained on {trained_on} with actions whose {name} is {mine.tolist()}, "
+                f"got an environment where it is {its.tolist()}"
+            )
+
+
+def _check_task(policy: Policy, env_id: str) -> None:
+    """Refuse another task of the same shapes. Data may bear any name: only ids that gymnasium knows are compared."""
+    from gac_fast import envs
+
+    if policy.env_id is None:
+        return
+    # Without "module:", which gymnasium would import: the name comes from a file.
+    name = policy.env_id.rpartition(":")[2]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trained_on = _task(envs.resolve_env_id(name))
+    except EnvError:
+        return
+    if _task(envs.resolve_env_id(env_id)) != trained_on:
+        raise EnvError(
+            f"{env_id}: the policy was trained on {policy.env_id}, another task with spaces of the same shapes; "
+            "pass a vector environment to evaluate it there all the same"
         )
 
 
 def _task(env_id: str) -> str:
-    """An environment id without namespace and version."""
-    return re.sub(r"-v\d+$", "", env_id.rpartition("/")[2]).lower()
+    """An environment id without namespace and version; mazes have one name in every collection."""
+    name = re.sub(r"-v\d+$", "", re.split("[:/]", env_id)[-1]).lower().replace("_", "-")
+    return re.sub("^maze2d-", "pointmaze-", name)
 
 
 def _normalized(env_id: str, returns: np.ndarray) -> float | None:

@@ -14,7 +14,7 @@ from gac_fast import checkpoint
 from gac_fast import plan as planning
 from gac_fast.act import Actor
 from gac_fast.config import Config, PlanConfig
-from gac_fast.errors import CheckpointError
+from gac_fast.errors import CheckpointError, ConfigError
 from gac_fast.model import GAC
 from gac_fast.model.normalization import Normalization
 from gac_fast.plan import Plans
@@ -105,10 +105,15 @@ class Policy:
             obs: [n, obs_dim] first observations, as in :meth:`exploit`.
             seed: of the samples.
             overrides: fields of :class:`PlanConfig`.
+
+        Raises:
+            ConfigError: the target is not finite, or its square in the model's units is not.
         """
         _check_count(n)
-        if not np.isfinite(target):
-            raise ValueError(f"target: expected a finite return, got {target}")
+        y = self.normalization.returns(torch.tensor(target, dtype=torch.float64, device=self.device).float())
+        # The energy squares it.
+        if not bool(torch.isfinite(y.square())):
+            raise ConfigError(f"target: expected a finite return, also when squared in float32, got {target}")
         starts = self._per_plan(n, self._starts(n, obs, seed))
         return planning.explore(
             self.model, self.normalization, n, target, self._plan_config(overrides), starts, seed=seed
@@ -138,7 +143,7 @@ class Policy:
         starts = self._per_plan(len(z0), self._starts(len(z0), obs, 0))
         return planning.predict(self.model, self.normalization, z0, starts)
 
-    def actor(self, plans: Plans | Tensor, action_noise: float = 0.0, seed: int = 0) -> Actor:
+    def actor(self, plans: Plans | Tensor | np.ndarray, action_noise: float = 0.0, seed: int = 0) -> Actor:
         """An :class:`Actor` for ``len(plans)`` environments, plan i acting in environment i."""
         z0 = plans.z0 if isinstance(plans, Plans) else plans
         return Actor(self.model, self.normalization, z0, action_noise, seed)

@@ -4,21 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from gac_fast.act import Actor
-from gac_fast.errors import EnvError
+from gac_fast.errors import DataError, EnvError
 
 if TYPE_CHECKING:
     from gymnasium.vector import VectorEnv
 
     from gac_fast.data import Trajectories
 
-__all__ = ["Rollout", "rollout"]
+__all__ = ["Acts", "MakeActor", "Rollout", "rollout"]
 
-MakeActor = Callable[[np.ndarray, int], Actor]
+# Rows are seeded with consecutive numbers from the round's own; all of them stay below this, which any generator takes.
+SEED_LIMIT = 2**31
+
+
+class Acts(Protocol):
+    """Whatever chooses the actions of a round: a :class:`gac_fast.act.Actor`, or anything else with this method."""
+
+    def act(self, obs: np.ndarray, /) -> np.ndarray:
+        """Observations float32 [num_envs, obs_dim] -> actions [num_envs, act_dim], both in environment units."""
+        ...
+
+
+MakeActor = Callable[[np.ndarray, int], Acts]
 """(first observations [num_envs, obs_dim] in environment units, number of the round's first episode) -> actor."""
 
 
@@ -40,16 +51,23 @@ class Rollout:
     """Per episode float32 [H, act_dim]; empty where not kept."""
 
     def trajectories(self, env: VectorEnv[Any, Any, Any], env_id: str | None = None) -> Trajectories:
-        """The kept episodes as packed storage."""
+        """The kept episodes as packed storage, and they alone.
+
+        Raises:
+            DataError: no episode was kept.
+        """
         from gac_fast.data import Trajectories
 
+        n = len(self.observations)
+        if n == 0:
+            raise DataError(f"trajectories: expected at least 1 kept episode, got 0 of {len(self.returns)}: set keep")
         space = env.single_action_space
         return Trajectories(
             observations=np.concatenate(self.observations),
             actions=np.concatenate(self.actions),
-            cu_seqlens=np.concatenate(([0], np.cumsum(self.lengths))).astype(np.int64),
-            returns=self.returns,
-            complete=np.ones(len(self.returns), np.bool_),
+            cu_seqlens=np.concatenate(([0], np.cumsum(self.lengths[:n]))).astype(np.int64),
+            returns=self.returns[:n],
+            complete=np.ones(n, np.bool_),
             action_low=np.asarray(space.low, np.float32),  # type: ignore[attr-defined]
             action_high=np.asarray(space.high, np.float32),  # type: ignore[attr-defined]
             env_id=env_id,
@@ -72,7 +90,8 @@ def rollout(
     Args:
         env: any ``gymnasium.vector.VectorEnv`` with flat float observations and a Box action space.
         make_actor: called at the start of every round.
-        seed: round r resets with ``seed + r``.
+        seed: round r resets with ``seed + r * num_envs``, to which vector environments add the row: no start is seeded
+            twice. Seeds stay below 2^31 and begin again at 0 there.
         keep: episodes, from the first, whose observations and actions are kept.
         on_step: called with (episodes finished, time steps made) after every step of the vector.
 
@@ -95,7 +114,7 @@ def rollout(
         wanted = min(n, episodes - start)
         running = np.arange(n) < wanted
         try:
-            obs, _ = env.reset(seed=None if seed is None else seed + round_index)
+            obs, _ = env.reset(seed=None if seed is None else _round_seed(seed, round_index, n))
         except Exception as error:
             raise EnvError(f"the environment failed at its reset, {start} episodes done: {error}") from error
         obs = _observations(obs, running)
@@ -106,7 +125,7 @@ def rollout(
         n_keep = max(0, min(wanted, keep - start))
         history: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         while running.any():
-            action = actor.act(obs)
+            action = np.asarray(actor.act(obs))
             if n_keep:
                 history.append((obs[:n_keep].copy(), action[:n_keep].copy(), running[:n_keep].copy()))
             try:
@@ -140,6 +159,10 @@ def rollout(
         terminated = np.concatenate((terminated, ended_by_env[:wanted]))
         round_index += 1
     return Rollout(returns, lengths, terminated, np.concatenate(firsts), kept_obs, kept_actions)
+
+
+def _round_seed(seed: int, round_index: int, num_envs: int) -> int:
+    return int(seed + round_index * num_envs) % (SEED_LIMIT - num_envs)
 
 
 def _observations(obs: np.ndarray, running: np.ndarray) -> np.ndarray:

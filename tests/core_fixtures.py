@@ -167,7 +167,10 @@ class CountingEnv(gymnasium.Env[np.ndarray, np.ndarray]):
 
     def __init__(self, index: int, lengths: Sequence[int], faults: dict[tuple[int, int], str] | None = None) -> None:
         self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (OBS_DIM,), np.float32)
-        self.action_space = gymnasium.spaces.Box(-10, 10, (ACT_DIM,), np.float32)
+        # Those of make_normalization.
+        self.action_space = gymnasium.spaces.Box(
+            np.array([-1.25, -2.5], np.float32), np.array([1.75, 3.5], np.float32), dtype=np.float32
+        )
         self.index, self.lengths, self.faults = index, lengths, faults or {}
         self.episode, self.t = -1, 0
         self.actions: list[np.ndarray] = []

@@ -56,6 +56,21 @@ def test_reset_with_new_plans_changes_the_masked_rows_plans_alone(context):
         assert torch.equal(out[~MASK], kept[~MASK])
 
 
+@pytest.mark.parametrize("context", ["states", "states_actions"])
+def test_reset_takes_away_what_an_overflow_left(context):
+    """0 times NaN is NaN: no weight of an attention hides a NaN of an earlier episode."""
+    used, fresh = make_actor(context), make_actor(context)
+    obs = observations(1)[0]
+    # Finite, and infinite in the model's units.
+    obs[MASK] = 3e38
+    # More than one step: the first slot is written again before it is read.
+    for _ in range(3):
+        assert bool(used.act(obs)[MASK].isnan().all())
+    used.reset(MASK)
+    for obs in observations(5, seed=1):
+        assert torch.equal(used.act(obs)[MASK], fresh.act(obs)[MASK])
+
+
 def test_reset_of_all_and_of_none():
     used, fresh = make_actor(), make_actor()
     first = [used.act(obs) for obs in observations(5)]
@@ -155,7 +170,46 @@ def test_bad_masks_and_plans():
         actor.reset(MASK[:3])
     with pytest.raises(ValueError, match=r"mask: expected bool \[4\], got torch.int64 \[4\]"):
         actor.reset(MASK.long())
-    with pytest.raises(ValueError, match=r"plans: expected z0 of shape \[4, 2, 16\], got \[2, 2, 16\]"):
+    with pytest.raises(ValueError, match=r"plans: expected seeds of shape \[4, 2, 16\], got \[2, 2, 16\]"):
         actor.reset(MASK, random_seeds(2, actor.model.config))
-    with pytest.raises(ValueError, match=r"z0: expected shape \[P, 2, 16\], got \[4, 1, 16\]"):
-        Actor(actor.model, actor.normalization, random_seeds(P, actor.model.config)[:, :1])
+    plans = random_seeds(P, actor.model.config)
+    plans[2, 0, 3] = torch.inf
+    with pytest.raises(ValueError, match="plans: expected finite seeds, plan 2 has NaN or infinity"):
+        actor.reset(MASK, plans)
+    # Nothing was changed.
+    assert torch.equal(actor.act(observations(1)[0]), make_actor().act(observations(1)[0]))
+
+
+@pytest.mark.parametrize("kind", ["numpy", "tensor"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda z0: z0[:, :1], r"z0: expected seeds of shape \[P, 2, 16\], got \[4, 1, 16\]"),
+        (lambda z0: z0[0], r"z0: expected seeds of shape \[P, 2, 16\], got \[2, 16\]"),
+        (lambda z0: z0[:0], r"z0: expected seeds of shape \[P, 2, 16\] with P >= 1, got \[0, 2, 16\]"),
+        (lambda z0: z0.long(), "z0: expected floating-point seeds, got torch.int64"),
+        (lambda z0: torch.where(z0 == z0[1, 0, 2], torch.nan, z0), "z0: expected finite seeds, plan 1 has NaN or inf"),
+    ],
+)
+def test_bad_seeds(change, message, kind):
+    model = make_model()
+    bad = change(random_seeds(P, model.config))
+    with pytest.raises(ValueError, match=message):
+        Actor(model, make_normalization(), bad.numpy() if kind == "numpy" else bad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("kind", ["numpy", "tensor"])
+def test_seeds_of_any_float_type(dtype, kind):
+    z0 = random_seeds(P, make_model().config).half()
+    expected = Actor(make_model(), make_normalization(), z0.float())
+    given = z0.to(dtype).numpy() if kind == "numpy" else z0.to(dtype)
+    if kind == "numpy":
+        given.setflags(write=False)
+    actor = Actor(make_model(), make_normalization(), given)
+    obs = observations(1)[0]
+    out = actor.act(obs)
+    assert out.dtype == torch.float32
+    assert torch.equal(out, expected.act(obs))
+    actor.reset(plans=given)
+    assert torch.equal(actor.act(obs), out)

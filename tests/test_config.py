@@ -64,6 +64,10 @@ BAD = [
     (TrainConfig, {"bf16": "yes"}, "train.bf16 must be off, on or auto, got 'yes'"),
     (TrainConfig, {"sampling": "random"}, "train.sampling must be length or uniform, got 'random'"),
     (TrainConfig, {"seed": -1}, r"train.seed must be in \[0, 2\^32\), got -1"),
+    (ModelConfig, {"rope_base": float("inf")}, "model.rope_base must be finite, got inf"),
+    (PosteriorConfig, {"step_size": float("inf")}, "posterior.step_size must be finite, got inf"),
+    (PlanConfig, {"kappa": float("inf")}, "plan.kappa must be finite, got inf"),
+    (TrainConfig, {"learning_rate": float("inf")}, "train.learning_rate must be finite, got inf"),
 ]
 
 
@@ -89,6 +93,33 @@ def test_unknown_sections_and_fields_are_named():
         Config.from_dict({"modle": {}})
     with pytest.raises(ConfigError, match=r"config field model.width is unknown; expected one of action_token_dropout"):
         Config.from_dict({"model": {"width": 3}})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"train": {"seed": "x"}}, "train.seed must be an integer, got 'x'"),
+        ({"train": {"n_updates": "20"}}, "train.n_updates must be an integer, got '20'"),
+        ({"train": {"n_updates": 2.5}}, "train.n_updates must be an integer, got 2.5"),
+        ({"train": {"n_updates": True}}, "train.n_updates must be an integer, got True"),
+        ({"train": {"n_updates": None}}, "train.n_updates must be an integer, got None"),
+        ({"model": {"rope_base": "10"}}, "model.rope_base must be a number, got '10'"),
+        ({"plan": {"kappa": False}}, "plan.kappa must be a number, got False"),
+        ({"posterior": {"method": 3}}, "posterior.method must be a string, got 3"),
+        ({"train": {"device": ["cpu"]}}, r"train.device must be a string, got \['cpu'\]"),
+        ({"train": 3}, "config section 'train' must be a mapping of fields, got 3"),
+        ({"plan": None}, "config section 'plan' must be a mapping of fields, got None"),
+        ([], r"config must be a mapping of sections, got \[\]"),
+    ],
+    ids=str,
+)
+def test_a_value_of_the_wrong_type_is_named(values, message):
+    with pytest.raises(ConfigError, match=message):
+        Config.from_dict(values)
+
+
+def test_an_integer_may_stand_for_a_number():
+    assert Config.from_dict({"plan": {"kappa": 2}}).plan.kappa == 2
 
 
 def test_what_is_missing_has_its_default():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,19 @@ def test_from_arrays_cuts_at_terminals_and_timeouts() -> None:
     expected = [float(np.cumsum(data["rewards"][a:b], dtype=np.float64)[-1]) for a, b in ((0, 3), (3, 7), (7, 9))]
     assert trajectories.returns.tolist() == expected
     np.testing.assert_array_equal(trajectories.action_high, [1, 1])
+
+
+def test_from_arrays_says_how_many_episodes_were_cut(caplog: pytest.LogCaptureFixture) -> None:
+    data = flat_data([3, 4, 2])
+    with caplog.at_level(logging.WARNING):
+        from_arrays(**data)
+    assert not caplog.text
+    # Timeouts after 3 and 2 steps, where another came after 4.
+    data["terminals"][:], data["timeouts"][[2, 6, 8]] = False, True
+    with caplog.at_level(logging.WARNING):
+        trajectories = from_arrays(**data)
+    assert trajectories.complete.tolist() == [False, True, False]
+    assert "from_arrays: 2 of 3 episodes were cut" in caplog.text
 
 
 def test_returns_are_added_in_step_order_in_float64() -> None:

@@ -130,6 +130,44 @@ def test_an_engine_of_another_version_is_not_used(monkeypatch):
     assert "the package is 99.0: install it again" in reason
 
 
+@pytest.fixture
+def launcher_probe(monkeypatch):
+    """The probe for Triton's compiler with nothing remembered, on a machine that calls it gcc and has the headers."""
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(_dispatch, "_triton_missing", lambda: None)
+    monkeypatch.setattr(_dispatch.shutil, "which", lambda name: name if name == "gcc" else None)
+    monkeypatch.setattr(_dispatch.Path, "exists", lambda path: path.name == "Python.h")
+    _dispatch._launcher_problem.cache_clear()
+    yield monkeypatch
+    _dispatch._launcher_problem.cache_clear()
+
+
+def test_a_gpu_without_a_c_compiler_takes_the_reference(launcher_probe):
+    cuda = torch.device("cuda")
+    assert _dispatch.problem("philox_normal", "triton", cuda) is None
+    assert _dispatch._select("philox_normal", cuda) == "triton"
+    launcher_probe.setattr(_dispatch.shutil, "which", lambda name: None)
+    # It was asked once.
+    assert _dispatch.problem("philox_normal", "triton", cuda) is None
+    _dispatch._launcher_problem.cache_clear()
+    reason = "Triton needs a C compiler at run time, and neither gcc nor clang is found (CC names another)"
+    assert _dispatch.problem("philox_normal", "triton", cuda) == reason
+    assert _dispatch._select("philox_normal", cuda) == "reference"
+
+
+def test_the_compiler_that_cc_names_has_to_be_there(launcher_probe):
+    launcher_probe.setenv("CC", "gcc-99")
+    reason = _dispatch.problem("philox_normal", "triton", torch.device("cuda"))
+    assert reason == "Triton needs a C compiler at run time, and CC names 'gcc-99', which is not found"
+
+
+def test_the_launcher_needs_the_headers_of_python(launcher_probe):
+    launcher_probe.setattr(_dispatch.Path, "exists", lambda path: False)
+    reason = _dispatch.problem("philox_normal", "triton", torch.device("cuda"))
+    assert "Triton needs the headers of Python at run time, and " in reason
+    assert reason.endswith(" has no Python.h")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Status
 

@@ -14,6 +14,12 @@ from gac_fast.data import load
 CUTS = Path(__file__).parent / "data"
 
 
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    """MuJoCo writes its warnings to a file in the current folder."""
+    monkeypatch.chdir(tmp_path)
+
+
 def train_and_evaluate(dataset, folder: Path, env: str, preset: str, **train) -> gac_fast.EvalResult:
     config = gac_fast.preset(preset).replace(train={"n_updates": 3, "batch_size": 2, "device": "cpu"} | train)
     run = gac_fast.train(dataset, config, folder, progress=False, tensorboard=False)

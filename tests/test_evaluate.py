@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import warnings
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
-from core_fixtures import ACT_DIM, OBS_DIM, counting_vector, make_policy, model_config
+from core_fixtures import ACT_DIM, OBS_DIM, CountingEnv, counting_vector, make_policy, model_config
 from gymnasium.spaces import Box
+from gymnasium.vector import SyncVectorEnv
 
 from gac_fast import evaluate
 from gac_fast.config import Config, PlanConfig
 from gac_fast.errors import EnvError
-from gac_fast.plan import Plans
+from gac_fast.plan import Plans, predict
 
+# gac_fast.evaluate is the function.
+evaluation = importlib.import_module("gac_fast.evaluate")
 PLAN = PlanConfig(n_steps=2, n_best=3, n_prior=2)
 
 
@@ -57,6 +63,17 @@ def test_without_plans_it_exploits_for_each_episodes_start(return_context):
     np.testing.assert_allclose(result.predicted_std, chosen.return_std.numpy(), rtol=1e-5)
 
 
+def test_given_plans_are_predicted_for_the_starts_of_their_episodes():
+    p = policy(return_context="first_state")
+    plans = p.posterior_best(4)
+    result = evaluate(p, counting_vector([[2], [3], [2]]), episodes=5, plans=plans)
+    starts = p.normalization.observations(torch.from_numpy(result.rollout.first_observations))
+    again = predict(p.model, p.normalization, plans.z0[[0, 1, 2, 3, 0]], starts)
+    np.testing.assert_allclose(result.predicted, again.return_mean.numpy(), rtol=1e-5)
+    np.testing.assert_allclose(result.predicted_std, again.return_std.numpy(), rtol=1e-5)
+    assert not np.allclose(result.predicted[:4], plans.return_mean.numpy(), rtol=1e-3)
+
+
 def test_numbers_of_the_result():
     p = policy()
     result = evaluate(p, counting_vector([[1], [2], [3]]), episodes=3, plans=numbered_plans(p, 3), seed=6)
@@ -89,6 +106,77 @@ def test_a_policy_of_another_environment_is_refused_with_both_names():
     ):
         evaluate(policy(), "Pendulum-v1", episodes=2)
     assert ACT_DIM == 2
+
+
+def test_action_spaces_of_other_bounds_are_refused():
+    env = counting_vector([[2]])
+    env.single_action_space = Box(np.float32([-1.25, -2.5]), np.float32([1.75, 3.6]), dtype=np.float32)
+    message = (
+        r"SyncVectorEnv: the policy was trained on Toy-v0 with actions whose high is \[1.75, 3.5\], "
+        r"got an environment where it is \[1.75, 3.59"
+    )
+    with pytest.raises(EnvError, match=message):
+        evaluate(policy(), env, episodes=1)
+    env.single_action_space = Box(-1, 1, (ACT_DIM,), np.float32)
+    with pytest.raises(EnvError, match=r"with actions whose low is \[-1.25, -2.5\], got an environment where it is"):
+        evaluate(policy(), env, episodes=1)
+    env.single_action_space = Box(-np.inf, np.inf, (ACT_DIM,), np.float32)
+    evaluate(policy(), env, episodes=1)
+
+
+@pytest.fixture
+def toy_ids():
+    """Tasks A and B of the same shapes, in two namespaces and versions."""
+    names = ["test_gac/ToyA-v0", "ToyA-v3", "test_gac/ToyB-v0"]
+    for name in names:
+        gymnasium.register(name, entry_point=lambda: CountingEnv(0, [2]))
+    yield names
+    for name in names:
+        del gymnasium.registry[name]
+
+
+def policy_of(env_id: str | None):
+    return make_policy(Config(model=model_config(), plan=PLAN), env_id=env_id)
+
+
+@pytest.mark.usefixtures("toy_ids")
+def test_another_task_of_the_same_shapes_is_refused_by_id_and_allowed_as_a_vector():
+    p = policy_of("test_gac/ToyA-v0")
+    message = (
+        "test_gac/ToyB-v0: the policy was trained on test_gac/ToyA-v0, another task with spaces of the same shapes; "
+        "pass a vector environment to evaluate it there all the same"
+    )
+    with pytest.raises(EnvError, match=message):
+        evaluate(p, "test_gac/ToyB-v0", episodes=1)
+    with pytest.raises(EnvError, match=r"trained on some\.module:test_gac/ToyA-v0, another task"):
+        evaluate(policy_of("some.module:test_gac/ToyA-v0"), "test_gac/ToyB-v0", episodes=1)
+    vector = SyncVectorEnv([lambda: gymnasium.make("test_gac/ToyB-v0", disable_env_checker=True)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        evaluate(p, vector, episodes=1)
+
+
+@pytest.mark.usefixtures("toy_ids")
+@pytest.mark.parametrize(
+    "trained_on", ["test_gac/ToyA-v0", "ToyA-v3", None, "", "hopper-medium-v2", "a file: of mine / v1", "ToyC-v0"]
+)
+def test_versions_namespaces_and_names_that_gymnasium_does_not_know_are_no_hindrance(trained_on):
+    assert len(evaluate(policy_of(trained_on), "ToyA-v3", episodes=1).returns) == 1
+
+
+MAZE_NAMES = ["gac_fast/PointMaze-umaze-v0", "pointmaze-umaze", "PointMaze_UMaze-v3", "maze2d-umaze-v1"]
+
+
+@pytest.mark.parametrize("env_id", ["gac_fast/PointMaze-umaze-v0", "pointmaze-umaze", "PointMaze-UMaze"])
+@pytest.mark.parametrize("trained_on", MAZE_NAMES)
+def test_a_maze_is_one_task_under_all_its_names(trained_on, env_id):
+    evaluation._check_task(policy_of(trained_on), env_id)
+
+
+@pytest.mark.parametrize("trained_on", ["gac_fast/PointMaze-medium-v0", "pointmaze-medium", "PointMaze_Medium-v3"])
+def test_another_maze_is_another_task(trained_on):
+    with pytest.raises(EnvError, match=f"pointmaze-umaze: the policy was trained on {trained_on}, another task"):
+        evaluation._check_task(policy_of(trained_on), "pointmaze-umaze")
 
 
 def test_unknown_environments_and_no_episodes():

@@ -50,6 +50,63 @@ def test_packing_changes_nothing(context, window, dtype, bound):
         assert row_error(packed[rows], alone) < bound, f"trajectory {i}"
 
 
+def padded_mean_actions(model: GAC, batch, z0):
+    """The decoder on trajectories padded to [B, T], with its weights alone: dense masks, rotary by complex numbers."""
+    decoder, c, heads = model.decoder, model.decoder.tokens_per_step, model.config.n_heads
+    lengths = batch.cu_seqlens.diff().tolist()
+
+    def pad(x):
+        # Padding that would show.
+        return torch.nn.utils.rnn.pad_sequence(x.split(lengths), batch_first=True, padding_value=50.0)
+
+    x = decoder.embed_state(pad(batch.observations))
+    if c == 2:
+        x = torch.stack((x, decoder.embed_action(pad(batch.actions))), dim=2).flatten(1, 2)
+    b, t, dim = x.shape
+    width = dim // heads
+    i, j = torch.arange(t)[:, None], torch.arange(t)[None, :]
+    real = torch.arange(t)[None, :] < c * torch.tensor(lengths)[:, None]
+    visible = ((j <= i) & (i - j < c * model.config.window))[None] & real[:, None, :]
+    # Tokens of padding look at themselves, as a softmax over nothing is NaN.
+    visible = (visible | torch.eye(t, dtype=torch.bool))[:, None]
+    frequency = model.config.rope_base ** (-torch.arange(0, width, 2).double() / width)
+    turn = torch.exp(1j * (torch.arange(t) // c).double()[:, None] * frequency)[None, :, None]
+
+    def rotate(x):
+        turned = torch.complex(*x.double().chunk(2, dim=-1)) * turn
+        return torch.cat((turned.real, turned.imag), dim=-1).to(x.dtype)
+
+    def attend(q, k, v, mask=None):
+        score = torch.einsum("bihd,bjhd->bhij", q, k) / width**0.5
+        if mask is not None:
+            score = score.masked_fill(~mask, -torch.inf)
+        return torch.einsum("bhij,bjhd->bihd", score.softmax(-1), v).flatten(2)
+
+    z = model.prior(z0)
+    for layer in decoder.layers:
+        q, k, v = layer.qkv(layer.norm1(x)).view(b, t, 3, heads, width).unbind(2)
+        x = x + layer.out(attend(rotate(q), rotate(k), v, visible))
+        q = layer.plan_q(layer.norm2(x)).view(b, t, heads, width)
+        k, v = layer.plan_kv(z + layer.plan_position).view(b, -1, 2, heads, width).unbind(2)
+        x = x + layer.plan_out(attend(q, k, v))
+        x = x + layer.mlp_out(torch.nn.functional.silu(layer.mlp_in(layer.norm3(x))))
+    mean = decoder.head(decoder.norm(x[:, ::c])).tanh()
+    return torch.cat([mean[row, :length] for row, length in enumerate(lengths)])
+
+
+@pytest.mark.parametrize("window", [1, 4, 50])
+@pytest.mark.parametrize("context", CONTEXTS)
+@torch.no_grad()
+def test_packed_equals_padded(context, window):
+    model = make_model(model_config(context=context, window=window))
+    lengths = [1, 23, 7, 2, 31]
+    batch = make_batch(lengths)
+    z0 = random_seeds(len(lengths), model.config)
+    expected = padded_mean_actions(model, batch, z0)
+    assert expected.shape == (sum(lengths), 2)
+    assert row_error(mean_actions(model, batch, z0), expected) < 1e-5
+
+
 @pytest.mark.parametrize("context", CONTEXTS)
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-11), (torch.float32, 1e-5)], ids=str)
 @torch.no_grad()
@@ -309,6 +366,40 @@ def test_directions_that_leave_the_actions_leave_the_predicted_return():
     longer = z0 * torch.tensor([3.0, 0.7], dtype=z0.dtype)[:, None]
     assert max(moved(longer)) < 1e-4
     assert min(moved(z0.flip(-1))) > 1e-2
+
+
+def test_null_directions_of_the_mlp_prior_move_neither_actions_nor_return():
+    """z = norm(U(z0)) has rank n_z (D - 1) at most: some directions of z0 are lost, through a U that is no identity."""
+    model = make_model(model_config(prior="mlp"), dtype=torch.float64)
+    batch = make_batch([6], dtype=torch.float64)
+    z0 = random_seeds(1, model.config, dtype=torch.float64)
+    with torch.no_grad():
+        # A U far from the identity, so that the null directions are not the plan vectors themselves.
+        model.prior.out.weight.mul_(10)
+    jacobian = torch.autograd.functional.jacobian(lambda flat: model.prior(flat.view_as(z0)).flatten(), z0.flatten())
+    _, size, directions = torch.linalg.svd(jacobian)
+    n_z, dim = model.config.n_z, model.config.dim
+    # The epsilon of the norm is all that is left of the lost ones.
+    assert float(size[-n_z]) < 1e-4 * float(size[0])
+    assert float(size[-n_z - 1]) > 1e-2 * float(size[0])
+
+    @torch.no_grad()
+    def moved(direction):
+        """Sizes of the central differences of actions and return."""
+        step = 1e-4 * direction.view(1, n_z, dim)
+        ends = [
+            (mean_actions(model, batch, other), model.predict_return(model.prior(other), None)[0])
+            for other in (z0 + step, z0 - step)
+        ]
+        return [float((plus - minus).norm()) / 2e-4 for plus, minus in zip(*ends, strict=True)]
+
+    random = torch.randn(n_z * dim, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    by_random = moved(random / random.norm())
+    assert min(by_random) > 1e-3
+    # The lengths of the plan vectors of z0 are not the lost directions, as with the identity.
+    assert min(moved(z0 / z0.norm())) > 1e-2 * min(by_random)
+    for null in directions[-n_z:]:
+        assert all(lost < 1e-4 * change for lost, change in zip(moved(null), by_random, strict=True))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from core_fixtures import make_trajectories, model_config
 import gac_fast
 from gac_fast import checkpoint, ops
 from gac_fast.config import Config, PosteriorConfig, TrainConfig
-from gac_fast.errors import CheckpointError, ConfigError, DataError
+from gac_fast.errors import CheckpointError, ConfigError, DataError, EnvError
 from gac_fast.policy import load
 from gac_fast.train import offline
 from gac_fast.train.offline import OfflineTrainer, TrainingDivergedError, pick_device, uses_bf16
@@ -227,7 +227,7 @@ def test_planning_may_change_and_bfloat16_may_not_between_run_and_resumption(tmp
     run(path, longer, resume=True)
     assert load(path).config.plan.radius == 2.0
     trainer = OfflineTrainer(data(), config(bf16="off"))
-    with pytest.raises(CheckpointError, match="train.bf16"):
+    with pytest.raises(CheckpointError, match=r"train\.bf16"):
         trainer.restore(checkpoint.latest(path))
     # "auto" takes what was decided where the run began, whatever it would mean here.
     started = OfflineTrainer(data(), config(bf16="auto"))
@@ -345,6 +345,12 @@ def test_resume_asks_for_the_same_configuration_data_and_environment(whole):
         run(path, conf, data(env_id="Other-v0"), resume=True)
     with pytest.raises(CheckpointError, match="expected act_dim 4 as in the data, the checkpoint has 2"):
         run(path, conf, data(act_dim=4), resume=True)
+
+
+def test_an_environment_that_does_not_fit_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(EnvError, match="Pendulum-v1: the policy was trained on"):
+        run(tmp_path / "run", env="Pendulum-v1")
+    assert not (tmp_path / "run").exists()
 
 
 def test_resume_needs_a_run(tmp_path):

@@ -270,6 +270,22 @@ def test_make_without_a_compiler_says_one_sentence_before_any_download(make, tmp
     assert not (tmp_path / "tree" / "called").exists()
 
 
+@pytest.mark.parametrize("given", [None, "/somewhere/else"])
+def test_ci_takes_the_full_data_from_the_variable_before_the_shared_folder(given, tmp_path):
+    root, tools = tmp_path / "clone", tmp_path / "tools"
+    for folder in (root / ".ci", tools, tmp_path / "shared" / "data"):
+        folder.mkdir(parents=True)
+    script = shutil.copy(ROOT / ".ci" / "run", root / ".ci" / "run")
+    (tools / "make").write_text('#!/bin/sh\necho "$1 $GAC_FAST_DATA"\n')
+    (tools / "make").chmod(0o755)
+    variables = {name: value for name, value in os.environ.items() if name != "GAC_FAST_DATA"}
+    variables["PATH"] = f"{tools}:{variables['PATH']}"
+    if given is not None:
+        variables["GAC_FAST_DATA"] = given
+    done = subprocess.run([script], env=variables, capture_output=True, text=True, check=True)
+    assert done.stdout == f"test {given or root / '..' / 'shared' / 'data'}\n"
+
+
 def test_make_help_lists_the_targets(make):
     told = make("help").stdout
     for target in ("demo", "test", "test-all", "lint", "bench", "clean"):

@@ -110,11 +110,11 @@ def test_overrides_replace_fields_of_the_plan_configuration():
         (lambda p: p.explore(0, 1.0), "n: expected at least 1 plan, got 0"),
         (lambda p: p.posterior_best(0), "n: expected at least 1 plan, got 0"),
         (lambda p: p.prior_plans(-1), "n: expected at least 1 plan, got -1"),
-        (lambda p: p.explore(2, float("nan")), "target: expected a finite return, got nan"),
+        (lambda p: p.explore(2, float("nan")), "target: expected a finite return, .*got nan"),
         (lambda p: p.exploit(2, obs(3)), r"obs: expected shape \[2, 3\], got \[3, 3\]"),
         (lambda p: p.exploit(2, obs(2)[:, :2]), r"obs: expected shape \[2, 3\], got \[2, 2\]"),
         (lambda p: p.exploit(2, obs(2) * np.nan), "obs: expected finite values, got NaN or infinity"),
-        (lambda p: p.actor(torch.zeros(2, 1, 16)), r"z0: expected shape \[P, 2, 16\], got \[2, 1, 16\]"),
+        (lambda p: p.actor(torch.zeros(2, 1, 16)), r"z0: expected seeds of shape \[P, 2, 16\], got \[2, 1, 16\]"),
     ],
 )
 def test_bad_input_is_named(call, message):

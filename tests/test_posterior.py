@@ -112,7 +112,7 @@ def test_the_drift_bound_keeps_steep_posteriors_stable():
 
 
 def test_the_shipped_defaults_sample_the_same_law_where_the_mean_curvature_is_moderate():
-    """Default step and default bound, 256 directions of precision 1 to 8: the bound never acts, the covariance is exact."""
+    """Default step and bound, 256 directions of precision 1 to 8: the bound never acts, the covariance is exact."""
     config, d, p = PosteriorConfig(), 256, 2_000
     s = config.step_size
     precision = torch.linspace(1.0, 8.0, d)

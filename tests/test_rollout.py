@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import gymnasium
 import numpy as np
 import pytest
 from core_fixtures import ACT_DIM, OBS_DIM, counting_vector, make_model, make_normalization, model_config, random_seeds
-from gymnasium.vector import AutoresetMode
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from gac_fast.act import Actor
-from gac_fast.errors import EnvError
+from gac_fast.errors import DataError, EnvError
 from gac_fast.rollout import rollout
 
 MODES = list(AutoresetMode)
@@ -91,7 +92,36 @@ def test_trajectories_of_a_rollout():
     assert data.complete.all()
     assert data.returns[0] == pytest.approx(hand_count(0, 0, 3))
     assert (data.obs_dim, data.act_dim) == (OBS_DIM, ACT_DIM)
-    assert data.action_high.tolist() == [10, 10]
+    assert (data.action_low.tolist(), data.action_high.tolist()) == ([-1.25, -2.5], [1.75, 3.5])
+
+
+def test_trajectories_of_a_rollout_that_kept_some():
+    env = counting_vector([[3], [1], [4]])
+    result = rollout(env, actor_maker(), 6, keep=4)
+    data = result.trajectories(env)
+    assert data.lengths.tolist() == [3, 1, 4, 3]
+    assert data.returns.tolist() == result.returns[:4].tolist()
+    assert data.complete.tolist() == [True] * 4
+    np.testing.assert_array_equal(data.observations, np.concatenate(result.observations))
+
+
+def test_trajectories_of_a_rollout_that_kept_none():
+    env = counting_vector([[3], [1], [4]])
+    with pytest.raises(DataError, match="trajectories: expected at least 1 kept episode, got 0 of 6: set keep"):
+        rollout(env, actor_maker(), 6).trajectories(env)
+
+
+def test_whatever_acts_can_be_rolled_out():
+    env = counting_vector([[3], [2]])
+    env.action_space.seed(0)
+
+    class RandomPolicy:
+        def act(self, obs: np.ndarray) -> np.ndarray:
+            return env.action_space.sample()
+
+    result = rollout(env, lambda obs, first: RandomPolicy(), 4, keep=4)
+    assert result.lengths.tolist() == [3, 2, 3, 2]
+    assert len(np.unique(np.concatenate(result.actions), axis=0)) == 10
 
 
 def test_the_plans_history_starts_anew_each_round():
@@ -114,10 +144,25 @@ def test_rounds_are_seeded_one_after_another(monkeypatch):
     reset = env.reset
     monkeypatch.setattr(env, "reset", lambda **kwargs: (seeds.append(kwargs.get("seed")), reset(**kwargs))[1])
     rollout(env, actor_maker(), 6, seed=10)
-    assert seeds == [10, 11, 12]
+    assert seeds == [10, 12, 14]
     seeds.clear()
     rollout(env, actor_maker(), 2)
     assert seeds == [None]
+    seeds.clear()
+    # Every row's seed, 2^31 - 2 at most here, is below 2^31; after the last block comes the beginning.
+    rollout(env, actor_maker(), 6, seed=2**31 - 5)
+    assert seeds == [2**31 - 5, 2**31 - 3, 1]
+
+
+def test_no_two_episodes_of_a_rollout_start_alike():
+    env = SyncVectorEnv([lambda: gymnasium.make("Pendulum-v1", max_episode_steps=1)] * 4)
+
+    class Still:
+        def act(self, obs: np.ndarray) -> np.ndarray:
+            return np.zeros((4, 1), np.float32)
+
+    firsts = rollout(env, lambda obs, first: Still(), 16, seed=0).first_observations
+    assert len(np.unique(firsts, axis=0)) == 16
 
 
 def test_progress_counts_episodes_and_steps():

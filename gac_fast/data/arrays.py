@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,7 +23,10 @@ __all__ = [
     "from_episodes",
     "resolve_bounds",
     "sum_in_order",
+    "warn_of_cuts",
 ]
+
+_log = logging.getLogger(__name__)
 
 # Rows per block in checks and conversions: bounds the extra memory to a few MB.
 BLOCK_ROWS = 65_536
@@ -45,8 +49,10 @@ def from_arrays(
 ) -> Trajectories:
     """Cut flat transitions in time order into episodes and check every value.
 
-    An episode ends at a terminal or a timeout; steps after the last of these form a last episode that is marked as
-    cut (``complete`` False).
+    An episode ends at a terminal or a timeout. Marked as cut (``complete`` False), with a warning that counts them, are
+    steps after the last of these, and every episode that timed out earlier than the longest that did: a time limit is
+    the same for all, so recording stopped there, and the return is too small. Where limits truly differ, set
+    ``complete`` with :func:`from_episodes`.
 
     Args:
         observations: [N, obs_dim], before each action.
@@ -86,6 +92,7 @@ def from_arrays(
         check_flags(flat["timeouts"], f"{where}: timeouts") if timeouts is not None else None,
     )
     cu_seqlens, returns, complete = split.finish()
+    warn_of_cuts(complete, where)
     return Trajectories(packed_observations, packed_actions, cu_seqlens, returns, complete, low, high, env_id)
 
 
@@ -218,6 +225,21 @@ class EpisodeSplit:
             returns = np.append(returns, self._open_return)
             complete = np.append(complete, False)
         return np.concatenate([np.zeros(1, np.int64), ends]), returns, complete
+
+
+def warn_of_cuts(
+    complete: npt.NDArray[np.bool_], what: str, why: str = "neither terminated nor timed out at the time limit"
+) -> None:
+    """Log how many of the episodes [B] were cut, if any."""
+    cut = len(complete) - int(complete.sum())
+    if cut:
+        _log.warning(
+            "%s: %d of %d episodes were cut (%s): their returns are too small and are left out of the return model",
+            what,
+            cut,
+            len(complete),
+            why,
+        )
 
 
 def check_finite(values: npt.NDArray[Any], what: str, first_row: int = 0) -> None:

@@ -12,7 +12,6 @@ last step, whose reward is unknown, is left off.
 
 from __future__ import annotations
 
-import logging
 import re
 from pathlib import Path
 from typing import Any, Literal
@@ -28,13 +27,12 @@ from gac_fast.data.arrays import (
     check_finite,
     check_flags,
     resolve_bounds,
+    warn_of_cuts,
 )
 from gac_fast.data.trajectories import Trajectories
 from gac_fast.errors import DataError
 
 __all__ = ["load_d4rl"]
-
-_log = logging.getLogger(__name__)
 
 # Bytes per dataset. HDF5 2 takes 8 MiB by default, of no use to a single pass in blocks of whole chunks.
 _CHUNK_CACHE = 2**20
@@ -130,15 +128,7 @@ class _Reader:
         actions = self._read_float32(self._actions, n_steps)
         check_actions(actions, low, high, f"{self._path}: actions")
         trajectories = Trajectories(observations, actions, cu_seqlens, returns, complete, low, high, self._env_id)
-        cut = len(complete) - int(complete.sum())
-        if cut:
-            _log.warning(
-                "%s: %d of %d episodes were cut (neither terminated nor timed out at the time limit): "
-                "their returns are too small and are left out of the return model",
-                self._path,
-                cut,
-                len(complete),
-            )
+        warn_of_cuts(complete, str(self._path))
         return trajectories
 
     def _split(self, n_steps: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64], npt.NDArray[np.bool_]]:

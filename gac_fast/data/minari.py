@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import difflib
-import logging
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gac_fast.data.arrays import Bounds, check_actions, check_finite, resolve_bounds, sum_in_order
+from gac_fast.data.arrays import Bounds, check_actions, check_finite, resolve_bounds, sum_in_order, warn_of_cuts
 from gac_fast.data.trajectories import Trajectories
 from gac_fast.errors import DataError
 
 __all__ = ["load_minari"]
-
-_log = logging.getLogger(__name__)
 
 
 def load_minari(
@@ -84,15 +82,7 @@ def load_minari(
     if cu_seqlens[-1] != n_steps:
         raise DataError(f"{what}: expected {n_steps} steps as its metadata says, found {cu_seqlens[-1]}")
 
-    cut = n_episodes - int(complete.sum())
-    if cut:
-        _log.warning(
-            "%s: %d of %d episodes were cut (neither terminated nor truncated): their returns are too small and are "
-            "left out of the return model",
-            what,
-            cut,
-            n_episodes,
-        )
+    warn_of_cuts(complete, what, "neither terminated nor truncated")
     spec = dataset.env_spec
     env_id = spec.id if spec is not None else None
     return Trajectories(observations, actions, cu_seqlens, returns, complete, low, high, env_id)
@@ -106,7 +96,9 @@ def _open(dataset_id: str, download: bool) -> Any:
     try:
         return minari.load_dataset(dataset_id)
     except FileNotFoundError:
-        pass
+        # No id to ask the hub for.
+        if Path(dataset_id).is_dir():
+            raise DataError(f"{dataset_id}: expected an HDF5 file or a Minari id, found a folder") from None
     except Exception as error:
         raise DataError(f"Minari dataset {dataset_id!r} is damaged and cannot be read: {error}") from error
 

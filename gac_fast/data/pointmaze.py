@@ -10,8 +10,8 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import tempfile
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple

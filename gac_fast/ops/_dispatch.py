@@ -6,10 +6,13 @@ import contextlib
 import functools
 import importlib.util
 import os
+import shutil
+import sysconfig
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -181,6 +184,19 @@ def _triton_problem(device: torch.device) -> str | None:
     interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"
     if device.type != "cuda" and not (interpreted and device.type == "cpu"):
         return f"Triton needs CUDA tensors (or TRITON_INTERPRET=1), got {device.type} tensors"
+    return None if device.type == "cpu" else _launcher_problem(os.environ.get("CC"))
+
+
+@functools.cache
+def _launcher_problem(cc: str | None) -> str | None:
+    """Triton builds the launcher of its kernels, with ``cc``, gcc or clang, when the first one runs."""
+    if cc is not None and shutil.which(cc) is None:
+        return f"Triton needs a C compiler at run time, and CC names {cc!r}, which is not found"
+    if cc is None and not (shutil.which("gcc") or shutil.which("clang")):
+        return "Triton needs a C compiler at run time, and neither gcc nor clang is found (CC names another)"
+    folders = [sysconfig.get_path("include", "posix_prefix"), *os.environ.get("CPATH", "").split(os.pathsep)]
+    if not any((Path(folder) / "Python.h").exists() for folder in folders):
+        return f"Triton needs the headers of Python at run time, and {folders[0]} has no Python.h"
     return None
 
 

@@ -18,7 +18,7 @@ from gac_fast import checkpoint
 from gac_fast.config import Config
 from gac_fast.data import Trajectories
 from gac_fast.errors import CheckpointError, ConfigError, DataError, GacError
-from gac_fast.evaluate import evaluate
+from gac_fast.evaluate import check_fit, evaluate
 from gac_fast.model import GAC
 from gac_fast.model.normalization import Normalization
 from gac_fast.policy import Policy
@@ -272,6 +272,9 @@ def train(
     if t.n_threads:
         torch.set_num_threads(t.n_threads)
     trainer = OfflineTrainer(dataset, config)
+    if env is not None:
+        # Now, not at the first replay, many updates later.
+        check_fit(trainer.policy(), env)
     folder = Path(run_dir) if run_dir is not None else default_run_dir(dataset, config)
     if resume:
         trainer.restore(checkpoint.latest(folder))

@@ -1,0 +1,580 @@
+"""The command line: ``gac-fast data | train | eval | info``.
+
+Each command is a dataclass whose field docs are its help, and a function that runs it. Heavy imports are inside the
+functions, so that ``--help`` is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from gac_fast._version import __version__
+from gac_fast.config import PRESETS, Config, preset
+from gac_fast.errors import CheckpointError, ConfigError, EnvError, GacError
+from gac_fast.files import read_json
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from gac_fast.data import Trajectories
+    from gac_fast.evaluate import EvalResult
+    from gac_fast.plan import Plans
+    from gac_fast.policy import Policy
+    from gac_fast.train.log import RunDir
+
+__all__ = ["exit_status", "main", "parse"]
+
+DEFAULT_PRESET = "gym"
+DEBUG_VARIABLE = "GAC_FAST_DEBUG"
+VARIABLES: Mapping[str, str] = {
+    "GAC_FAST_BACKEND": "force every op onto reference, triton or cpp; an op that cannot run there raises",
+    "GAC_FAST_DATA": "folder of full D4RL files for the tests that want them",
+    DEBUG_VARIABLE: "1: show the traceback of an error",
+    "GAC_FAST_NO_CPP": "1 at installation: leave out the C++ engine",
+    "CUDA_VISIBLE_DEVICES": "CUDA devices that torch may use",
+    "MINARI_DATASETS_PATH": "folder of the local Minari datasets (default ~/.minari/datasets)",
+    "MUJOCO_GL": "how MuJoCo renders: egl, osmesa or glfw (default: what works)",
+    "OMP_NUM_THREADS": "CPU threads of torch",
+    "TRITON_INTERPRET": "1: run Triton kernels on CPU tensors, for tests",
+}
+"""The environment variables that matter, with their meaning."""
+
+_PresetName = Annotated[
+    str | None,
+    tyro.conf.arg(metavar="{" + ",".join(PRESETS) + "}", help_behavior_hint=f"(default: {DEFAULT_PRESET})"),
+]
+_RunFolder = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
+
+
+@dataclass(frozen=True)
+class PointMaze:
+    """Generate PointMaze episodes of a noisy way-point controller on MuJoCo, and save them as a Minari dataset."""
+
+    maze: Literal["umaze", "medium", "large"]
+    """Which maze: episodes of 300, 600 or 800 steps."""
+    episodes: int
+    """Number of episodes."""
+    seed: int = 0
+    """Seed of starts, goals and noise."""
+    dataset_id: str | None = None
+    """Minari id; default pointmaze-<maze>-v0."""
+    overwrite: bool = False
+    """Replace a dataset of that id."""
+
+
+@dataclass(frozen=True)
+class Show:
+    """Print statistics of an HDF5 file in D4RL layout or of a Minari dataset."""
+
+    source: tyro.conf.Positional[str]
+    """File, or Minari id."""
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train offline; Ctrl-C saves and stops.
+
+    Every value of the configuration is a flag. Flags win over the preset, and over the configuration of a resumed run.
+    """
+
+    data: str
+    """HDF5 file in D4RL layout, or Minari dataset id."""
+    preset: _PresetName = None
+    """Named values to start from; with --resume the default is the run's own configuration."""
+    run_dir: Path | None = None
+    """Folder of the run; default runs/<environment>-s<seed>-<time>."""
+    env: str | None = None
+    """Environment for the replay of good plans among the metrics; default: that metric is left out."""
+    resume: bool = False
+    """Go on from the newest checkpoint of --run-dir, as if it had never stopped."""
+    overwrite: bool = False
+    """Replace a run that is in --run-dir."""
+    tensorboard: bool = True
+    """Write TensorBoard files beside the CSV."""
+    config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Evaluate a run: whole episodes, what they return and what was predicted. Adds to the run's result.json."""
+
+    run: _RunFolder
+    """Folder of a run, or of one of its checkpoints."""
+    env: str | None = None
+    """Environment id; default that of the run's data."""
+    episodes: int = 100
+    """Number of episodes."""
+    seed: int = 0
+    """Seed of the environments and of planning."""
+    plans: Literal["exploit", "prior", "posterior-best", "explore"] = "exploit"
+    """Plans to act by: for high return, drawn from the prior, of the best training trajectories, or for --target."""
+    target: float | None = None
+    """Return that explore asks for, in environment units."""
+    step: int | None = None
+    """Evaluate this step's checkpoint instead of the newest."""
+    video: Path | None = None
+    """Film one episode of the first plan: a name that ends in .mp4 or .gif."""
+    device: str = "auto"
+    """Torch device; auto takes CUDA where there is one."""
+
+
+@dataclass(frozen=True)
+class Info:
+    """Print versions, devices, the active engine of every op and why not another, and environment variables."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: arguments without the program's name; default those of the process.
+
+    Returns:
+        Exit status: 0, 2 for an error (one line on standard error), 130 for an interrupt.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments == ["--version"]:
+        print(f"gac-fast {__version__}")
+        return 0
+    return exit_status("gac-fast", lambda: _run(_parse(arguments)))
+
+
+def _run(command: PointMaze | Show | Train | Eval | Info) -> None:
+    match command:
+        case PointMaze():
+            _data_pointmaze(command)
+        case Show():
+            _data_show(command)
+        case Train():
+            _train(command)
+        case Eval():
+            _eval(command)
+        case Info():
+            _info()
+
+
+def exit_status(program: str, run: Callable[[], object]) -> int:
+    """Run a program: what its user did wrong, and an interrupt, become one line on standard error.
+
+    Returns:
+        Exit status: 0, 2 for an error, 130 for an interrupt.
+    """
+    try:
+        run()
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 2
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted", file=sys.stderr)
+        return 130
+    except (GacError, OSError) as error:
+        if os.environ.get(DEBUG_VARIABLE, "0") not in ("", "0"):
+            raise
+        print(f"{program}: error: {' '.join(_sentence(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error) or type(error).__name__
+
+
+def _parse(arguments: list[str]) -> PointMaze | Show | Train | Eval | Info:
+    train = Train(data=tyro.MISSING)
+    if arguments[:1] == ["train"]:
+        train = Train(data=tyro.MISSING, config=_base_config(arguments[1:]))
+    command: Any = (
+        Annotated[
+            Annotated[PointMaze, tyro.conf.subcommand("pointmaze")] | Annotated[Show, tyro.conf.subcommand("show")],
+            tyro.conf.subcommand("data", description="Make a dataset, or look into one."),
+        ]
+        | Annotated[Train, tyro.conf.subcommand("train", default=train)]
+        | Annotated[Eval, tyro.conf.subcommand("eval")]
+        | Annotated[Info, tyro.conf.subcommand("info")]
+    )
+    return parse(
+        command,
+        arguments,
+        prog="gac-fast",
+        description="Generative Actor Critic: learn p(trajectory, return), plan by inference, act fast.",
+        config=(tyro.conf.OmitSubcommandPrefixes,),
+    )
+
+
+def parse(command: Any, arguments: Sequence[str] | None, **options: Any) -> Any:
+    """``tyro.cli``, but what a configuration refuses is raised as the ConfigError it is; tyro would frame it."""
+    shown = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(shown):
+            return tyro.cli(command, args=arguments, **options)
+    except SystemExit as stop:
+        for cause in _causes(stop):
+            if isinstance(cause, ConfigError):
+                raise cause from None
+        sys.stderr.write(shown.getvalue())
+        raise
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    cause = error.__cause__ or error.__context__
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__ or cause.__context__
+
+
+def _base_config(arguments: list[str]) -> Config:
+    """What the flags of ``train`` are laid over: they become the parser's changes to this default, so they always win.
+
+    ``--preset`` is honoured with ``--resume`` too: a command repeated with ``--resume`` means the same configuration,
+    and where it does not, resuming names the field that differs.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--preset")
+    parser.add_argument("--run-dir", "--run_dir")
+    parser.add_argument("--resume", action=argparse.BooleanOptionalAction, default=False)
+    try:
+        known, _ = parser.parse_known_args(arguments)
+    except argparse.ArgumentError:
+        # A flag without its value: the parser proper says so.
+        return Config()
+    if known.preset is not None or not known.resume:
+        return preset(known.preset if known.preset is not None else DEFAULT_PRESET)
+    if known.run_dir is None:
+        raise ConfigError("--resume: expected --run-dir to name the run to resume, got none")
+    path = Path(known.run_dir) / "config.json"
+    if not path.is_file():
+        raise ConfigError(f"run folder {known.run_dir}: expected a run to resume, found no config.json")
+    values = read_json(path)
+    try:
+        return Config.from_dict(values)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def _print_rows(rows: Iterable[tuple[str, object]]) -> None:
+    rows = list(rows)
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        print(f"{name:<{width}}  {value}")
+
+
+def _data_pointmaze(command: PointMaze) -> None:
+    from gac_fast import data
+    from gac_fast.data.pointmaze import make_pointmaze_dataset
+    from gac_fast.envs import pointmaze  # noqa: F401  (loads gymnasium before the clock starts)
+
+    started = time.perf_counter()
+    dataset_id = make_pointmaze_dataset(
+        command.maze, command.episodes, command.seed, command.dataset_id, overwrite=command.overwrite
+    )
+    seconds = time.perf_counter() - started
+    episodes = data.load(dataset_id, download=False)
+    speed = f"{episodes.num_steps / seconds:,.0f} steps/s, saving included"
+    _print_rows([("dataset", dataset_id), *_statistics(episodes, dataset_id), ("speed", speed)])
+
+
+def _data_show(command: Show) -> None:
+    from gac_fast import data
+
+    _print_rows([("source", command.source), *_statistics(data.load(command.source), command.source)])
+
+
+def _statistics(episodes: Trajectories, source: str) -> Iterator[tuple[str, object]]:
+    import numpy as np
+
+    from gac_fast import data
+
+    cut = len(episodes) - int(episodes.complete.sum())
+    lengths = episodes.lengths
+    yield "environment", episodes.env_id or "unknown"
+    yield "episodes", f"{len(episodes):,}" + (f", {cut:,} of them cut: their returns are too small" if cut else "")
+    yield "steps", f"{episodes.num_steps:,}, {lengths.min():,} to {lengths.max():,} per episode"
+    yield "dimensions", f"observations {episodes.obs_dim}, actions {episodes.act_dim}"
+    returns = episodes.returns[episodes.complete]
+    if not len(returns):
+        yield "return", "unknown: the data cut every episode"
+        return
+    yield "return", f"mean {returns.mean():.2f}, standard deviation {returns.std():.2f}"
+    levels = (0, 10, 25, 50, 75, 90, 100)
+    values = np.percentile(returns, levels)
+    yield "percentiles", ", ".join(f"{level}%: {value:.2f}" for level, value in zip(levels, values, strict=True))
+    for name in (episodes.env_id, source, Path(source).stem):
+        if name is not None and data.has_reference_scores(name):
+            yield "normalised", f"mean {data.normalized_score(name, returns).mean():.2f}"
+            return
+
+
+def _train(command: Train) -> None:
+    if command.resume and command.overwrite:
+        raise ConfigError("--resume and --overwrite exclude each other: got both")
+    from gac_fast import checkpoint, envs
+    from gac_fast.train.log import RunDir, last_metrics, merge_result
+    from gac_fast.train.offline import train
+
+    # Now rather than at the first replay, many updates later.
+    env = None if command.env is None else envs.resolve_env_id(command.env)
+    path = train(
+        command.data,
+        command.config,
+        command.run_dir,
+        env=env,
+        resume=command.resume,
+        overwrite=command.overwrite,
+        tensorboard=command.tensorboard,
+    )
+    run = RunDir(path)
+    step = int(checkpoint.latest(path).name.rpartition("_")[2])
+    metrics = last_metrics(run.metrics)
+    merge_result(run, {"data": command.data})
+    planned = command.config.train.n_updates
+    stopped = "" if step >= planned else f" of {planned:,}: go on with --run-dir {path} --resume"
+    _print_rows(
+        [
+            ("run", path),
+            ("updates", f"{step:,}{stopped}"),
+            *((name, f"{value:.4g}") for name, value in metrics.items() if name.startswith(("held_out/", "replay/"))),
+        ]
+    )
+
+
+def _eval(command: Eval) -> None:
+    if command.episodes < 1:
+        raise ConfigError(f"--episodes: expected at least 1, got {command.episodes}")
+    if not 0 <= command.seed < 2**32:
+        raise ConfigError(f"--seed: expected a value in [0, 2^32), got {command.seed}")
+    if (command.plans == "explore") != (command.target is not None):
+        raise ConfigError("--target: expected the wanted return with --plans explore, and only there")
+    if command.target is not None and not math.isfinite(command.target):
+        raise ConfigError(f"--target: expected a finite return, got {command.target}")
+    if not command.run.is_dir():
+        raise CheckpointError(f"{command.run}: expected the folder of a run, found {_found(command.run)}")
+    if command.video is not None:
+        from gac_fast.video import headless_backend
+
+        if command.video.suffix.lower() not in (".mp4", ".gif"):
+            raise ConfigError(f"--video: expected a name that ends in .mp4 or .gif, got {command.video}")
+        # Before anything imports mujoco, which reads the choice once.
+        headless_backend()
+    from gac_fast import envs
+    from gac_fast.evaluate import evaluate
+    from gac_fast.policy import load
+    from gac_fast.train.log import merge_result
+    from gac_fast.train.offline import pick_device
+
+    run = _run_of(command.run)
+    # Now rather than after the work.
+    _earlier_evaluations(run)
+    policy = load(command.run, step=command.step, device=pick_device(command.device))
+    env_id = command.env or policy.env_id
+    if env_id is None:
+        raise ConfigError("--env: expected an environment id, as the data of this run names none")
+    env_id = envs.resolve_env_id(env_id)
+    plans = _make_plans(policy, command)
+    result = evaluate(policy, env_id, command.episodes, command.seed, plans, progress=sys.stderr.isatty())
+    name = _report(run, policy, command, result)
+    # Last, as it is what can fail: the evaluation is saved by then.
+    if command.video is not None:
+        _film(policy, env_id, plans, command.seed, command.video)
+        number, evaluations = _earlier_evaluations(run)
+        evaluations[name] = {**evaluations[name], "video": command.video}
+        merge_result(run, {"n_evaluations": number, "evaluations": evaluations})
+        _print_rows([("video", command.video)])
+
+
+def _found(path: Path) -> str:
+    return "a file" if path.exists() else "no such folder"
+
+
+def _run_of(path: Path) -> RunDir:
+    """The run of a run's folder, or of the folder of one of its checkpoints."""
+    from gac_fast.train.log import RunDir
+
+    path = path.resolve()
+    return RunDir(path.parent.parent if path.parent.name == "checkpoints" else path)
+
+
+def _make_plans(policy: Policy, command: Eval) -> Plans | None:
+    """None leaves it to ``evaluate`` to plan for the starts at hand."""
+    match command.plans:
+        case "prior":
+            return policy.prior_plans(command.episodes, command.seed)
+        case "posterior-best":
+            return policy.posterior_best(min(command.episodes, max(1, policy.config.plan.n_best)))
+        case "explore":
+            assert command.target is not None
+            return policy.explore(command.episodes, command.target, seed=command.seed)
+    return None
+
+
+def _earlier_evaluations(run: RunDir) -> tuple[int, dict[str, Any]]:
+    """Number of evaluations so far, and their entries in ``result.json``."""
+    from gac_fast.train.log import read_result
+
+    earlier = read_result(run)
+    number = earlier.get("n_evaluations", 0)
+    if not isinstance(number, int) or isinstance(number, bool) or number < 0:
+        raise ConfigError(f"{run.result}: n_evaluations: expected an integer of at least 0, found {number!r}")
+    evaluations = earlier.get("evaluations", {})
+    if not isinstance(evaluations, dict):
+        raise ConfigError(f"{run.result}: evaluations: expected an object, found {evaluations!r}")
+    return number, evaluations
+
+
+def _report(run: RunDir, policy: Policy, command: Eval, result: EvalResult) -> str:
+    """Print the evaluation, add it to ``result.json`` and draw it; returns the name of its entry."""
+    from gac_fast.train.log import merge_result
+
+    number, evaluations = _earlier_evaluations(run)
+    number += 1
+    what = command.plans if command.target is None else f"{command.plans} {command.target:g}"
+    name = f"{result.env_id}, {what}, step {policy.step}, {len(result.returns)} episodes, seed {result.seed}"
+    plot = run.plots / f"predicted_vs_achieved_{_slug(result.env_id)}_{_slug(what)}.png"
+    _plot(result, plot)
+    summary = result.summary()
+    entry = {
+        "evaluation": number,
+        "plans": command.plans,
+        "target": command.target,
+        "step": policy.step,
+        "checkpoint": "last" if _is_last(run, policy.step) else "chosen",
+        **summary,
+        "plot": os.path.relpath(plot, run.path),
+        "video": None,
+    }
+    merge_result(run, {"n_evaluations": number, "evaluations": {**evaluations, name: entry}})
+
+    score = result.normalized_mean
+    _print_rows(
+        [
+            ("environment", result.env_id),
+            ("plans", what),
+            ("checkpoint", f"step {policy.step:,} ({entry['checkpoint']})"),
+            ("episodes", f"{len(result.returns):,}, seed {result.seed}"),
+            ("return mean", f"{result.mean:.2f}"),
+            ("standard error", f"{result.standard_error:.2f}"),
+            ("return median", f"{summary['return_median']:.2f}"),
+            ("predicted mean", f"{summary['predicted_mean']:.2f}"),
+            ("normalised mean", "none: no reference scores" if score is None else f"{score:.2f}"),
+            ("speed", f"{summary['steps_per_second']:,.0f} steps/s, planning included"),
+            ("versions", ", ".join(f"{package} {version}" for package, version in result.versions.items())),
+            ("evaluations", f"{number} of this run so far"),
+            ("result", run.result),
+            ("plot", plot),
+        ]
+    )
+    return name
+
+
+def _is_last(run: RunDir, step: int) -> bool:
+    from gac_fast import checkpoint
+
+    return checkpoint.list_checkpoints(run.path)[-1:] == [checkpoint.checkpoint_path(run.path, step)]
+
+
+def _slug(text: str) -> str:
+    return "".join(c if c.isalnum() or c in "-." else "-" for c in text.lower())
+
+
+def _plot(result: EvalResult, path: Path) -> None:
+    """Predicted against achieved returns; by start too where the environment is a maze."""
+    import numpy as np
+
+    from gac_fast import envs, plots
+
+    geometry: dict[str, Any] = {}
+    with contextlib.suppress(EnvError):
+        maze = envs.maze_spec(result.env_id)
+        geometry = {
+            "starts": result.rollout.first_observations[:, :2],
+            "walls": maze.cell_to_xy(np.asarray(maze.wall_cells)),
+            "cell_size": maze.cell_size,
+            "goal": maze.goal_xy,
+            "radius": maze.goal_radius,
+        }
+    plots.predicted_vs_achieved(result.predicted, result.returns, path, **geometry)
+
+
+def _film(policy: Policy, env_id: str, plans: Plans | None, seed: int, path: Path) -> None:
+    """One episode of the first plan."""
+    from gac_fast import envs
+    from gac_fast.video import record
+
+    env = envs.make_env(env_id, render_mode="rgb_array")
+    try:
+
+        def frames() -> Iterator[np.ndarray]:
+            obs, _ = env.reset(seed=seed)
+            actor = policy.actor(plans[:1] if plans is not None else policy.exploit(1, obs[None], seed=seed))
+            done = False
+            while not done:
+                yield env.render()  # type: ignore[misc]
+                obs, _, terminated, truncated, _ = env.step(actor.act(obs[None])[0])
+                done = terminated or truncated
+            yield env.render()  # type: ignore[misc]
+
+        record(frames(), path, fps=float(env.metadata.get("render_fps", 30)))
+    finally:
+        env.close()
+
+
+def _info() -> None:
+    import torch
+
+    from gac_fast import ops
+    from gac_fast.train.log import environment
+
+    found = environment()
+    git = found["git"]
+    features = [name for name, has in torch.cpu.get_capabilities().items() if has is True]
+    wanted = sorted(name for name in features if name.startswith(("amx", "avx512")))
+    packages = {"gac-fast": __version__, **{k: v for k, v in found["packages"].items() if k != "gac-fast"}}
+    sections: dict[str, list[tuple[str, object]]] = {
+        "versions": [
+            ("python", found["python"]),
+            *((name, version or "not installed") for name, version in packages.items()),
+            ("commit", "not a checkout" if git is None else git["commit"] + (", with changes" if git["dirty"] else "")),
+        ],
+        "machine": [
+            ("platform", found["platform"]),
+            ("cpu", f"{found['cpu']}, {found['cores']} cores for this process"),
+            ("cpu features", ", ".join(wanted) or "neither AMX nor AVX-512"),
+            ("torch threads", found["torch_threads"]),
+            ("gpu", ", ".join(found["gpu"]) or "none that torch can use"),
+            ("cuda", found["cuda"] or "torch was built without it"),
+            ("C++ engine", _cpp_engine()),
+        ],
+        f"ops on {ops.status()[0].device}": [
+            (status.op, (status.active or "none: a call raises") + _reasons(status.problems)) for status in ops.status()
+        ],
+        "environment variables": [
+            (name, f"{os.environ.get(name, '(not set)')}  [{meaning}]") for name, meaning in VARIABLES.items()
+        ],
+    }
+    for number, (title, rows) in enumerate(sections.items()):
+        print(f"\n{title}" if number else title)
+        _print_rows((f"  {name}", value) for name, value in rows)
+
+
+def _reasons(problems: Mapping[str, str]) -> str:
+    return "".join(f"\n      not {name}: {reason}" for name, reason in problems.items())
+
+
+def _cpp_engine() -> str:
+    try:
+        from gac_fast import _C
+    except ImportError as error:
+        return f"absent ({error})"
+    return ", ".join(f"{name} {value}" for name, value in _C._build_info().items())

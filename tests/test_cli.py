@@ -1,0 +1,616 @@
+"""The command line from data to video: what it prints and leaves behind, that flags win, and one line per error."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from gac_fast import checkpoint, cli, ops
+from gac_fast.cli import main
+from gac_fast.config import PRESETS, Config, ModelConfig, PlanConfig, PosteriorConfig, TrainConfig
+from gac_fast.errors import EnvError
+
+UMAZE = "gac_fast/PointMaze-umaze-v0"
+HOPPER = ROOT / "tests" / "data" / "hopper-medium-cut.hdf5"
+
+# Every value differs from the default of its field.
+ODD = Config(
+    model=ModelConfig(dim=32, window=4, return_dropout=0.0),
+    posterior=PosteriorConfig(step_size=0.2, n_steps=1),
+    plan=PlanConfig(n_steps=10, kappa=2.0),
+    train=TrainConfig(n_updates=6, batch_size=3, seed=5, bf16="on"),
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def minari_folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Datasets go to a folder of the tests, not to the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MINARI_DATASETS_PATH", str(tmp_path_factory.mktemp("minari")))
+        patch.delenv("GAC_FAST_DEBUG", raising=False)
+        yield
+
+
+@pytest.fixture(scope="module")
+def dataset(minari_folder: None) -> str:
+    """Eight UMaze episodes made by the command line."""
+    assert main(["data", "pointmaze", "--maze", "umaze", "--episodes", "8", "--dataset-id", "cli/umaze-v0"]) == 0
+    return "cli/umaze-v0"
+
+
+def train_flags(data: str | Path, run: Path, *more: str) -> list[str]:
+    return ["train", "--data", str(data), "--run-dir", str(run), "--no-tensorboard", *more]
+
+
+TINY = ("--preset", "tiny", "--train.n-updates", "4", "--train.batch-size", "2", "--train.checkpoint-every", "2")
+
+
+@pytest.fixture(scope="module")
+def trained(dataset: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of four updates; tests that change it copy it."""
+    run = tmp_path_factory.mktemp("runs") / "trained"
+    assert main(train_flags(dataset, run, *TINY)) == 0
+    return run
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    """A copy of the run, to change."""
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+def error_of(arguments: Sequence[str | Path], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line of an error."""
+    capsys.readouterr()
+    assert main([str(argument) for argument in arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("gac-fast: error: ")
+    assert err.count("\n") == 1
+    return err
+
+
+def read(path: Path) -> dict[str, Any]:
+    values = json.loads(path.read_text())
+    assert isinstance(values, dict)
+    return values
+
+
+def table(text: str) -> dict[str, str]:
+    """Rows of the printed table by their name."""
+    return dict(re.split(r"\s{2,}", line.strip(), maxsplit=1) for line in text.splitlines() if "  " in line.strip())
+
+
+def config_of(*flags: str) -> Config:
+    """What `train` makes of these flags."""
+    command = cli._parse(["train", "--data", "x", *flags])
+    assert isinstance(command, cli.Train)
+    return command.config
+
+
+def test_data_pointmaze_says_what_it_made(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "pointmaze", "--maze", "umaze", "--episodes", "3", "--seed", "4"]) == 0
+    rows = table(capsys.readouterr().out)
+    assert rows["dataset"] == "pointmaze-umaze-v0"
+    assert rows["environment"] == UMAZE
+    assert rows["episodes"] == "3"
+    assert rows["steps"] == "900, 300 to 300 per episode"
+    assert re.fullmatch(r"[\d,]+ steps/s, saving included", rows["speed"])
+
+    again = ["data", "pointmaze", "--maze", "umaze", "--episodes", "2"]
+    assert "dataset 'pointmaze-umaze-v0' already exists" in error_of(again, capsys)
+    assert main([*again, "--overwrite"]) == 0
+    assert table(capsys.readouterr().out)["episodes"] == "2"
+
+
+def test_data_show_of_a_file_with_a_cut_episode(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lengths, rewards = (3, 4, 2), np.asarray([1, 1, 1, 5, 5, 5, 5, 9, 9], np.float32)
+    ends = np.zeros(sum(lengths), np.bool_)
+    ends[[2, 6]] = True
+    path = tmp_path / "hopper-three-v2.hdf5"
+    with h5py.File(path, "w") as file:
+        file["observations"] = np.zeros((9, 11), np.float32)
+        file["actions"] = np.zeros((9, 3), np.float32)
+        file["rewards"] = rewards
+        file["terminals"] = ends
+    assert main(["data", "show", str(path)]) == 0
+    rows = table(capsys.readouterr().out)
+    assert rows["episodes"] == "3, 1 of them cut: their returns are too small"
+    assert rows["steps"] == "9, 2 to 4 per episode"
+    assert rows["return"] == "mean 11.50, standard deviation 8.50"
+    assert rows["percentiles"].startswith("0%: 3.00, ")
+    assert rows["percentiles"].endswith("100%: 20.00")
+    # (11.5 + 20.272305) / (3234.3 + 20.272305)
+    assert rows["normalised"] == "mean 0.98"
+
+
+def test_data_show_without_any_known_return(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "cut.hdf5"
+    with h5py.File(path, "w") as file:
+        file["observations"], file["actions"] = np.zeros((4, 2), np.float32), np.zeros((4, 1), np.float32)
+        file["rewards"], file["terminals"] = np.ones(4, np.float32), np.zeros(4, np.bool_)
+    assert main(["data", "show", str(path)]) == 0
+    rows = table(capsys.readouterr().out)
+    assert rows["return"] == "unknown: the data cut every episode"
+    assert "normalised" not in rows
+
+
+def test_preset_is_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PRESETS, "odd", ODD)
+    assert config_of("--preset", "odd") == ODD
+    assert config_of("--preset=odd") == ODD
+    assert config_of() == PRESETS["gym"]
+
+
+@pytest.mark.parametrize("order", ["flag last", "flag first"])
+@pytest.mark.parametrize(
+    ("flag", "value", "section", "name", "expected"),
+    [
+        ("--model.dim", "64", "model", "dim", 64),
+        ("--model.dim", "128", "model", "dim", ModelConfig.dim),
+        ("--model.return-dropout", "0.3", "model", "return_dropout", ModelConfig.return_dropout),
+        ("--posterior.step-size", "0.1", "posterior", "step_size", 0.1),
+        ("--posterior.step-size", "0.3", "posterior", "step_size", PosteriorConfig.step_size),
+        ("--plan.kappa", "0.5", "plan", "kappa", 0.5),
+        ("--plan.kappa", "1", "plan", "kappa", PlanConfig.kappa),
+        ("--train.seed", "7", "train", "seed", 7),
+        ("--train.seed", "0", "train", "seed", TrainConfig.seed),
+        ("--train.bf16", "off", "train", "bf16", TrainConfig.bf16),
+        ("--train.batch_size", "32", "train", "batch_size", TrainConfig.batch_size),
+    ],
+)
+def test_flags_win_over_the_preset(
+    order: str, flag: str, value: str, section: str, name: str, expected: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(PRESETS, "odd", ODD)
+    flags = (flag, value, "--preset", "odd") if order == "flag first" else ("--preset", "odd", flag, value)
+    assert getattr(getattr(ODD, section), name) != expected
+    assert config_of(*flags) == ODD.replace(**{section: {name: expected}})
+
+
+def test_every_field_is_a_flag(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--help"]) == 0
+    text = capsys.readouterr().out
+    for section, fields in Config().to_dict().items():
+        for name in fields:
+            assert f"--{section}.{name.replace('_', '-')}" in text
+
+
+def test_train_leaves_a_whole_run(trained: Path, dataset: str) -> None:
+    config = Config.from_dict(read(trained / "config.json"))
+    assert config == PRESETS["tiny"].replace(train={"n_updates": 4, "batch_size": 2, "checkpoint_every": 2})
+    environment = read(trained / "environment.json")
+    assert {"packages", "git", "command"} <= environment.keys()
+    assert checkpoint.latest(trained).name == "step_00000004"
+    with (trained / "metrics.csv").open() as file:
+        assert [row["step"] for row in csv.DictReader(file)][-1] == "4"
+    assert (trained / "plots" / "learning_curves.png").stat().st_size > 1000
+    result = read(trained / "result.json")
+    assert result["data"] == dataset
+    assert result["step"] == 4
+    assert "held_out/steering" in result["offline"]
+
+
+def test_resume_starts_from_the_run_and_takes_flags(run: Path, dataset: str) -> None:
+    assert main(train_flags(dataset, run, "--resume", "--train.n-updates", "5")) == 0
+    config = Config.from_dict(read(run / "config.json"))
+    assert config == PRESETS["tiny"].replace(train={"n_updates": 5, "batch_size": 2, "checkpoint_every": 2})
+    assert checkpoint.latest(run).name == "step_00000005"
+
+
+def test_resume_takes_the_same_command_again(run: Path, dataset: str) -> None:
+    assert main(train_flags(dataset, run, *TINY, "--resume")) == 0
+    assert checkpoint.latest(run).name == "step_00000004"
+
+
+def test_resume_names_the_field_that_changed(run: Path, dataset: str, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
+    for flags, message in (
+        (["--train.batch-size", "3"], "expected train.batch_size 3, the run to resume has 2"),
+        (["--model.window", "8"], "expected model.window 8, the run to resume has 4"),
+        (["--posterior.n-steps", "1"], "expected posterior.n_steps 1, the run to resume has 3"),
+        (["--preset", "gym"], "expected model.dim 128, the run to resume has 32"),
+    ):
+        assert message in error_of(train_flags(dataset, run, "--resume", *flags), capsys)
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_resume_refuses_other_data(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = error_of(train_flags(HOPPER, run, "--resume"), capsys)
+    assert f"expected env_id 'Hopper-v5' as in the data, the checkpoint has '{UMAZE}'" in message
+
+
+def test_train_refuses_a_folder_in_use(run: Path, dataset: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "already holds a run" in error_of(train_flags(dataset, run, *TINY), capsys)
+    assert main(train_flags(dataset, run, *TINY, "--overwrite", "--train.seed", "3")) == 0
+    assert read(run / "config.json")["train"]["seed"] == 3
+
+
+def test_train_refuses_before_the_work(tmp_path: Path, dataset: str, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    (damaged / "config.json").write_text("{")
+    mistyped = tmp_path / "mistyped"
+    mistyped.mkdir()
+    (mistyped / "config.json").write_text('{"train": {"seed": "x"}}')
+    for flags, message in (
+        (
+            train_flags(dataset, run, "--preset", "huge"),
+            f"preset 'huge' is unknown; expected one of {', '.join(sorted(PRESETS))}",
+        ),
+        (train_flags(tmp_path / "none.hdf5", run), "none.hdf5: expected an HDF5 file, found no such file"),
+        (train_flags(dataset, run, "--model.dim", "33"), "model.dim must be a multiple of model.n_heads = 4, got 33"),
+        (train_flags(dataset, run, "--plan.kappa", "-1"), "plan.kappa must be at least 0, got -1.0"),
+        (train_flags(dataset, run, "--model.rope-base", "inf"), "model.rope_base must be finite, got inf"),
+        (train_flags(damaged, run), f"{damaged}: expected an HDF5 file or a Minari id, found a folder"),
+        (["data", "show", str(damaged)], f"{damaged}: expected an HDF5 file or a Minari id, found a folder"),
+        (train_flags(dataset, run, "--env", "Hoper-v5"), "environment 'Hoper-v5': expected a registered gymnasium id"),
+        (train_flags(dataset, run, "--train.device", "abacus"), "expected auto, cpu or a CUDA device, got 'abacus'"),
+        (train_flags(dataset, run, "--resume"), "expected a run to resume, found no config.json"),
+        (train_flags(dataset, damaged, "--resume"), "damaged/config.json: expected JSON, found something else"),
+        (train_flags(dataset, mistyped, "--resume"), "mistyped/config.json: train.seed must be an integer, got 'x'"),
+        (["train", "--data", dataset, "--resume"], "--resume: expected --run-dir to name the run to resume"),
+        (train_flags(dataset, run, *TINY, "--resume", "--overwrite"), "--resume and --overwrite exclude each other"),
+    ):
+        assert message in error_of(flags, capsys)
+    assert not run.exists()
+
+
+INTERRUPT = """
+import os, signal, sys
+from gac_fast import cli
+from gac_fast.train.offline import OfflineTrainer
+
+run_update = OfflineTrainer.run_update
+
+def interrupted(trainer):
+    values = run_update(trainer)
+    if trainer.step == 3:
+        os.kill(os.getpid(), signal.SIGINT)
+    return values
+
+OfflineTrainer.run_update = interrupted
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def test_interrupted_training_saves_and_stops(dataset: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    flags = train_flags(dataset, run, "--preset", "tiny", "--train.batch-size", "2", "--train.n-updates", "100000")
+    done = subprocess.run([sys.executable, "-c", INTERRUPT, *flags], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "SIGINT: saving and stopping" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert f"3 of 100,000: go on with --run-dir {run} --resume" in done.stdout
+    assert checkpoint.latest(run).name == "step_00000003"
+    assert main(train_flags(dataset, run, "--resume", "--train.n-updates", "4")) == 0
+    assert checkpoint.latest(run).name == "step_00000004"
+
+
+def test_eval_adds_to_the_result(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert main(["eval", str(run), "--episodes", "4", "--seed", "2"]) == 0
+    rows = table(capsys.readouterr().out)
+    result = read(run / "result.json")
+    assert result["step"] == 4
+    assert result["n_evaluations"] == 1
+    ((name, entry),) = result["evaluations"].items()
+    assert name == f"{UMAZE}, exploit, step 4, 4 episodes, seed 2"
+    assert entry["evaluation"] == 1
+    assert (entry["plans"], entry["target"], entry["step"], entry["checkpoint"]) == ("exploit", None, 4, "last")
+    assert (entry["env_id"], entry["episodes"], entry["seed"]) == (UMAZE, 4, 2)
+    assert {"return_mean", "return_standard_error", "return_median", "predicted_mean", "versions"} <= entry.keys()
+    assert (run / entry["plot"]).stat().st_size > 1000
+    assert rows["environment"] == UMAZE
+    assert rows["checkpoint"] == "step 4 (last)"
+    assert rows["return mean"] == f"{entry['return_mean']:.2f}"
+    assert rows["standard error"] == f"{entry['return_standard_error']:.2f}"
+    assert rows["return median"] == f"{entry['return_median']:.2f}"
+    assert rows["predicted mean"] == f"{entry['predicted_mean']:.2f}"
+    assert rows["normalised mean"] == f"{entry['normalized_mean']:.2f}"
+    assert "mujoco" in rows["versions"]
+    assert rows["evaluations"] == "1 of this run so far"
+
+    # The same again replaces its entry, and counts; another stands beside it.
+    assert main(["eval", str(run), "--env", "pointmaze-umaze", "--episodes", "4", "--seed", "2"]) == 0
+    again = read(run / "result.json")
+    assert again["n_evaluations"] == 2
+    assert again["evaluations"][name]["return_mean"] == entry["return_mean"]
+    assert main(["eval", str(run), "--episodes", "2", "--step", "2"]) == 0
+    chosen = read(run / "result.json")
+    assert chosen["n_evaluations"] == 3
+    assert len(chosen["evaluations"]) == 2
+    assert chosen["evaluations"][f"{UMAZE}, exploit, step 2, 2 episodes, seed 0"]["checkpoint"] == "chosen"
+
+
+@pytest.mark.parametrize("flags", [["prior"], ["posterior-best"], ["explore", "--target", "40"]], ids=lambda f: f[0])
+def test_eval_plans(flags: list[str], run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gac_fast.policy import Policy
+
+    asked = []
+    for name in ("exploit", "explore", "prior_plans", "posterior_best"):
+        method = getattr(Policy, name)
+
+        def recorded(policy: Policy, *args: Any, _name: str = name, _method: Any = method, **kwargs: Any) -> Any:
+            asked.append((_name, args))
+            return _method(policy, *args, **kwargs)
+
+        monkeypatch.setattr(Policy, name, recorded)
+    assert main(["eval", str(run), "--episodes", "3", "--plans", *flags]) == 0
+    expected = {
+        "prior": ("prior_plans", (3, 0)),
+        "posterior-best": ("posterior_best", (3,)),
+        "explore": ("explore", (3, 40.0)),
+    }
+    assert asked == [expected[flags[0]]]
+    (entry,) = read(run / "result.json")["evaluations"].values()
+    assert entry["plans"] == flags[0]
+    assert entry["target"] == (40.0 if flags[0] == "explore" else None)
+
+
+def test_eval_of_a_checkpoint_adds_to_its_run(run: Path) -> None:
+    folder = checkpoint.checkpoint_path(run, 2)
+    assert main(["eval", str(folder), "--episodes", "1"]) == 0
+    assert not (folder / "result.json").exists()
+    (entry,) = read(run / "result.json")["evaluations"].values()
+    assert entry["step"] == 2
+
+
+def test_eval_refuses(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (run / "result.json").read_text()
+    for flags, message in (
+        ([tmp_path / "none"], "none: expected the folder of a run, found no such folder"),
+        ([tmp_path], "holds no checkpoint"),
+        ([run, "--step", "3"], "step_00000003"),
+        ([run, "--env", "PointMase-v9"], "environment 'PointMase-v9': expected a registered gymnasium id"),
+        (
+            [run, "--env", "Pendulum-v1"],
+            f"Pendulum-v1: the policy was trained on {UMAZE} with observations [4] and actions [2], got an environment "
+            "with [3] and [1]",
+        ),
+        ([run, "--episodes", "0"], "--episodes: expected at least 1, got 0"),
+        ([run, "--seed", "-1"], "--seed: expected a value in [0, 2^32), got -1"),
+        ([run, "--seed", "4294967296"], "--seed: expected a value in [0, 2^32), got 4294967296"),
+        ([run, "--plans", "explore"], "--target: expected the wanted return with --plans explore"),
+        ([run, "--target", "3"], "--target: expected the wanted return with --plans explore, and only there"),
+        ([run, "--plans", "explore", "--target", "nan"], "--target: expected a finite return, got nan"),
+        (
+            [run, "--plans", "explore", "--target", "1e39"],
+            "target: expected a finite return, also when squared in float32, got 1e+39",
+        ),
+        ([run, "--device", "abacus"], "device: expected auto, cpu or a CUDA device, got 'abacus'"),
+        ([run, "--video", "film.avi"], "--video: expected a name that ends in .mp4 or .gif, got film.avi"),
+    ):
+        assert message in error_of(["eval", *flags], capsys)
+    assert (run / "result.json").read_text() == before
+
+
+def test_eval_refuses_a_damaged_result_before_it_is_overwritten(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / "result.json").write_text("[]")
+    assert "result.json: expected a JSON object, found a list" in error_of(["eval", run, "--episodes", "1"], capsys)
+    assert (run / "result.json").read_text() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"n_evaluations": "x"}, "n_evaluations: expected an integer of at least 0, found 'x'"),
+        ({"n_evaluations": -1}, "n_evaluations: expected an integer of at least 0, found -1"),
+        ({"evaluations": []}, "evaluations: expected an object, found []"),
+    ],
+    ids=str,
+)
+def test_eval_refuses_a_damaged_result_before_the_work(
+    values: dict[str, Any], message: str, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("gac_fast.evaluate.evaluate", lambda *args, **kwargs: pytest.fail("evaluated"))
+    (run / "result.json").write_text(json.dumps(values))
+    assert f"{run / 'result.json'}: {message}" in error_of(["eval", run, "--episodes", "1"], capsys)
+    assert read(run / "result.json") == values
+
+
+@pytest.mark.parametrize("target", ["-1e39", "1e30"])
+def test_a_target_beyond_float32_is_refused_before_any_environment_is_made(
+    target: str, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("gac_fast.envs.make_vector", lambda *args, **kwargs: pytest.fail("made an environment"))
+    message = error_of(["eval", run, "--plans", "explore", f"--target={target}"], capsys)
+    assert f"target: expected a finite return, also when squared in float32, got {float(target)}" in message
+
+
+def test_an_environment_that_cannot_render_loses_the_film_alone(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def make_env(env_id: str, **kwargs: Any) -> Any:
+        raise EnvError(f"environment {env_id!r} cannot be made: it has no picture")
+
+    monkeypatch.setattr("gac_fast.video.headless_backend", lambda: "egl")
+    monkeypatch.setattr("gac_fast.envs.make_env", make_env)
+    capsys.readouterr()
+    assert main(["eval", str(run), "--episodes", "2", "--video", str(tmp_path / "film.mp4")]) == 2
+    out, err = capsys.readouterr()
+    assert err.count("\n") == 1
+    assert err.endswith("cannot be made: it has no picture\n")
+    (entry,) = read(run / "result.json")["evaluations"].values()
+    assert table(out)["return mean"] == f"{entry['return_mean']:.2f}"
+    assert entry["video"] is None
+    assert (run / entry["plot"]).is_file()
+
+
+def test_the_film_is_added_to_the_entry(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    film = tmp_path / "film.mp4"
+    monkeypatch.setattr("gac_fast.video.headless_backend", lambda: "egl")
+    monkeypatch.setattr(cli, "_film", lambda *args: None)
+    capsys.readouterr()
+    assert main(["eval", str(run), "--episodes", "2", "--video", str(film)]) == 0
+    result = read(run / "result.json")
+    (entry,) = result["evaluations"].values()
+    assert (entry["video"], entry["episodes"], result["n_evaluations"]) == (str(film), 2, 1)
+    assert table(capsys.readouterr().out)["video"] == str(film)
+
+
+def test_eval_without_a_way_to_render(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def headless_backend() -> str:
+        raise EnvError("cannot render without a display (egl: none; osmesa: none). Install EGL")
+
+    monkeypatch.setattr("gac_fast.video.headless_backend", headless_backend)
+    film = tmp_path / "film.mp4"
+    assert "cannot render without a display" in error_of(["eval", run, "--video", film], capsys)
+    assert not film.exists()
+    assert "evaluations" not in read(run / "result.json")
+
+
+# The film of a whole episode takes a software renderer half a minute.
+SHORT_FILM = """
+import sys
+from gac_fast import cli, envs
+
+make_env = envs.make_env
+envs.make_env = lambda env_id, **kwargs: make_env(env_id, max_episode_steps=10, **kwargs)
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def test_eval_films_one_episode(run: Path, tmp_path: Path) -> None:
+    import imageio_ffmpeg
+
+    film = tmp_path / "film.mp4"
+    flags = ["eval", str(run), "--episodes", "1", "--video", str(film)]
+    # A process of its own: the choice of a renderer is for the whole process.
+    done = subprocess.run([sys.executable, "-c", SHORT_FILM, *flags], capture_output=True, text=True, check=False)
+    if done.returncode == 2 and "cannot render" in done.stderr:
+        pytest.skip(done.stderr.strip())
+    assert done.returncode == 0, done.stderr
+    frames, _ = imageio_ffmpeg.count_frames_and_secs(str(film))
+    assert frames == 11
+    (entry,) = read(run / "result.json")["evaluations"].values()
+    assert entry["video"] == str(film)
+
+
+def test_info(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GAC_FAST_BACKEND", "reference")
+    assert main(["info"]) == 0
+    out = capsys.readouterr().out
+    for status in ops.status():
+        assert re.search(rf"^  {status.op} +reference$", out, re.MULTILINE)
+        for name, reason in status.problems.items():
+            assert f"not {name}: {reason}" in out
+    rows = table(out)
+    assert rows["torch"].startswith("2.")
+    assert rows["GAC_FAST_BACKEND"].startswith("reference  [")
+    assert {"cpu features", "torch threads", "gpu", "C++ engine", "commit"} <= rows.keys()
+    assert set(cli.VARIABLES) <= rows.keys()
+
+
+def test_info_where_a_forced_backend_cannot_run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GAC_FAST_BACKEND", "cpp")
+    (status,) = (status for status in ops.status("cpu") if status.op == "plan_ascent")
+    if status.active:
+        pytest.skip("plan_ascent has a C++ engine")
+    assert main(["info"]) == 0
+    assert re.search(r"^  plan_ascent +none: a call raises$", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_info_names_every_variable_the_project_reads() -> None:
+    sources = [*(ROOT / "gac_fast").rglob("*.py"), ROOT / "setup.py", ROOT / "Makefile"]
+    named = {name for path in sources for name in re.findall(r"\bGAC_FAST_[A-Z_]+\b", path.read_text())}
+    assert named == {name for name in cli.VARIABLES if name.startswith("GAC_FAST_")}
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["data", "--help"], ["train", "--help"], ["eval", "--help"]])
+def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 0
+    assert "usage: gac-fast" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "Missing subcommand"),
+        (["fly"], "Unrecognized options: fly"),
+        (["train"], "--data"),
+        (["train", "--data", "x", "--model.dimm", "3"], "--model.dimm"),
+        (["train", "--data", "x", "--preset"], "Missing value for argument '--preset'"),
+        (["train", "--data", "x", "--train.seed", "one"], "Error parsing --train.seed"),
+        (["eval", "x", "--plans", "best"], "invalid choice 'best'"),
+    ],
+)
+def test_wrong_usage(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_help_and_version_import_nothing_heavy() -> None:
+    heavy = "torch numpy gymnasium mujoco minari matplotlib h5py"
+    script = (
+        "import sys; from gac_fast.cli import main; main(['--version']); main(['train', '--help']); "
+        f"print([name for name in {heavy.split()} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert lines[0] == f"gac-fast {cli.__version__}"
+    assert lines[-1] == "[]"
+
+
+def test_module_runs_as_the_command() -> None:
+    command = [sys.executable, "-m", "gac_fast", "train", "--data", "x", "--preset", "none"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("gac-fast: error: preset 'none' is unknown")
+
+
+def test_errors_of_the_system_take_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> None:
+        with open("/nonexistent/file"):
+            pass
+
+    monkeypatch.setattr(cli, "_info", fail)
+    assert error_of(["info"], capsys) == "gac-fast: error: /nonexistent/file: No such file or directory\n"
+
+
+def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GAC_FAST_DEBUG", "1")
+    with pytest.raises(EnvError, match="expected a registered gymnasium id"):
+        main(["train", "--data", "x", "--env", "nowhere"])
+
+
+def test_a_defect_is_not_dressed_up_as_an_error_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise ValueError("a defect")
+
+    monkeypatch.setattr(cli, "_info", fail)
+    with pytest.raises(ValueError, match="a defect"):
+        main(["info"])
+
+
+def test_interrupt_exits_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_info", interrupted)
+    assert main(["info"]) == 130
+    assert capsys.readouterr().err == "gac-fast: interrupted\n"
