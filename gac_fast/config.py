@@ -283,7 +283,7 @@ class Config:
         """A copy with fields of sections replaced: ``config.replace(train={"seed": 1})``."""
         values = self.to_dict()
         for name, fields in sections.items():
-            values.setdefault(name, {}).update(fields)
+            values[name] = {**values.get(name, {}), **fields} if isinstance(fields, Mapping) else fields
         return Config.from_dict(values)
 
 

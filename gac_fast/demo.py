@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -21,7 +21,7 @@ __all__ = ["Demo", "main", "run"]
 MAZE = "umaze"
 N_BEST = 64
 N_DRAWN = 12
-# Starts of the evaluation: never those of the data, whose seeds begin at 0.
+# Seed of the evaluation of demo 0; every further demo has starts of its own.
 EVAL_SEED = 1_000_003
 
 
@@ -32,7 +32,7 @@ class Demo:
     run_dir: Path = Path("runs/demo")
     """Folder of the run; an earlier demo there is replaced."""
     seed: int = 0
-    """Seed of data, training and planning."""
+    """Seed of data and training; that of evaluation and planning follows from it."""
     data_episodes: int = 16384
     """Controller episodes to generate; their mean return is a tenth of what the noiseless controller gets."""
     eval_episodes: int = 256
@@ -41,6 +41,8 @@ class Demo:
     """Configuration to train."""
     n_updates: int = 0
     """Parameter updates; 0 takes the preset's."""
+    bf16: Literal["off", "on", "auto"] = "auto"
+    """bfloat16 in training; auto where the processor multiplies matrices in it."""
 
     def __post_init__(self) -> None:
         for name in ("data_episodes", "eval_episodes"):
@@ -77,13 +79,13 @@ def run(demo: Demo) -> dict[str, Any]:
         raise KeyboardInterrupt
 
     _say(f"3/4  planning and acting, {demo.eval_episodes} fresh episodes for each kind of plan")
-    n = demo.eval_episodes
+    n, eval_seed = demo.eval_episodes, EVAL_SEED + 1000 * demo.seed
     results = {
-        "prior": evaluate(policy, env_id, n, EVAL_SEED, policy.prior_plans(n, seed=demo.seed)),
-        "best posterior": evaluate(policy, env_id, n, EVAL_SEED, policy.posterior_best(N_BEST)),
-        "exploit": evaluate(policy, env_id, n, EVAL_SEED, keep=n),
+        "prior": evaluate(policy, env_id, n, eval_seed, policy.prior_plans(n, seed=eval_seed)),
+        "best posterior": evaluate(policy, env_id, n, eval_seed, policy.posterior_best(N_BEST)),
+        "exploit": evaluate(policy, env_id, n, eval_seed, keep=n),
     }
-    random_returns = random_policy(env_id, n, EVAL_SEED)
+    random_returns = random_policy(env_id, n, eval_seed)
     exploit = results["exploit"]
     values: dict[str, Any] = {
         "random_mean": float(random_returns.mean()),
@@ -115,7 +117,7 @@ def run(demo: Demo) -> dict[str, Any]:
 
 
 def _config(demo: Demo) -> Config:
-    train: dict[str, Any] = {"seed": demo.seed}
+    train: dict[str, Any] = {"seed": demo.seed, "bf16": demo.bf16}
     if demo.n_updates:
         train["n_updates"] = demo.n_updates
     return preset(demo.preset).replace(train=train)
@@ -176,7 +178,13 @@ def _table(values: dict[str, Any]) -> str:
         ("exploit, predicted", values["predicted_mean"]),
         ("exploit, achieved", values["exploit_mean"]),
     ]
-    lines = ["", f"return over {values['episodes']} fresh episodes (the noiseless controller, told the goal: 240)"]
+    from gac_fast.data import reference_scores
+
+    _, controller = reference_scores(f"pointmaze-{MAZE}")
+    lines = [
+        "",
+        f"return over {values['episodes']} fresh episodes (the noiseless controller, told the goal: {controller:.0f})",
+    ]
     lines += [f"  {name:<32}{value:8.1f}" for name, value in rows]
     lines[-1] += f"  +- {values['exploit_std']:.1f}"
     steering = values["steering_metrics"]

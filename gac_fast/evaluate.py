@@ -148,9 +148,11 @@ def evaluate(
                 bar.set_postfix_str(f"{steps / max(time.perf_counter() - started, 1e-9):,.0f} steps/s", refresh=False)
             done_before = done
 
-        result = rollout(vector, make_actor, episodes, seed, keep, on_step)
-        if bar is not None:
-            bar.close()
+        try:
+            result = rollout(vector, make_actor, episodes, seed, keep, on_step)
+        finally:
+            if bar is not None:
+                bar.close()
         seconds = time.perf_counter() - started
     finally:
         if own:

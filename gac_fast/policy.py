@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,7 @@ class Policy:
         z0: [B, n_z, D] posterior seeds of the training trajectories.
         returns: float64 [B], their returns in environment units.
         first_observations: [B, obs_dim], in environment units.
-        usable: bool [B], episodes that were trained on and whose return is known.
+        usable: bool [B], episodes that were trained on, whose return is known and whose chain was moved at all.
         step: parameter updates made.
     """
 
@@ -61,7 +60,7 @@ class Policy:
         return self.normalization.obs_mean.device
 
     def _plan_config(self, overrides: dict[str, Any]) -> PlanConfig:
-        return dataclasses.replace(self.config.plan, **overrides)
+        return self.config.replace(plan=overrides).plan
 
     def _starts(self, n: int, obs: np.ndarray | Tensor | None, seed: int) -> Tensor | None:
         """Normalised first states: [n, 1, obs_dim] of given ones, else [G, obs_dim] of the data's."""
@@ -173,6 +172,28 @@ def load(run_dir: str | Path, step: int | None = None, device: str | torch.devic
     return from_checkpoint(*checkpoint.load(path), device=device, name=str(path))
 
 
+def plan_seeds(
+    z0: Tensor, n_draws: Tensor, usable: Tensor, best_ids: Tensor | None, best_z0: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Posterior seeds to plan from, and which of them are more than prior draws.
+
+    Args:
+        z0: [B, n_z, D], chains given (tau, y).
+        n_draws: int64 [B], draws each has had; 1 for a chain that no update has moved yet.
+        usable: bool [B], trained on and of known return.
+        best_ids, best_z0: int64 [n] and [n, n_z, D], settled seeds of the best trajectories, where there are some.
+
+    Returns:
+        seeds [B, n_z, D], and ``usable`` without the chains that were never moved (as it was if none was moved).
+    """
+    moved = n_draws > 1
+    if best_ids is not None and best_z0 is not None:
+        z0, moved = z0.clone(), moved.clone()
+        z0[best_ids], moved[best_ids] = best_z0, True
+    found = usable & moved
+    return z0, found if bool(found.any()) else usable
+
+
 def from_checkpoint(
     tensors: dict[str, Tensor], state: dict[str, Any], device: str | torch.device = "cpu", name: str = "checkpoint"
 ) -> Policy:
@@ -185,10 +206,18 @@ def from_checkpoint(
         model.load_state_dict(weights)
         fields = [tensors[f"normalization.{field}"] for field in Normalization._fields]
         returns = tensors["data.returns"]
+        b = len(returns)
+        z0, usable = plan_seeds(
+            tensors["posterior.z0"][:b],
+            tensors["posterior.n_draws"][:b],
+            tensors["data.usable"],
+            tensors.get("best.ids"),
+            tensors.get("best.z0"),
+        )
         policy = Policy(
             model.to(device), Normalization(*fields).to(device), config, state["env_id"],
-            tensors["posterior.z0"][: len(returns)].to(device), returns.to(device),
-            tensors["data.first_observations"].to(device), tensors["data.usable"].to(device), state["step"],
+            z0.to(device), returns.to(device),
+            tensors["data.first_observations"].to(device), usable.to(device), state["step"],
         )  # fmt: skip
     except KeyError as error:
         raise CheckpointError(f"{name}: expected {error.args[0]!r} in it, found no such entry") from None

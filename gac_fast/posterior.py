@@ -148,18 +148,34 @@ class PosteriorState:
         return ops.philox_normal(self.seed, rows, step, shape[0] * shape[1]).view(-1, *shape)
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Take over saved tensors; shapes were checked by the checkpoint's manifest."""
+        """Take over saved tensors.
+
+        Raises:
+            RuntimeError: a tensor is of another shape.
+        """
         for name, tensor in self.tensors.items():
+            # copy_ would broadcast.
+            if tensors[name].shape != tensor.shape:
+                found, expected = list(tensors[name].shape), list(tensor.shape)
+                raise RuntimeError(f"posterior.{name}: expected shape {expected}, got {found}")
             tensor.copy_(tensors[name])
 
 
-def refine(state: PosteriorState, rows: Tensor, energy: Energy) -> tuple[Tensor, PosteriorStats]:
-    """Move the chains ``rows`` (int64 [b], distinct) by the configured posterior and store them.
+def refine(
+    state: PosteriorState, rows: Tensor, energy: Energy, n_steps: int | None = None, store: bool = True
+) -> tuple[Tensor, PosteriorStats]:
+    """Move the chains ``rows`` (int64 [b], distinct) by the configured posterior.
+
+    Args:
+        n_steps: posterior steps; None takes the configured number.
+        store: keep where they went; False leaves the state as it was.
 
     Returns:
         seeds [b, n_z, D] and diagnostics.
     """
     config, tensors = state.config, state.tensors
+    n_steps = config.n_steps if n_steps is None else n_steps
+    updated: dict[str, Tensor] = {}
     z0 = tensors["z0"][rows]
     shape = (z0.shape[1], z0.shape[2])
 
@@ -170,23 +186,24 @@ def refine(state: PosteriorState, rows: Tensor, energy: Energy) -> tuple[Tensor,
         z0, stats = langevin(
             energy,
             z0,
-            n_steps=config.n_steps,
+            n_steps=n_steps,
             step_size=config.step_size,
             noise=noise,
             max_drift_ratio=config.max_drift_ratio,
         )
-        drawn = config.n_steps
+        drawn = n_steps
     else:
         names = ("mean", "log_std", "moments", "n_taken")
-        z0, *updated = variational(
+        z0, *moved = variational(
             energy, *(tensors[name][rows] for name in names),
-            n_steps=config.n_steps, learning_rate=config.learning_rate, noise=noise,
+            n_steps=n_steps, learning_rate=config.learning_rate, noise=noise,
         )  # fmt: skip
-        for name, value in zip(names, updated, strict=True):
-            tensors[name][rows] = value
+        updated = dict(zip(names, moved, strict=True))
         zero = torch.zeros((), device=z0.device)
         stats = PosteriorStats(zero, zero, z0.flatten(1).norm(dim=1).mean() / math.sqrt(z0[0].numel()))
-        drawn = config.n_steps + 1
-    tensors["z0"][rows] = z0
-    tensors["n_draws"][rows] += drawn
+        drawn = n_steps + 1
+    if store:
+        for name, value in {**updated, "z0": z0}.items():
+            tensors[name][rows] = value
+        tensors["n_draws"][rows] += drawn
     return z0, stats

@@ -405,11 +405,76 @@ def test_threads_are_set_where_asked_for(tmp_path):
         torch.set_num_threads(before)
 
 
+def test_seeds_that_planning_starts_from_are_settled_and_their_chains_untouched(whole):
+    _path, conf = whole
+    trainer = OfflineTrainer(data(), conf)
+    fresh = trainer.policy()
+    # Nothing was moved yet: all are prior draws, and still something to plan from.
+    assert int(fresh.usable.sum()) == int(trainer.usable.sum())
+    trainer.run_update()
+    visited = trainer.posterior.tensors["n_draws"][:10] > 1
+    assert 0 < int(visited.sum()) < int(trainer.usable.sum())
+    assert torch.equal(trainer.policy().usable, trainer.usable & visited)
+    before = {name: value.clone() for name, value in trainer.posterior.tensors.items()}
+    ids, seeds = trainer.best_seeds()
+    assert all(torch.equal(before[name], value) for name, value in trainer.posterior.tensors.items())
+    returns = trainer.data.returns[ids.numpy()]
+    assert returns.tolist() == sorted(returns, reverse=True)
+    assert trainer.held_out.tolist() != ids.tolist()
+    assert trainer.data.complete[ids.numpy()].all()
+    batch = trainer.batches.of(ids, torch.ones(len(ids), dtype=torch.bool))
+    p = conf.posterior
+    with torch.no_grad():
+        misfit = [
+            float(
+                (
+                    trainer.model.energy(z, batch, p.action_temperature, p.return_temperature)
+                    - 0.5 * z.square().sum((1, 2))
+                ).sum()
+            )
+            for z in (before["z0"][ids], seeds)
+        ]
+    assert misfit[1] < misfit[0]
+    settled = trainer.policy(settle=True)
+    assert torch.equal(settled.z0[ids], seeds)
+    assert bool(settled.usable[ids].all())
+
+
+def test_resume_names_what_a_checkpoint_lacks_and_the_device_it_was_made_on(whole, tmp_path):
+    path, conf = whole
+    tensors, state = checkpoint.load(checkpoint.latest(path))
+    for key in ("bf16", "data_fingerprint"):
+        checkpoint.save(tmp_path / key, tensors, {k: v for k, v in state.items() if k != key})
+        with pytest.raises(CheckpointError, match=f"expected '{key}' in its state"):
+            OfflineTrainer(data(), conf).restore(tmp_path / key)
+    checkpoint.save(tmp_path / "cuda", tensors, state | {"device": "cuda"})
+    with pytest.raises(CheckpointError, match=r"the run was made on cuda, this is cpu: set train\.device"):
+        OfflineTrainer(data(), conf).restore(tmp_path / "cuda")
+    tensors["posterior.z0"] = tensors["posterior.z0"][:1]
+    checkpoint.save(tmp_path / "shape", tensors, state)
+    with pytest.raises(CheckpointError, match=r"posterior\.z0: expected shape"):
+        OfflineTrainer(data(), conf).restore(tmp_path / "shape")
+
+
+def test_chains_that_see_no_return_are_drawn_from_all_lengths():
+    """Drawn without replacement by length, the last of a batch are short ones; which hide their return must not be."""
+    dataset = make_trajectories([2] * 30 + [40] * 10)
+    trainer = OfflineTrainer(dataset, config(batch_size=24).replace(posterior={"tau_only_fraction": 0.25}))
+    hidden, long = 0, 0
+    for _ in range(60):
+        _, rows = trainer.batches.draw(trainer.generator)
+        ids = rows[rows >= 40] - 40
+        hidden, long = hidden + len(ids), long + int((ids >= 30).sum())
+    # Eight of ten long ones are in training and in nearly every batch of 24: a third of it, whichever part is hidden.
+    assert 0.2 < long / hidden < 0.5
+
+
 def test_the_trainers_policy_is_the_saved_one(whole):
     path, conf = whole
     trainer = OfflineTrainer(data(), conf)
     trainer.restore(checkpoint.latest(path))
-    mine, loaded = trainer.policy(), load(path)
+    mine, loaded = trainer.policy(settle=True), load(path)
+    assert torch.equal(mine.z0, loaded.z0)
     assert mine.step == loaded.step == 12
     assert torch.equal(mine.usable, loaded.usable)
     assert mine.best(20).tolist() == loaded.best(20).tolist()

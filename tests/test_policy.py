@@ -97,8 +97,10 @@ def test_overrides_replace_fields_of_the_plan_configuration():
     p = policy()
     assert not torch.equal(p.exploit(3, n_steps=1).z0, p.exploit(3, n_steps=20).z0)
     assert torch.equal(p.exploit(3, n_steps=5).z0, p.exploit(3).z0)
-    with pytest.raises(TypeError, match="n_stepz"):
+    with pytest.raises(gac_fast.ConfigError, match=r"plan\.n_stepz is unknown; expected one of"):
         p.exploit(3, n_stepz=1)
+    with pytest.raises(gac_fast.ConfigError, match=r"plan\.n_steps must be an integer, got '3'"):
+        p.exploit(3, n_steps="3")
     with pytest.raises(gac_fast.ConfigError, match=r"plan.step_size must be greater than 0, got -1"):
         p.exploit(3, step_size=-1)
 
@@ -151,7 +153,13 @@ def test_load_takes_the_newest_checkpoint_or_the_one_asked_for(run_dir):
 
 def test_a_loaded_policy_excludes_cut_and_held_out_episodes(run_dir):
     p = load(run_dir)
-    assert int(p.usable.sum()) in (7, 8)  # 2 of 10 are held out, one is cut
+    tensors, _ = checkpoint.load(checkpoint.latest(run_dir))
+    assert int(tensors["data.usable"].sum()) in (7, 8)  # 2 of 10 are held out, one is cut
+    # Chains that were never moved are prior draws and no posterior seeds.
+    moved = tensors["posterior.n_draws"][:10] > 1
+    if "best.ids" in tensors:
+        moved[tensors["best.ids"]] = True
+    assert torch.equal(p.usable, tensors["data.usable"] & moved)
     assert not bool(p.usable[7])
     assert 7 not in p.best(50).tolist()
 

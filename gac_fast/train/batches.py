@@ -54,6 +54,8 @@ class Batches:
             B + i where the chain sees tau alone (a share of the batch, and every cut episode).
         """
         ids = torch.multinomial(self.weights, self.size, generator=generator)
+        # Drawn without replacement, the last are the light ones: those that hide their return should be any.
+        ids = ids[torch.randperm(len(ids), generator=generator)]
         has_return = self.complete[ids].clone()
         has_return[self.size - self.n_tau_only :] = False
         dropped = None

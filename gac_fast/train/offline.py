@@ -21,12 +21,12 @@ from gac_fast.errors import CheckpointError, ConfigError, DataError, GacError
 from gac_fast.evaluate import check_fit, evaluate
 from gac_fast.model import GAC
 from gac_fast.model.normalization import Normalization
-from gac_fast.policy import Policy
-from gac_fast.posterior import PosteriorState
+from gac_fast.policy import Policy, plan_seeds
+from gac_fast.posterior import PosteriorState, refine
 from gac_fast.train.batches import Batches
 from gac_fast.train.log import Logger, Progress, RunDir, StopSignal, last_metrics, merge_result, start_run
-from gac_fast.train.metrics import held_out_metrics
-from gac_fast.train.update import learning_rate, make_optimizer, update
+from gac_fast.train.metrics import INFERENCE_STEPS, held_out_metrics
+from gac_fast.train.update import frozen, learning_rate, make_optimizer, update
 
 __all__ = ["OfflineTrainer", "TrainingDivergedError", "train"]
 
@@ -43,6 +43,9 @@ RESUME_MAY_CHANGE = {
 }
 
 MAX_HELD_OUT_MEASURED = 64
+
+# As many as the offline metrics give an episode that they infer from scratch.
+SETTLE_STEPS = INFERENCE_STEPS
 
 
 class TrainingDivergedError(GacError, RuntimeError):
@@ -125,19 +128,62 @@ class OfflineTrainer:
         values = held_out_metrics(self.model, self.batches, ids, self.config, seed=self.config.train.seed)
         return {f"held_out/{name}": value for name, value in values.items()}
 
-    def policy(self) -> Policy:
-        """The present model as a policy; it shares the weights."""
+    def best_seeds(self) -> tuple[Tensor, Tensor]:
+        """Settled seeds of the best training trajectories, the state of their chains left as it is.
+
+        An update moves only its own batch: on many episodes a chain is moved a few times, some not once. Those that
+        planning starts from get :data:`SETTLE_STEPS` posterior steps more.
+
+        Returns:
+            trajectories int64 [n] and seeds [n, n_z, D], with n = min(plan.n_best, episodes of known return).
+        """
+        p = self.config.posterior
+        returns = torch.where(self.usable, torch.from_numpy(self.data.returns), -torch.inf)
+        n = min(max(1, self.config.plan.n_best), int(self.usable.sum()))
+        ids = returns.argsort(descending=True, stable=True)[:n]
+        found = []
+        for chunk in ids.split(self.config.train.batch_size):
+            batch = self.batches.of(chunk, torch.ones(len(chunk), dtype=torch.bool))
+            with torch.no_grad():
+                trunk = self.model.trunk(batch)
+            with frozen(self.model):
+                energy = functools.partial(
+                    self.model.energy,
+                    batch=batch,
+                    action_temperature=p.action_temperature,
+                    return_temperature=p.return_temperature,
+                    trunk=trunk,
+                )
+                rows = chunk.to(self.device)
+                found.append(refine(self.posterior, rows, energy, n_steps=SETTLE_STEPS, store=False)[0])
+        return ids, torch.cat(found)
+
+    def policy(self, settle: bool = False) -> Policy:
+        """The present model as a policy; it shares the weights.
+
+        Args:
+            settle: plan from :meth:`best_seeds`, as a finished run does.
+        """
+        ids, seeds = self.best_seeds() if settle else (None, None)
+        b = len(self.data)
+        z0, usable = plan_seeds(
+            self.posterior.z0,
+            self.posterior.tensors["n_draws"][:b],
+            self.usable.to(self.device),
+            None if ids is None else ids.to(self.device),
+            seeds,
+        )
         return Policy(
-            self.model, self.batches.normalization, self.config, self.data.env_id, self.posterior.z0,
+            self.model, self.batches.normalization, self.config, self.data.env_id, z0,
             torch.from_numpy(self.data.returns).to(self.device),
             torch.from_numpy(self.data.observations[self.data.cu_seqlens[:-1]]).to(self.device),
-            self.usable.to(self.device), self.step,
+            usable, self.step,
         )  # fmt: skip
 
     def replay(self, env: str) -> dict[str, float]:
         """Replay of good plans: mean return in ``env`` under the posterior plans of the best training trajectories."""
         n = self.config.train.replay_episodes
-        policy = self.policy()
+        policy = self.policy(settle=True)
         plans = policy.posterior_best(n)
         result = evaluate(policy, env, n, seed=self.config.train.seed, plans=plans)
         data = self.data.returns[policy.best(n).cpu().numpy()]
@@ -165,6 +211,8 @@ class OfflineTrainer:
             "rng.torch": torch.get_rng_state(),
             "rng.batches": self.generator.get_state(),
         }
+        if self.step >= self.config.train.n_updates:
+            tensors["best.ids"], tensors["best.z0"] = self.best_seeds()
         if self.device.type == "cuda":
             tensors["rng.cuda"] = torch.cuda.get_rng_state(self.device)
         state = {
@@ -175,6 +223,7 @@ class OfflineTrainer:
             "act_dim": self.data.act_dim,
             "data_fingerprint": self.fingerprint,
             "bf16": self.model.bf16,
+            "device": self.device.type,
             "optimizer": optimizer,
         }
         path = checkpoint.checkpoint_path(run_dir, self.step)
@@ -189,6 +238,15 @@ class OfflineTrainer:
             CheckpointError: another environment, other data or another configuration, naming what differs.
         """
         tensors, state = checkpoint.load(path)
+        expected = {"step", "config", "env_id", "obs_dim", "act_dim", "data_fingerprint", "optimizer", "bf16", "device"}
+        if expected - state.keys():
+            raise CheckpointError(
+                f"{path}: expected {min(expected - state.keys())!r} in its state, found no such entry"
+            )
+        if state["device"] != self.device.type:
+            raise CheckpointError(
+                f"{path}: the run was made on {state['device']}, this is {self.device.type}: set train.device"
+            )
         mine = {"env_id": self.data.env_id, "obs_dim": self.data.obs_dim, "act_dim": self.data.act_dim}
         for name, value in mine.items():
             if state[name] != value:
