@@ -28,7 +28,8 @@ def rows(run: Path) -> list[list[object]]:
 
     result = json.loads((run / "result.json").read_text())
     where = json.loads((run / "environment.json").read_text())
-    git = where["git"] or {"commit": ""}
+    git = where["git"] or {"commit": "unknown", "dirty": False}
+    commit = git["commit"][:12] + ("+dirty" if git["dirty"] else "")
     machine = f"{where['cores']} cores {where['cpu']}"
     found = []
     for kind, key in KINDS.items():
@@ -36,7 +37,7 @@ def rows(run: Path) -> list[list[object]]:
         predicted = result["predicted_mean"] if kind == "exploit" else ""
         found.append(
             [result["n_updates"], y, float(normalized_score("pointmaze-umaze", y)), result["seed"], kind, predicted]
-            + [result["episodes"], round(result["seconds"]), git["commit"][:12], machine]
+            + [result["episodes"], round(result["seconds"]), commit, machine]
         )
     return found
 

@@ -84,7 +84,8 @@ class Policy:
         Args:
             n: number of plans P.
             obs: [n, obs_dim] first observations in environment units; row i then gets the best plan for its own start
-                (used where the return model takes the first state). None plans for the data's starts on average.
+                (used where the return model takes the first state), as ``evaluate`` does it. None plans for the data's
+                starts on average and repeats the ``n_keep`` best plans.
             seed: of the prior samples.
             overrides: fields of :class:`PlanConfig`, such as ``n_steps=200`` or ``kappa=0.5``.
         """
