@@ -1,0 +1,12 @@
+// One function per op that adds its functions to the module; each lies in <op>_binding.cpp.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace gac_fast {
+
+void bind_gemm(pybind11::module_& m);
+void bind_pack_batch(pybind11::module_& m);
+void bind_philox_normal(pybind11::module_& m);
+
+}  // namespace gac_fast

@@ -1,0 +1,363 @@
+#include "gemm.h"
+
+namespace gac_fast {
+namespace GAC_FAST_ISA {
+namespace {
+
+const float* offset(const float* bias, std::int64_t n) { return bias == nullptr ? nullptr : bias + n; }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// float32: panels of two vectors, [panel][n_in][2 * kLanes]
+
+constexpr std::int64_t kPanel = 2 * kLanes;
+
+#if defined(__AVX512F__)
+constexpr int kMostRows = 12;
+#elif defined(__AVX2__)
+constexpr int kMostRows = 6;
+#else
+constexpr int kMostRows = 5;
+#endif
+
+// ROWS x (PANELS * kPanel) outputs in registers.
+template <int ROWS, int PANELS>
+void block_f32(std::int64_t n_in, const float* x, std::int64_t ldx, const float* packed, float* y, std::int64_t ldy,
+               Begin begin, const float* bias) {
+    constexpr int kVecs = 2 * PANELS;
+    Vec sums[ROWS][kVecs];
+    for (int v = 0; v < kVecs; ++v) {
+        for (int r = 0; r < ROWS; ++r) {
+            sums[r][v] = begin == Begin::kZero   ? Vec{}
+                         : begin == Begin::kBias ? load(bias + v * kLanes)
+                                                 : load(y + r * ldy + v * kLanes);
+        }
+    }
+    for (std::int64_t k = 0; k < n_in; ++k) {
+        Vec w[kVecs];
+        for (int p = 0; p < PANELS; ++p) {
+            w[2 * p] = load(packed + (p * n_in + k) * kPanel);
+            w[2 * p + 1] = load(packed + (p * n_in + k) * kPanel + kLanes);
+        }
+        for (int r = 0; r < ROWS; ++r) {
+            const Vec a = broadcast(x[r * ldx + k]);
+            for (int v = 0; v < kVecs; ++v) sums[r][v] += a * w[v];
+        }
+    }
+    for (int r = 0; r < ROWS; ++r) {
+        for (int v = 0; v < kVecs; ++v) store(y + r * ldy + v * kLanes, sums[r][v]);
+    }
+}
+
+// Few rows leave registers for more panels, whose sums hide the latency of each other.
+template <int ROWS>
+constexpr int panels_of() {
+#if defined(__AVX512F__)
+    return ROWS <= 3 ? 4 : ROWS <= 6 ? 2 : 1;
+#else
+    return ROWS <= 1 ? 4 : ROWS <= 3 ? 2 : 1;
+#endif
+}
+
+template <int ROWS>
+void rows_f32(std::int64_t n_panels, std::int64_t n_in, const float* x, std::int64_t ldx, const float* packed, float* y,
+              std::int64_t ldy, Begin begin, const float* bias) {
+    constexpr int kPanels = panels_of<ROWS>();
+    std::int64_t p = 0;
+    for (; p + kPanels <= n_panels; p += kPanels) {
+        block_f32<ROWS, kPanels>(n_in, x, ldx, packed + p * n_in * kPanel, y + p * kPanel, ldy, begin,
+                                 offset(bias, p * kPanel));
+    }
+    for (; p < n_panels; ++p) {
+        block_f32<ROWS, 1>(n_in, x, ldx, packed + p * n_in * kPanel, y + p * kPanel, ldy, begin,
+                           offset(bias, p * kPanel));
+    }
+}
+
+using RowsF32 = void (*)(std::int64_t, std::int64_t, const float*, std::int64_t, const float*, float*, std::int64_t,
+                         Begin, const float*);
+
+#if defined(__AVX512F__)
+constexpr RowsF32 kRowsF32[] = {rows_f32<1>, rows_f32<2>, rows_f32<3>, rows_f32<4>,  rows_f32<5>,  rows_f32<6>,
+                                rows_f32<7>, rows_f32<8>, rows_f32<9>, rows_f32<10>, rows_f32<11>, rows_f32<12>};
+#elif defined(__AVX2__)
+constexpr RowsF32 kRowsF32[] = {rows_f32<1>, rows_f32<2>, rows_f32<3>, rows_f32<4>, rows_f32<5>, rows_f32<6>};
+#else
+constexpr RowsF32 kRowsF32[] = {rows_f32<1>, rows_f32<2>, rows_f32<3>, rows_f32<4>, rows_f32<5>};
+#endif
+
+// ---------------------------------------------------------------------------------------------------------------------
+// bfloat16: panels of 16 columns, neighbouring inputs side by side, [panel][n_in / 2][16][2]
+
+constexpr std::int64_t kTileColumns = 16;
+
+#if defined(__AMX_BF16__)
+struct alignas(64) TileConfig {
+    std::uint8_t palette = 1;
+    std::uint8_t start_row = 0;
+    std::uint8_t reserved[14] = {};
+    std::uint16_t row_bytes[16] = {};
+    std::uint8_t rows[16] = {};
+
+    // Tiles 0-3: sums, 4-5: x, 6-7: W; the lower ones (2, 3, 5) have `low` rows.
+    TileConfig(int top, int low) {
+        for (int t = 0; t < 8; ++t) {
+            row_bytes[t] = 64;
+            rows[t] = static_cast<std::uint8_t>(t == 2 || t == 3 || t == 5 ? low : t < 6 ? top : 16);
+        }
+    }
+};
+
+// GCC's tile intrinsics do not say that they touch memory.
+void memory_barrier() { asm volatile("" ::: "memory"); }
+
+void load_config(int top, int low) {
+    const TileConfig config(top, low);
+    asm volatile("" ::"r"(&config) : "memory");
+    _tile_loadconfig(&config);
+}
+
+// Tile numbers have to be literals, hence two bodies. 16 to 32 rows, two column tiles.
+void tiles_two(std::int64_t n_pairs, const Bf16* x, std::int64_t ldx, const Bf16* packed, float* y, std::int64_t ldy,
+               Begin begin) {
+    const std::int64_t panel = n_pairs * 32;
+    const int x_stride = static_cast<int>(ldx * 2);
+    const int y_stride = static_cast<int>(ldy * 4);
+    if (begin == Begin::kZero) {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    } else {
+        _tile_loadd(0, y, y_stride);
+        _tile_loadd(1, y + 16, y_stride);
+        _tile_loadd(2, y + 16 * ldy, y_stride);
+        _tile_loadd(3, y + 16 * ldy + 16, y_stride);
+    }
+    for (std::int64_t k = 0; k < n_pairs; k += 16) {
+        _tile_loadd(6, packed + k * 32, 64);
+        _tile_loadd(4, x + 2 * k, x_stride);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, packed + panel + k * 32, 64);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_loadd(5, x + 16 * ldx + 2 * k, x_stride);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, y, y_stride);
+    _tile_stored(1, y + 16, y_stride);
+    _tile_stored(2, y + 16 * ldy, y_stride);
+    _tile_stored(3, y + 16 * ldy + 16, y_stride);
+}
+
+// Up to 16 rows, two column tiles.
+void tiles_one(std::int64_t n_pairs, const Bf16* x, std::int64_t ldx, const Bf16* packed, float* y, std::int64_t ldy,
+               Begin begin) {
+    const std::int64_t panel = n_pairs * 32;
+    const int x_stride = static_cast<int>(ldx * 2);
+    const int y_stride = static_cast<int>(ldy * 4);
+    if (begin == Begin::kZero) {
+        _tile_zero(0);
+        _tile_zero(1);
+    } else {
+        _tile_loadd(0, y, y_stride);
+        _tile_loadd(1, y + 16, y_stride);
+    }
+    for (std::int64_t k = 0; k < n_pairs; k += 16) {
+        _tile_loadd(4, x + 2 * k, x_stride);
+        _tile_loadd(6, packed + k * 32, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, packed + panel + k * 32, 64);
+        _tile_dpbf16ps(1, 4, 7);
+    }
+    _tile_stored(0, y, y_stride);
+    _tile_stored(1, y + 16, y_stride);
+}
+
+void fill_bias(std::int64_t m, std::int64_t n, const float* bias, float* y, std::int64_t ldy) {
+    for (std::int64_t r = 0; r < m; ++r) {
+        for (std::int64_t c = 0; c < n; c += kLanes) store(y + r * ldy + c, load(bias + c));
+    }
+}
+#endif
+
+#if defined(__AVX512BF16__)
+constexpr int kVecsPerPanel = 1;
+#else
+constexpr int kVecsPerPanel = static_cast<int>(kTileColumns) / kLanes;
+#endif
+
+// ROWS x (PANELS * 16) outputs in registers, from pairs of inputs.
+template <int ROWS, int PANELS>
+void block_bf16(std::int64_t n_pairs, const Bf16* x, std::int64_t ldx, const Bf16* packed, float* y, std::int64_t ldy,
+                Begin begin, const float* bias) {
+    constexpr int kVecs = kVecsPerPanel * PANELS;
+    Vec sums[ROWS][kVecs];
+    for (int v = 0; v < kVecs; ++v) {
+        for (int r = 0; r < ROWS; ++r) {
+            sums[r][v] = begin == Begin::kZero   ? Vec{}
+                         : begin == Begin::kBias ? load(bias + v * kLanes)
+                                                 : load(y + r * ldy + v * kLanes);
+        }
+    }
+    for (std::int64_t k = 0; k < n_pairs; ++k) {
+        for (int v = 0; v < kVecs; ++v) {
+            const Bf16* w = packed + ((v / kVecsPerPanel) * n_pairs + k) * 32 + (v % kVecsPerPanel) * 2 * kLanes;
+#if defined(__AVX512BF16__)
+            const __m512bh pairs = (__m512bh)_mm512_loadu_si512(w);
+            for (int r = 0; r < ROWS; ++r) {
+                std::int32_t a;
+                std::memcpy(&a, x + r * ldx + 2 * k, sizeof(a));
+                sums[r][v] = (Vec)_mm512_dpbf16_ps((__m512)sums[r][v], (__m512bh)_mm512_set1_epi32(a), pairs);
+            }
+#else
+            IntVec pairs;
+            std::memcpy(&pairs, w, sizeof(pairs));
+            const Vec even = (Vec)(pairs << 16);
+            const Vec odd = (Vec)(pairs & static_cast<std::int32_t>(0xFFFF0000U));
+            for (int r = 0; r < ROWS; ++r) {
+                sums[r][v] += to_float(x[r * ldx + 2 * k]) * even;
+                sums[r][v] += to_float(x[r * ldx + 2 * k + 1]) * odd;
+            }
+#endif
+        }
+    }
+    for (int r = 0; r < ROWS; ++r) {
+        for (int v = 0; v < kVecs; ++v) store(y + r * ldy + v * kLanes, sums[r][v]);
+    }
+}
+
+// The number of panels is even.
+template <int ROWS, int PANELS>
+void rows_bf16(std::int64_t n_panels, std::int64_t n_pairs, const Bf16* x, std::int64_t ldx, const Bf16* packed,
+               float* y, std::int64_t ldy, Begin begin, const float* bias) {
+    std::int64_t p = 0;
+    for (; p + PANELS <= n_panels; p += PANELS) {
+        block_bf16<ROWS, PANELS>(n_pairs, x, ldx, packed + p * n_pairs * 32, y + p * kTileColumns, ldy, begin,
+                                 offset(bias, p * kTileColumns));
+    }
+    for (; p < n_panels; p += 2) {
+        block_bf16<ROWS, 2>(n_pairs, x, ldx, packed + p * n_pairs * 32, y + p * kTileColumns, ldy, begin,
+                            offset(bias, p * kTileColumns));
+    }
+}
+
+#if defined(__AMX_BF16__)
+// Below this many rows the vector unit is as fast as a tile that is mostly empty.
+constexpr std::int64_t kFewRows = 4;
+#endif
+
+}  // namespace
+
+template <>
+std::int64_t packed_size<float>(std::int64_t n_out, std::int64_t n_in) {
+    return round_up(n_out, kColumns) * n_in;
+}
+
+template <>
+std::int64_t packed_size<Bf16>(std::int64_t n_out, std::int64_t n_in) {
+    return round_up(n_out, kColumns) * round_up(n_in, kPairs);
+}
+
+template <>
+void pack<float>(const float* w, std::int64_t stride_out, std::int64_t stride_in, std::int64_t n_out, std::int64_t n_in,
+                 float* packed) {
+    for (std::int64_t first = 0; first < round_up(n_out, kColumns); first += kPanel) {
+        for (std::int64_t k = 0; k < n_in; ++k) {
+            for (std::int64_t c = 0; c < kPanel; ++c) {
+                const std::int64_t o = first + c;
+                *packed++ = o < n_out ? w[o * stride_out + k * stride_in] : 0.0F;
+            }
+        }
+    }
+}
+
+template <>
+void pack<Bf16>(const float* w, std::int64_t stride_out, std::int64_t stride_in, std::int64_t n_out, std::int64_t n_in,
+                Bf16* packed) {
+    for (std::int64_t first = 0; first < round_up(n_out, kColumns); first += kTileColumns) {
+        for (std::int64_t k = 0; k < round_up(n_in, kPairs); k += 2) {
+            for (std::int64_t c = 0; c < kTileColumns; ++c) {
+                const std::int64_t o = first + c;
+                for (std::int64_t i = k; i < k + 2; ++i) {
+                    *packed++ = o < n_out && i < n_in ? to_bf16(w[o * stride_out + i * stride_in]) : Bf16{0};
+                }
+            }
+        }
+    }
+}
+
+template <>
+void gemm<float>(std::int64_t m, std::int64_t n_out, std::int64_t n_in, const float* x, std::int64_t ldx,
+                 const float* packed, float* y, std::int64_t ldy, Begin begin, const float* bias) {
+    const std::int64_t n_panels = round_up(n_out, kColumns) / kPanel;
+    const std::int64_t n_blocks = (m + kMostRows - 1) / kMostRows;
+    // Blocks of nearly equal size. Panel by panel, so that one panel serves all rows from the nearest cache.
+    const std::int64_t step = m > kMostRows ? 1 : n_panels;
+    for (std::int64_t p = 0; p < n_panels; p += step) {
+        for (std::int64_t b = 0; b < n_blocks; ++b) {
+            const std::int64_t r = m * b / n_blocks;
+            const std::int64_t rows = m * (b + 1) / n_blocks - r;
+            kRowsF32[rows - 1](step, n_in, x + r * ldx, ldx, packed + p * n_in * kPanel, y + r * ldy + p * kPanel, ldy,
+                               begin, offset(bias, p * kPanel));
+        }
+    }
+}
+
+template <>
+void gemm<Bf16>(std::int64_t m, std::int64_t n_out, std::int64_t n_in, const Bf16* x, std::int64_t ldx,
+                const Bf16* packed, float* y, std::int64_t ldy, Begin begin, const float* bias) {
+    const std::int64_t n_panels = round_up(n_out, kColumns) / kTileColumns;
+    const std::int64_t n_pairs = round_up(n_in, kPairs) / 2;
+    std::int64_t r = 0;
+#if defined(__AMX_BF16__)
+    if (m > kFewRows) {
+        if (begin == Begin::kBias) fill_bias(m, n_panels * kTileColumns, bias, y, ldy);
+        memory_barrier();
+        for (; r < m; r += 32) {
+            const std::int64_t rows = min_of(32, m - r);
+            if (rows < 32) load_config(static_cast<int>(min_of(rows, 16)), static_cast<int>(max_of(1, rows - 16)));
+            for (std::int64_t p = 0; p < n_panels; p += 2) {
+                (rows > 16 ? tiles_two : tiles_one)(n_pairs, x + r * ldx, ldx, packed + p * n_pairs * 32,
+                                                    y + r * ldy + p * kTileColumns, ldy, begin);
+            }
+            if (rows < 32) load_config(16, 16);
+        }
+        memory_barrier();
+        return;
+    }
+    switch (m) {
+        case 1:
+            return rows_bf16<1, 8>(n_panels, n_pairs, x, ldx, packed, y, ldy, begin, bias);
+        case 2:
+            return rows_bf16<2, 8>(n_panels, n_pairs, x, ldx, packed, y, ldy, begin, bias);
+        case 3:
+            return rows_bf16<3, 4>(n_panels, n_pairs, x, ldx, packed, y, ldy, begin, bias);
+        case 4:
+            return rows_bf16<4, 4>(n_panels, n_pairs, x, ldx, packed, y, ldy, begin, bias);
+        default:
+            return;
+    }
+#else
+    for (; r + 4 <= m; r += 4) {
+        rows_bf16<4, 2>(n_panels, n_pairs, x + r * ldx, ldx, packed, y + r * ldy, ldy, begin, bias);
+    }
+    for (; r < m; ++r) {
+        rows_bf16<1, 4>(n_panels, n_pairs, x + r * ldx, ldx, packed, y + r * ldy, ldy, begin, bias);
+    }
+#endif
+}
+
+TileScope::TileScope() {
+#if defined(__AMX_BF16__)
+    load_config(16, 16);
+#endif
+}
+
+TileScope::~TileScope() {
+#if defined(__AMX_BF16__)
+    _tile_release();
+#endif
+}
+
+}  // namespace GAC_FAST_ISA
+}  // namespace gac_fast

@@ -1,0 +1,39 @@
+// Takes NumPy arrays and runs one packed product, for the tests.
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+
+#include "bindings.h"
+#include "check.h"
+#include "gemm_test.h"
+
+namespace py = pybind11;
+
+namespace gac_fast {
+namespace {
+
+void run(const py::array& x, const py::array& w, const py::object& bias, py::array y, bool transposed, bool add,
+         bool bf16, int repeats) {
+    const auto x_view = rows_view<float>(x, kAny, kAny, "x");
+    auto y_view = writeable_rows_view<float>(y, x_view.rows, kAny, "y");
+    const auto w_view = transposed ? rows_view<float>(w, x_view.columns, y_view.columns, "w")
+                                   : rows_view<float>(w, y_view.columns, x_view.columns, "w");
+    const float* bias_data = nullptr;
+    if (!bias.is_none()) {
+        bias_data = vector_view<float>(py::cast<py::array>(bias), y_view.columns, "bias").data;
+    }
+    const GemmTest test{x_view.rows, y_view.columns, x_view.columns, x_view.data,
+                        w_view.data, bias_data,      y_view.data,    transposed,
+                        add,         bf16,           repeats};
+    const py::gil_scoped_release release;
+    GAC_FAST_DISPATCH(active_isa(), gemm_test(test));
+}
+
+}  // namespace
+
+void bind_gemm(py::module_& m) {
+    m.def("_gemm", &run, py::arg("x"), py::arg("w"), py::arg("bias"), py::arg("y"), py::arg("transposed") = false,
+          py::arg("add") = false, py::arg("bf16") = false, py::arg("repeats") = 1);
+}
+
+}  // namespace gac_fast

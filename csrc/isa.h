@@ -1,0 +1,70 @@
+// The instruction sets that the engine is compiled for. Every per-ISA source is compiled once for each of them, inside
+// a namespace of that name (GAC_FAST_ISA), so that one binary serves all machines.
+//
+// Inside such sources use nothing inline from outside the namespace (no std containers, no shared inline functions):
+// the linker keeps one copy of an inline function, and it may be one that this processor cannot run.
+#pragma once
+
+#include <string>
+#include <utility>
+#include <vector>
+
+#if defined(__x86_64__) || defined(_M_X64)
+#define GAC_FAST_X86 1
+#else
+#define GAC_FAST_X86 0
+#endif
+
+namespace gac_fast {
+
+// Ordered: each includes the ones before it.
+enum class Isa { kPortable, kAvx2, kAvx512, kAmx };
+
+const char* isa_name(Isa isa);
+
+// Why this processor (or its system) cannot run a path; empty where it can.
+std::string isa_problem(Isa isa);
+
+// The best path that runs here, or the one that GAC_FAST_CPU_ISA or use_isa() names.
+Isa active_isa();
+
+// active_isa() in words: the path and why.
+std::string active_isa_reason();
+
+// Forces a path by name for the whole process; the empty string goes back to the choice made at the start. Throws
+// std::invalid_argument on an unknown name, std::runtime_error where the path cannot run.
+void use_isa(const std::string& name);
+
+// All paths with isa_problem().
+std::vector<std::pair<std::string, std::string>> isa_problems();
+
+}  // namespace gac_fast
+
+// Declares a function of every per-ISA namespace: GAC_FAST_DECLARE(void gemm(const float* x);)
+// Calls the one of `isa`: GAC_FAST_DISPATCH(isa, gemm(x)).
+#if GAC_FAST_X86
+#define GAC_FAST_DECLARE(...) \
+    namespace portable {      \
+    __VA_ARGS__               \
+    }                         \
+    namespace avx2 {          \
+    __VA_ARGS__               \
+    }                         \
+    namespace avx512 {        \
+    __VA_ARGS__               \
+    }                         \
+    namespace amx {           \
+    __VA_ARGS__               \
+    }
+#define GAC_FAST_DISPATCH(isa, ...)                            \
+    ((isa) == ::gac_fast::Isa::kAmx      ? amx::__VA_ARGS__    \
+     : (isa) == ::gac_fast::Isa::kAvx512 ? avx512::__VA_ARGS__ \
+     : (isa) == ::gac_fast::Isa::kAvx2   ? avx2::__VA_ARGS__   \
+                                         : portable::__VA_ARGS__)
+#else
+#define GAC_FAST_DECLARE(...) \
+    namespace portable {      \
+    __VA_ARGS__               \
+    }
+#define GAC_FAST_DISPATCH(isa, ...) (static_cast<void>(isa), portable::__VA_ARGS__)
+#endif

@@ -1,0 +1,188 @@
+#include "thread_pool.h"
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <exception>
+#include <mutex>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+#if defined(__unix__)
+#include <pthread.h>
+#endif
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace gac_fast {
+namespace {
+
+constexpr int kMostWorkers = 255;
+// A loop that follows soon finds its workers awake; between updates they sleep. Waking one takes about as long.
+constexpr std::chrono::microseconds kSpin{30};
+
+void pause() {
+#if defined(__x86_64__)
+    _mm_pause();
+#else
+    std::this_thread::yield();
+#endif
+}
+
+template <typename Done>
+bool spin_until(Done done) {
+    const auto end = std::chrono::steady_clock::now() + kSpin;
+    do {
+        for (int i = 0; i < 32; ++i) {
+            if (done()) return true;
+            pause();
+        }
+    } while (std::chrono::steady_clock::now() < end);
+    return false;
+}
+
+thread_local bool inside_task = false;
+
+struct Job {
+    std::int64_t n;
+    void (*task)(void*, std::int64_t);
+    void* context;
+    std::atomic<std::int64_t> next{0};
+    std::atomic<bool> failed{false};
+    std::exception_ptr error;  // written by the one that set `failed`
+    // Under the pool's mutex; `active` is read without it while spinning.
+    int wanted;
+    std::atomic<int> active{0};
+
+    void work() {
+        inside_task = true;
+        for (std::int64_t i = next.fetch_add(1); i < n; i = next.fetch_add(1)) {
+            try {
+                task(context, i);
+            } catch (...) {
+                if (!failed.exchange(true)) error = std::current_exception();
+                next.store(n);
+            }
+        }
+        inside_task = false;
+    }
+};
+
+class Pool {
+  public:
+    void run(Job& job, int n_workers) {
+        {
+            const std::lock_guard<std::mutex> lock(mutex_);
+            grow(n_workers);
+            job.wanted = std::min(n_workers, n_started_);
+            jobs_.push_back(&job);
+            n_jobs_.fetch_add(1);
+        }
+        work_.notify_all();
+        job.work();
+        {
+            std::unique_lock<std::mutex> lock(mutex_);
+            jobs_.erase(std::find(jobs_.begin(), jobs_.end(), &job));
+            n_jobs_.fetch_sub(1);
+        }
+        if (spin_until([&job] { return job.active.load(std::memory_order_acquire) == 0; })) {
+            // The last worker may still hold the mutex for its notification; it touches the job no more.
+            return;
+        }
+        std::unique_lock<std::mutex> lock(mutex_);
+        done_.wait(lock, [&job] { return job.active.load(std::memory_order_acquire) == 0; });
+    }
+
+  private:
+    void grow(int n_workers) {
+        while (n_started_ < std::min(n_workers, kMostWorkers)) {
+            try {
+                // Detached: at exit they sleep, and the pool is never destroyed.
+                std::thread([this] { serve(); }).detach();
+            } catch (const std::system_error&) {
+                return;  // fewer threads do the same work
+            }
+            ++n_started_;
+        }
+    }
+
+    Job* find() {
+        for (Job* job : jobs_) {
+            if (job->wanted > 0 && job->next.load() < job->n) return job;
+        }
+        return nullptr;
+    }
+
+    void serve() {
+        for (;;) {
+            spin_until([this] { return n_jobs_.load() > 0; });
+            Job* job = nullptr;
+            {
+                std::unique_lock<std::mutex> lock(mutex_);
+                work_.wait(lock, [this, &job] { return (job = find()) != nullptr; });
+                --job->wanted;
+                job->active.fetch_add(1);
+            }
+            job->work();
+            {
+                // Under the mutex, so that a caller about to wait cannot miss it.
+                const std::lock_guard<std::mutex> lock(mutex_);
+                job->active.fetch_sub(1, std::memory_order_release);
+            }
+            done_.notify_all();
+        }
+    }
+
+    std::mutex mutex_;
+    std::condition_variable work_;
+    std::condition_variable done_;
+    std::vector<Job*> jobs_;
+    std::atomic<int> n_jobs_{0};
+    int n_started_ = 0;
+};
+
+std::atomic<Pool*> the_pool{nullptr};
+
+// A child of fork has none of the threads, and a mutex in an unknown state: it leaves the pool behind.
+void forget_pool() {
+    the_pool.store(nullptr);
+    inside_task = false;
+}
+
+Pool& pool() {
+    static const bool registered = [] {
+#if defined(__unix__)
+        pthread_atfork(nullptr, nullptr, forget_pool);
+#endif
+        return true;
+    }();
+    static_cast<void>(registered);
+    Pool* found = the_pool.load();
+    if (found == nullptr) {
+        Pool* made = new Pool;
+        if (the_pool.compare_exchange_strong(found, made)) return *made;
+        delete made;
+    }
+    return *found;
+}
+
+}  // namespace
+
+void parallel_for_each(std::int64_t n, int n_threads, void (*task)(void* context, std::int64_t i), void* context) {
+    const auto n_workers = static_cast<int>(std::min<std::int64_t>(n_threads, n)) - 1;
+    if (n_workers <= 0 || inside_task) {
+        for (std::int64_t i = 0; i < n; ++i) task(context, i);
+        return;
+    }
+    Job job{};
+    job.n = n;
+    job.task = task;
+    job.context = context;
+    pool().run(job, n_workers);
+    if (job.error) std::rethrow_exception(job.error);
+}
+
+}  // namespace gac_fast
