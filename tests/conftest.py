@@ -73,6 +73,18 @@ def cpp_engine() -> ModuleType:
     return importlib.import_module("gac_fast._C")
 
 
+@pytest.fixture(params=["portable", "avx2", "avx512", "amx"])
+def isa(request: pytest.FixtureRequest, cpp_engine: ModuleType) -> Iterator[str]:
+    """Each path of the C++ engine that this processor can run."""
+    problem = dict(cpp_engine._isa_problems()).get(request.param, "not built for this processor")
+    if problem:
+        pytest.skip(f"{request.param}: {problem}")
+    cpp_engine._use_isa(request.param)
+    assert cpp_engine._isa() == request.param
+    yield request.param
+    cpp_engine._use_isa("")
+
+
 @pytest.fixture
 def run_interpreted() -> Callable[[str], None]:
     """Runs the tests of a file that are marked ``interpreter``, in a process with TRITON_INTERPRET=1.

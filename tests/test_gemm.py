@@ -6,26 +6,13 @@ import pytest
 import torch
 from conftest import row_error
 
-ISAS = ["portable", "avx2", "avx512", "amx"]
 
-
-@pytest.fixture(params=ISAS)
-def isa(request, cpp_engine):
-    """Each path that this processor can run."""
-    problem = dict(cpp_engine._isa_problems()).get(request.param, "not built for this processor")
-    if problem:
-        pytest.skip(f"{request.param}: {problem}")
-    cpp_engine._use_isa(request.param)
-    yield request.param
-    cpp_engine._use_isa("")
-
-
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
 @pytest.mark.parametrize("begin", ["zero", "bias", "add"])
 @pytest.mark.parametrize(("n_out", "n_in"), [(128, 128), (33, 17), (2, 7), (96, 64), (256, 512)])
-def test_packed_products(isa, cpp_engine, n_out, n_in, begin, bf16):
+def test_packed_products(cpp_engine, n_out, n_in, begin, bf16):
     generator = torch.Generator().manual_seed(0)
-    assert cpp_engine._isa() == isa
     for m in (1, 2, 3, 4, 5, 6, 11, 12, 13, 16, 17, 31, 32, 33, 64):
         x, w, y = (torch.randn(*size, generator=generator) for size in ((m, n_in), (n_out, n_in), (m, n_out)))
         bias = torch.randn(n_out, generator=generator)
