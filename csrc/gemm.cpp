@@ -19,33 +19,56 @@ constexpr int kMostRows = 6;
 constexpr int kMostRows = 5;
 #endif
 
+// The beginning of y joins at the end, so that no sum waits for it. Unrolled by demand: GCC 12 would keep the sums in
+// memory.
+template <int ROWS, int VECS>
+[[gnu::always_inline]] inline void finish(Vec (&sums)[ROWS][VECS], float* y, std::int64_t ldy, Begin begin,
+                                          const float* bias) {
+    if (begin == Begin::kBias) {
+#pragma GCC unroll 32
+        for (int v = 0; v < VECS; ++v) {
+            const Vec b = load(bias + v * kLanes);
+            for (int r = 0; r < ROWS; ++r) sums[r][v] += b;
+        }
+    } else if (begin == Begin::kAdd) {
+#pragma GCC unroll 32
+        for (int r = 0; r < ROWS; ++r) {
+            for (int v = 0; v < VECS; ++v) sums[r][v] += load(y + r * ldy + v * kLanes);
+        }
+    }
+#pragma GCC unroll 32
+    for (int r = 0; r < ROWS; ++r) {
+        for (int v = 0; v < VECS; ++v) store(y + r * ldy + v * kLanes, sums[r][v]);
+    }
+}
+
+// How far ahead of its use a panel is fetched, in elements: weights come from a cache further out.
+constexpr std::int64_t kCacheLine = 64 / sizeof(float);
+constexpr std::int64_t kAhead = 1024 / sizeof(float);
+
 // ROWS x (PANELS * kPanel) outputs in registers.
 template <int ROWS, int PANELS>
 void block_f32(std::int64_t n_in, const float* x, std::int64_t ldx, const float* packed, float* y, std::int64_t ldy,
                Begin begin, const float* bias) {
     constexpr int kVecs = 2 * PANELS;
     Vec sums[ROWS][kVecs];
-    for (int v = 0; v < kVecs; ++v) {
-        for (int r = 0; r < ROWS; ++r) {
-            sums[r][v] = begin == Begin::kZero   ? Vec{}
-                         : begin == Begin::kBias ? load(bias + v * kLanes)
-                                                 : load(y + r * ldy + v * kLanes);
-        }
+    for (int r = 0; r < ROWS; ++r) {
+        for (int v = 0; v < kVecs; ++v) sums[r][v] = Vec{};
     }
     for (std::int64_t k = 0; k < n_in; ++k) {
         Vec w[kVecs];
         for (int p = 0; p < PANELS; ++p) {
-            w[2 * p] = load(packed + (p * n_in + k) * kPanel);
-            w[2 * p + 1] = load(packed + (p * n_in + k) * kPanel + kLanes);
+            const float* panel = packed + (p * n_in + k) * kPanel;
+            for (std::int64_t i = 0; i < kPanel; i += kCacheLine) __builtin_prefetch(panel + kAhead + i);
+            w[2 * p] = load(panel);
+            w[2 * p + 1] = load(panel + kLanes);
         }
         for (int r = 0; r < ROWS; ++r) {
             const Vec a = broadcast(x[r * ldx + k]);
             for (int v = 0; v < kVecs; ++v) sums[r][v] += a * w[v];
         }
     }
-    for (int r = 0; r < ROWS; ++r) {
-        for (int v = 0; v < kVecs; ++v) store(y + r * ldy + v * kLanes, sums[r][v]);
-    }
+    finish<ROWS, kVecs>(sums, y, ldy, begin, bias);
 }
 
 // Few rows leave registers for more panels, whose sums hide the latency of each other.
@@ -178,38 +201,21 @@ void fill_bias(std::int64_t m, std::int64_t n, const float* bias, float* y, std:
         for (std::int64_t c = 0; c < n; c += kLanes) store(y + r * ldy + c, load(bias + c));
     }
 }
-#endif
-
-#if defined(__AVX512BF16__)
-constexpr int kVecsPerPanel = 1;
 #else
 constexpr int kVecsPerPanel = static_cast<int>(kTileColumns) / kLanes;
-#endif
 
-// ROWS x (PANELS * 16) outputs in registers, from pairs of inputs.
+// ROWS x (PANELS * 16) outputs in registers, from pairs of inputs: a bfloat16 is the upper half of a float.
 template <int ROWS, int PANELS>
 void block_bf16(std::int64_t n_pairs, const Bf16* x, std::int64_t ldx, const Bf16* packed, float* y, std::int64_t ldy,
                 Begin begin, const float* bias) {
     constexpr int kVecs = kVecsPerPanel * PANELS;
     Vec sums[ROWS][kVecs];
-    for (int v = 0; v < kVecs; ++v) {
-        for (int r = 0; r < ROWS; ++r) {
-            sums[r][v] = begin == Begin::kZero   ? Vec{}
-                         : begin == Begin::kBias ? load(bias + v * kLanes)
-                                                 : load(y + r * ldy + v * kLanes);
-        }
+    for (int r = 0; r < ROWS; ++r) {
+        for (int v = 0; v < kVecs; ++v) sums[r][v] = Vec{};
     }
     for (std::int64_t k = 0; k < n_pairs; ++k) {
         for (int v = 0; v < kVecs; ++v) {
             const Bf16* w = packed + ((v / kVecsPerPanel) * n_pairs + k) * 32 + (v % kVecsPerPanel) * 2 * kLanes;
-#if defined(__AVX512BF16__)
-            const __m512bh pairs = (__m512bh)_mm512_loadu_si512(w);
-            for (int r = 0; r < ROWS; ++r) {
-                std::int32_t a;
-                std::memcpy(&a, x + r * ldx + 2 * k, sizeof(a));
-                sums[r][v] = (Vec)_mm512_dpbf16_ps((__m512)sums[r][v], (__m512bh)_mm512_set1_epi32(a), pairs);
-            }
-#else
             IntVec pairs;
             std::memcpy(&pairs, w, sizeof(pairs));
             const Vec even = (Vec)(pairs << 16);
@@ -218,12 +224,9 @@ void block_bf16(std::int64_t n_pairs, const Bf16* x, std::int64_t ldx, const Bf1
                 sums[r][v] += to_float(x[r * ldx + 2 * k]) * even;
                 sums[r][v] += to_float(x[r * ldx + 2 * k + 1]) * odd;
             }
-#endif
         }
     }
-    for (int r = 0; r < ROWS; ++r) {
-        for (int v = 0; v < kVecs; ++v) store(y + r * ldy + v * kLanes, sums[r][v]);
-    }
+    finish<ROWS, kVecs>(sums, y, ldy, begin, bias);
 }
 
 // The number of panels is even.
@@ -240,10 +243,6 @@ void rows_bf16(std::int64_t n_panels, std::int64_t n_pairs, const Bf16* x, std::
                             offset(bias, p * kTileColumns));
     }
 }
-
-#if defined(__AMX_BF16__)
-// Below this many rows the vector unit is as fast as a tile that is mostly empty.
-constexpr std::int64_t kFewRows = 4;
 #endif
 
 }  // namespace
@@ -310,33 +309,18 @@ void gemm<Bf16>(std::int64_t m, std::int64_t n_out, std::int64_t n_in, const Bf1
     const std::int64_t n_pairs = round_up(n_in, kPairs) / 2;
     std::int64_t r = 0;
 #if defined(__AMX_BF16__)
-    if (m > kFewRows) {
-        if (begin == Begin::kBias) fill_bias(m, n_panels * kTileColumns, bias, y, ldy);
-        memory_barrier();
-        for (; r < m; r += 32) {
-            const std::int64_t rows = min_of(32, m - r);
-            if (rows < 32) load_config(static_cast<int>(min_of(rows, 16)), static_cast<int>(max_of(1, rows - 16)));
-            for (std::int64_t p = 0; p < n_panels; p += 2) {
-                (rows > 16 ? tiles_two : tiles_one)(n_pairs, x + r * ldx, ldx, packed + p * n_pairs * 32,
-                                                    y + r * ldy + p * kTileColumns, ldy, begin);
-            }
-            if (rows < 32) load_config(16, 16);
+    if (begin == Begin::kBias) fill_bias(m, n_panels * kTileColumns, bias, y, ldy);
+    memory_barrier();
+    for (; r < m; r += 32) {
+        const std::int64_t rows = min_of(32, m - r);
+        if (rows < 32) load_config(static_cast<int>(min_of(rows, 16)), static_cast<int>(max_of(1, rows - 16)));
+        for (std::int64_t p = 0; p < n_panels; p += 2) {
+            (rows > 16 ? tiles_two : tiles_one)(n_pairs, x + r * ldx, ldx, packed + p * n_pairs * 32,
+                                                y + r * ldy + p * kTileColumns, ldy, begin);
         }
-        memory_barrier();
-        return;
+        if (rows < 32) load_config(16, 16);
     }
-    switch (m) {
-        case 1:
-            return rows_bf16<1, 8>(n_panels, n_pairs, x, ldx, packed, y, ldy, begin, bias);
-        case 2:
-            return rows_bf16<2, 8>(n_panels, n_pairs, x, ldx, packed, y, ldy, begin, bias);
-        case 3:
-            return rows_bf16<3, 4>(n_panels, n_pairs, x, ldx, packed, y, ldy, begin, bias);
-        case 4:
-            return rows_bf16<4, 4>(n_panels, n_pairs, x, ldx, packed, y, ldy, begin, bias);
-        default:
-            return;
-    }
+    memory_barrier();
 #else
     for (; r + 4 <= m; r += 4) {
         rows_bf16<4, 2>(n_panels, n_pairs, x + r * ldx, ldx, packed, y + r * ldy, ldy, begin, bias);

@@ -31,7 +31,8 @@ enum class Begin {
     kAdd,   // y += x W^T
 };
 
-// y[m][n_out] from x[m][n_in], rows ldx and ldy elements apart. The sum over n_in of an element does not depend on m.
+// y[m][n_out] from x[m][n_in], rows ldx and ldy elements apart. The sum over n_in of an element does not depend on m,
+// in either type: a row comes out bit for bit the same whatever rows are beside it. (It does depend on the path.)
 // A bfloat16 product runs inside a TileScope.
 template <typename T>
 void gemm(std::int64_t m, std::int64_t n_out, std::int64_t n_in, const T* x, std::int64_t ldx, const T* packed,

@@ -18,13 +18,24 @@ void run(const py::array& x, const py::array& w, const py::object& bias, py::arr
     auto y_view = writeable_rows_view<float>(y, x_view.rows, kAny, "y");
     const auto w_view = transposed ? rows_view<float>(w, x_view.columns, y_view.columns, "w")
                                    : rows_view<float>(w, y_view.columns, x_view.columns, "w");
-    const float* bias_data = nullptr;
-    if (!bias.is_none()) {
-        bias_data = vector_view<float>(py::cast<py::array>(bias), y_view.columns, "bias").data;
-    }
-    const GemmTest test{x_view.rows, y_view.columns, x_view.columns, x_view.data,
-                        w_view.data, bias_data,      y_view.data,    transposed,
-                        add,         bf16,           repeats};
+    VectorView<float> bias_view{nullptr, 0, 0};
+    if (!bias.is_none()) bias_view = vector_view<float>(py::cast<py::array>(bias), y_view.columns, "bias");
+    GemmTest test{};
+    test.m = x_view.rows;
+    test.n_out = y_view.columns;
+    test.n_in = x_view.columns;
+    test.x = x_view.data;
+    test.w = w_view.data;
+    test.bias = bias_view.data;
+    test.y = y_view.data;
+    test.x_stride = x_view.stride;
+    test.w_stride = w_view.stride;
+    test.bias_stride = bias_view.stride;
+    test.y_stride = y_view.stride;
+    test.transposed = transposed;
+    test.add = add;
+    test.bf16 = bf16;
+    test.repeats = repeats;
     const py::gil_scoped_release release;
     GAC_FAST_DISPATCH(active_isa(), gemm_test(test));
 }

@@ -20,15 +20,16 @@ void run(const GemmTest& t) {
             arena = Arena(arena.used());
             continue;
         }
-        pack<T>(t.w, t.transposed ? 1 : t.n_in, t.transposed ? t.n_out : 1, t.n_out, t.n_in, packed);
+        pack<T>(t.w, t.transposed ? 1 : t.w_stride, t.transposed ? t.w_stride : 1, t.n_out, t.n_in, packed);
         for (std::int64_t r = 0; r < t.m; ++r) {
             for (std::int64_t i = 0; i < ldx; ++i) {
-                const float value = i < t.n_in ? t.x[r * t.n_in + i] : 0.0F;
+                const float value = i < t.n_in ? t.x[r * t.x_stride + i] : 0.0F;
                 convert(&value, 1, x + r * ldx + i);
             }
-            for (std::int64_t o = 0; o < ldy; ++o) y[r * ldy + o] = o < t.n_out ? t.y[r * t.n_out + o] : 0.0F;
+            for (std::int64_t o = 0; o < ldy; ++o) y[r * ldy + o] = o < t.n_out ? t.y[r * t.y_stride + o] : 0.0F;
         }
-        for (std::int64_t o = 0; o < ldy; ++o) bias[o] = t.bias != nullptr && o < t.n_out ? t.bias[o] : 0.0F;
+        for (std::int64_t o = 0; o < ldy; ++o)
+            bias[o] = t.bias != nullptr && o < t.n_out ? t.bias[o * t.bias_stride] : 0.0F;
         const Begin begin = t.add ? Begin::kAdd : t.bias != nullptr ? Begin::kBias : Begin::kZero;
         {
             const TileScope tiles;
@@ -37,7 +38,7 @@ void run(const GemmTest& t) {
             }
         }
         for (std::int64_t r = 0; r < t.m; ++r) {
-            for (std::int64_t o = 0; o < t.n_out; ++o) t.y[r * t.n_out + o] = y[r * ldy + o];
+            for (std::int64_t o = 0; o < t.n_out; ++o) t.y[r * t.y_stride + o] = y[r * ldy + o];
         }
     }
 }

@@ -13,6 +13,8 @@ struct GemmTest {
     const float* w;     // [n_out][n_in], or [n_in][n_out] where `transposed`
     const float* bias;  // [n_out] or null
     float* y;           // [m][n_out]
+    // Distances of rows, in elements; of elements for the bias.
+    std::int64_t x_stride, w_stride, bias_stride, y_stride;
     bool transposed, add, bf16;
     int repeats;
 };

@@ -41,7 +41,8 @@ inline std::int64_t round_up(std::int64_t n, std::int64_t multiple) { return (n 
 inline std::int64_t min_of(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
 inline std::int64_t max_of(std::int64_t a, std::int64_t b) { return a > b ? a : b; }
 
-inline Vec broadcast(float x) { return Vec{} + x; }
+// Not Vec{} + x, which is an addition: it turns -0 into 0.
+inline Vec broadcast(float x) { return x - Vec{}; }
 inline Vec load(const float* p) { return *reinterpret_cast<const UnalignedVec*>(p); }
 inline void store(float* p, Vec x) { *reinterpret_cast<UnalignedVec*>(p) = x; }
 
