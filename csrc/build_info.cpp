@@ -1,5 +1,7 @@
 #include "build_info.h"
 
+#include "isa.h"
+
 namespace gac_fast {
 namespace {
 
@@ -15,18 +17,12 @@ std::string compiler() {
 #endif
 }
 
-std::string compiled_isa() {
-#if defined(__AVX512F__)
-    return "x86-64 avx512f";
-#elif defined(__AVX2__)
-    return "x86-64 avx2";
-#elif defined(__x86_64__) || defined(_M_X64)
-    return "x86-64 sse2";
-#elif defined(__aarch64__)
-    return "aarch64 neon";
-#else
-    return "generic";
-#endif
+std::string compiled_isas() {
+    std::string names;
+    for (const auto& [name, problem] : isa_problems()) {
+        if (GAC_FAST_X86 || name == isa_name(Isa::kPortable)) names += (names.empty() ? "" : " ") + name;
+    }
+    return names;
 }
 
 std::string cpu_features() {
@@ -49,7 +45,7 @@ std::vector<std::pair<std::string, std::string>> build_info() {
         {"version", GAC_FAST_VERSION},
         {"compiler", compiler()},
         {"standard", "C++" + std::to_string(__cplusplus / 100 % 100)},
-        {"isa", compiled_isa()},
+        {"isa", compiled_isas()},
         {"cpu", cpu_features()},
     };
 }

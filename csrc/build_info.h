@@ -7,8 +7,8 @@
 
 namespace gac_fast {
 
-// Pairs of name and text: version, compiler, standard, isa (the instruction set compiled for), cpu (what of the wider
-// instruction sets this processor has).
+// Pairs of name and text: version, compiler, standard, isa (the paths compiled in), cpu (what of the wider instruction
+// sets this processor has).
 std::vector<std::pair<std::string, std::string>> build_info();
 
 }  // namespace gac_fast

@@ -100,15 +100,10 @@ Choice forced(const std::string& name, const std::string& source) {
 }
 
 Choice best() {
-    Choice choice{Isa::kPortable, ""};
+    Choice choice{Isa::kPortable, "the widest that runs here"};
     for (const Isa isa : kAll) {
-        if (isa_problem(isa).empty()) {
-            choice.isa = isa;
-        } else {
-            choice.reason += (choice.reason.empty() ? "" : "; ") + std::string(isa_name(isa)) + ": " + isa_problem(isa);
-        }
+        if (isa_problem(isa).empty()) choice.isa = isa;
     }
-    if (choice.reason.empty()) choice.reason = "the widest path";
     return choice;
 }
 
@@ -152,11 +147,13 @@ Isa active_isa() {
 }
 
 std::string active_isa_reason() {
-    return forced_isa.load(std::memory_order_relaxed) >= 0 ? "forced by use_isa()" : at_start().reason;
+    return forced_isa.load(std::memory_order_relaxed) >= 0 ? "forced by cpu_isa()" : at_start().reason;
 }
 
-void use_isa(const std::string& name) {
-    forced_isa.store(name.empty() ? -1 : static_cast<int>(forced(name, "use_isa()").isa), std::memory_order_relaxed);
+std::string use_isa(const std::string& name) {
+    const int wanted = name.empty() ? -1 : static_cast<int>(forced(name, "cpu_isa()").isa);
+    const int former = forced_isa.exchange(wanted);
+    return former < 0 ? "" : isa_name(static_cast<Isa>(former));
 }
 
 std::vector<std::pair<std::string, std::string>> isa_problems() {

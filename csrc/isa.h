@@ -25,15 +25,17 @@ const char* isa_name(Isa isa);
 // Why this processor (or its system) cannot run a path; empty where it can.
 std::string isa_problem(Isa isa);
 
-// The best path that runs here, or the one that GAC_FAST_CPU_ISA or use_isa() names.
+// The best path that runs here, or the one that GAC_FAST_CPU_ISA (read at the first call) or use_isa() names. Throws
+// what use_isa() throws while that variable is wrong.
 Isa active_isa();
 
-// active_isa() in words: the path and why.
+// Why active_isa() is what it is, in words.
 std::string active_isa_reason();
 
-// Forces a path by name for the whole process; the empty string goes back to the choice made at the start. Throws
-// std::invalid_argument on an unknown name, std::runtime_error where the path cannot run.
-void use_isa(const std::string& name);
+// Forces a path by name for the whole process; the empty string goes back to the choice made at the start. Returns the
+// name forced until now, the empty string for none. Throws std::invalid_argument on an unknown name,
+// std::runtime_error where the path cannot run.
+std::string use_isa(const std::string& name);
 
 // All paths with isa_problem().
 std::vector<std::pair<std::string, std::string>> isa_problems();

@@ -40,6 +40,7 @@ DEFAULT_PRESET = "gym"
 DEBUG_VARIABLE = "GAC_FAST_DEBUG"
 VARIABLES: Mapping[str, str] = {
     "GAC_FAST_BACKEND": "force every op onto reference, triton or cpp; an op that cannot run there raises",
+    "GAC_FAST_CPU_ISA": "force a path of the C++ engine: portable, avx2, avx512 or amx; one that cannot run raises",
     "GAC_FAST_DATA": "folder of full D4RL files for the tests that want them",
     DEBUG_VARIABLE: "1: show the traceback of an error",
     "GAC_FAST_NO_CPP": "1 at installation: leave out the C++ engine",
@@ -554,7 +555,7 @@ def _info() -> None:
             ("torch threads", found["torch_threads"]),
             ("gpu", ", ".join(found["gpu"]) or "none that torch can use"),
             ("cuda", found["cuda"] or "torch was built without it"),
-            ("C++ engine", _cpp_engine()),
+            *_cpp_engine(),
         ],
         f"ops on {ops.status()[0].device}": [
             (status.op, (status.active or "none: a call raises") + _reasons(status.problems)) for status in ops.status()
@@ -572,9 +573,19 @@ def _reasons(problems: Mapping[str, str]) -> str:
     return "".join(f"\n      not {name}: {reason}" for name, reason in problems.items())
 
 
-def _cpp_engine() -> str:
+def _cpp_engine() -> list[tuple[str, object]]:
     try:
         from gac_fast import _C
     except ImportError as error:
-        return f"absent ({error})"
-    return ", ".join(f"{name} {value}" for name, value in _C._build_info().items())
+        return [("C++ engine", f"absent ({error})")]
+    build = ", ".join(f"{name} {value}" for name, value in _C._build_info().items())
+    paths = dict(_C._isa_problems())
+    try:
+        active = _C._isa()
+        chosen = f"{active}: {_C._isa_reason()}"
+    except (ValueError, RuntimeError) as error:
+        active, chosen = "", f"none: {error}"
+    names = list(paths)
+    wider = names[names.index(active) + 1 :] if active else names
+    chosen += _reasons({name: paths[name] or "it could run" for name in wider})
+    return [("C++ engine", build), ("C++ path", chosen)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["BackendError", "CheckpointError", "ConfigError", "DataError", "EnvError", "GacError"]
+__all__ = ["BackendError", "CheckpointError", "ConfigError", "DataError", "EngineWarning", "EnvError", "GacError"]
 
 
 class GacError(Exception):
@@ -22,8 +22,12 @@ class CheckpointError(GacError, RuntimeError):
 
 
 class BackendError(GacError, RuntimeError):
-    """A forced backend cannot run the op at hand."""
+    """A forced backend, or a forced path of the C++ engine, cannot run the op at hand."""
 
 
 class EnvError(GacError, RuntimeError):
     """An environment is unknown, crashed, or does not fit the policy."""
+
+
+class EngineWarning(RuntimeWarning):
+    """An op that has a faster engine runs on the reference, since that engine is missing."""

@@ -76,13 +76,14 @@ def cpp_engine() -> ModuleType:
 @pytest.fixture(params=["portable", "avx2", "avx512", "amx"])
 def isa(request: pytest.FixtureRequest, cpp_engine: ModuleType) -> Iterator[str]:
     """Each path of the C++ engine that this processor can run."""
-    problem = dict(cpp_engine._isa_problems()).get(request.param, "not built for this processor")
+    from gac_fast import ops
+
+    problem = dict(cpp_engine._isa_problems())[request.param]
     if problem:
         pytest.skip(f"{request.param}: {problem}")
-    cpp_engine._use_isa(request.param)
-    assert cpp_engine._isa() == request.param
-    yield request.param
-    cpp_engine._use_isa("")
+    with ops.cpu_isa(request.param):
+        assert cpp_engine._isa() == request.param
+        yield request.param
 
 
 @pytest.fixture

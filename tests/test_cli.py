@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import h5py
@@ -528,6 +530,34 @@ def test_info_where_a_forced_backend_cannot_run(
         pytest.skip("plan_ascent has a C++ engine")
     assert main(["info"]) == 0
     assert re.search(r"^  plan_ascent +none: a call raises$", capsys.readouterr().out, re.MULTILINE)
+
+
+def path_rows(out: str) -> list[str]:
+    return re.findall(r"^  C\+\+ path .*\n(?:      not .*\n)*", out, re.MULTILINE)[0].splitlines()
+
+
+def test_info_names_the_path_of_the_engine_and_why_not_a_wider_one(
+    capsys: pytest.CaptureFixture[str], cpp_engine: ModuleType
+) -> None:
+    problems = dict(cpp_engine._isa_problems())
+    with ops.cpu_isa("portable"):
+        assert main(["info"]) == 0
+    chosen, *others = path_rows(capsys.readouterr().out)
+    assert chosen.split(None, 2)[2] == "portable: forced by cpu_isa()"
+    wider = list(problems)[1:]
+    assert others == [f"      not {name}: {problems[name] or 'it could run'}" for name in wider]
+
+
+@pytest.mark.usefixtures("cpp_engine")
+def test_info_shows_a_wrong_choice_of_the_path() -> None:
+    command = [sys.executable, "-m", "gac_fast", "info"]
+    environment = {**os.environ, "GAC_FAST_CPU_ISA": "sse9"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    reason = "GAC_FAST_CPU_ISA: expected one of portable, avx2, avx512, amx, got 'sse9'"
+    assert path_rows(done.stdout)[0].split(None, 2)[2] == f"none: {reason}"
+    assert re.search(r"^  philox_normal +none: a call raises$", done.stdout, re.MULTILINE)
+    assert f"not cpp: {reason}" in done.stdout
 
 
 def test_info_names_every_variable_the_project_reads() -> None:

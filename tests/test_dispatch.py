@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -24,6 +25,7 @@ def noise() -> Tensor:
 @pytest.fixture
 def without_cpp(monkeypatch):
     monkeypatch.setattr(_dispatch, "_load_cpp_engine", lambda: (None, "gac_fast._C is not installed"))
+    monkeypatch.setattr(_dispatch, "_told_of_missing_engine", True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -197,11 +199,149 @@ def test_status_without_the_cpp_engine_says_so():
     assert entry.problems["cpp"] == "gac_fast._C is not installed"
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Paths of the C++ engine
+
+
+def run(script: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A Python process of its own: the engine reads its variable once."""
+    return subprocess.run(
+        [sys.executable, "-W", "always", "-c", script],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+FORCED_PATH = """
+import torch
+from gac_fast import _C, ops
+from gac_fast.errors import BackendError
+
+def attempt(call):
+    try:
+        call()
+        print("ran:", _C._isa())
+    except BackendError as error:
+        print(error)
+
+def noise():
+    ops.philox_normal((1, 2), torch.arange(2), 0, 5)
+
+attempt(noise)
+with ops.backend("cpp"):
+    attempt(noise)
+with ops.backend("reference"):
+    noise()
+(status,) = (status for status in ops.status("cpu") if status.op == "philox_normal")
+print(repr(status.active), status.problems.get("cpp"))
+print(sorted(ops.dispatch_counts()))
+"""
+
+
+@pytest.mark.usefixtures("cpp_engine")
+def test_the_variable_forces_a_path():
+    done = run(FORCED_PATH, GAC_FAST_CPU_ISA="portable")
+    assert done.stdout.splitlines() == [
+        "ran: portable",
+        "ran: portable",
+        "'cpp' None",
+        "[('philox_normal', 'cpp'), ('philox_normal', 'reference')]",
+    ], done.stderr
+
+
+@pytest.mark.usefixtures("cpp_engine")
+def test_a_wrong_variable_raises_where_the_engine_is_chosen_or_forced():
+    done = run(FORCED_PATH, GAC_FAST_CPU_ISA="sse9")
+    reason = "GAC_FAST_CPU_ISA: expected one of portable, avx2, avx512, amx, got 'sse9'"
+    assert done.stdout.splitlines() == [
+        f"philox_normal: {reason}",
+        f"philox_normal: backend() forces the cpp backend, which cannot run: {reason}",
+        f"'' {reason}",
+        "[('philox_normal', 'reference')]",
+    ], done.stderr
+
+
+def test_a_path_that_cannot_run_raises(cpp_engine, monkeypatch):
+    def refuse():
+        raise RuntimeError("GAC_FAST_CPU_ISA forces the amx path, which cannot run: the processor lacks amx_bf16")
+
+    monkeypatch.setattr(cpp_engine, "_isa", refuse)
+    with pytest.raises(BackendError, match="philox_normal: GAC_FAST_CPU_ISA forces the amx path, which cannot run: "):
+        noise()
+    assert ops.dispatch_counts() == {}
+
+
+def test_cpu_isa_nests_and_restores(cpp_engine):
+    start = cpp_engine._isa()
+    with ops.cpu_isa("portable"):
+        assert (cpp_engine._isa(), cpp_engine._isa_reason()) == ("portable", "forced by cpu_isa()")
+        for name in (name for name, problem in cpp_engine._isa_problems() if not problem):
+            with ops.cpu_isa(name):
+                assert cpp_engine._isa() == name
+            assert cpp_engine._isa() == "portable"
+        with pytest.raises(ZeroDivisionError), ops.cpu_isa(start):
+            raise ZeroDivisionError
+        assert cpp_engine._isa() == "portable"
+    assert cpp_engine._isa() == start
+
+
+def test_cpu_isa_refuses(cpp_engine):
+    start = cpp_engine._isa()
+    names = "portable, avx2, avx512, amx"
+    with pytest.raises(BackendError, match=rf"cpu_isa\(\): expected one of {names}, got 'AVX2'"), ops.cpu_isa("AVX2"):
+        pytest.fail("entered")
+    with pytest.raises(BackendError, match="got ''"), ops.cpu_isa(""):
+        pytest.fail("entered")
+    for name, problem in cpp_engine._isa_problems():
+        if problem:
+            with pytest.raises(BackendError, match=f"cpu_isa.. forces the {name} path, which cannot run: {problem}"):
+                ops.cpu_isa(name).__enter__()
+    assert cpp_engine._isa() == start
+
+
+@pytest.mark.usefixtures("without_cpp")
+def test_cpu_isa_needs_the_engine():
+    with pytest.raises(BackendError, match=r"cannot run: gac_fast\._C is not installed"), ops.cpu_isa("avx2"):
+        pytest.fail("entered")
+
+
+MISSING_ENGINE = """
+import sys
+
+sys.modules["gac_fast._C"] = None
+import torch
+import gac_fast
+from gac_fast import ops
+
+for step in range(3):
+    ops.philox_normal((1, 2), torch.arange(2), step, 5)
+    ops.pack_batch(torch.zeros(3, 1), torch.zeros(3, 1), torch.tensor([0, 3]), torch.tensor([0]))
+print(sorted(ops.dispatch_counts().items()))
+"""
+
+
+def test_a_missing_engine_is_told_of_once():
+    done = run(MISSING_ENGINE, GAC_FAST_BACKEND="")
+    assert done.stdout == "[(('pack_batch', 'reference'), 3), (('philox_normal', 'reference'), 3)]\n", done.stderr
+    assert done.stderr.count("EngineWarning") == 1
+    assert "run on the PyTorch reference, which is slower: gac_fast._C is not installed" in done.stderr
+
+
+def test_nothing_is_told_where_the_reference_was_asked_for():
+    done = run(MISSING_ENGINE, GAC_FAST_BACKEND="reference")
+    assert done.stdout.startswith("[(('pack_batch', 'reference'), 3)"), done.stderr
+    assert done.stderr == ""
+
+
 def test_build_info_names_version_compiler_and_instruction_sets(cpp_engine):
     info = cpp_engine._build_info()
     assert set(info) == {"version", "compiler", "standard", "isa", "cpu"}
     assert info["version"] == _dispatch.__version__
     assert info["standard"] == "C++17"
+    assert "portable" in info["isa"].split()
+    assert set(info["isa"].split()) >= {name for name, problem in cpp_engine._isa_problems() if not problem}
     assert all(info.values())
 
 

@@ -1,6 +1,6 @@
 """The accelerated ops: one file each, every one with a plain PyTorch reference and engines chosen by device."""
 
-from gac_fast.ops._dispatch import BACKENDS, OpStatus, backend, dispatch_counts, reset_dispatch_counts, status
+from gac_fast.ops._dispatch import BACKENDS, OpStatus, backend, cpu_isa, dispatch_counts, reset_dispatch_counts, status
 from gac_fast.ops.decode_step import decode_token
 from gac_fast.ops.pack_batch import pack_batch
 from gac_fast.ops.philox_normal import philox_normal
@@ -12,6 +12,7 @@ __all__ = [
     "BACKENDS",
     "OpStatus",
     "backend",
+    "cpu_isa",
     "decode_token",
     "dispatch_counts",
     "pack_batch",

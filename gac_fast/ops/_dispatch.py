@@ -1,4 +1,7 @@
-"""Which engine runs an op: chosen by device, forced by :func:`backend` or ``GAC_FAST_BACKEND``, counted per call."""
+"""Which engine runs an op: chosen by device, forced by :func:`backend` or ``GAC_FAST_BACKEND``, counted per call.
+
+Inside the C++ engine, :func:`cpu_isa` and ``GAC_FAST_CPU_ISA`` force the instruction set.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import importlib.util
 import os
 import shutil
 import sysconfig
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
@@ -18,9 +22,9 @@ from types import ModuleType
 import torch
 
 from gac_fast._version import __version__
-from gac_fast.errors import BackendError
+from gac_fast.errors import BackendError, EngineWarning
 
-__all__ = ["BACKENDS", "OpStatus", "backend", "dispatch_counts", "reset_dispatch_counts", "status"]
+__all__ = ["BACKENDS", "OpStatus", "backend", "cpu_isa", "dispatch_counts", "reset_dispatch_counts", "status"]
 
 BACKENDS = ("reference", "triton", "cpp")
 ENVIRONMENT_VARIABLE = "GAC_FAST_BACKEND"
@@ -28,6 +32,7 @@ ENVIRONMENT_VARIABLE = "GAC_FAST_BACKEND"
 _engines: dict[str, tuple[str, ...]] = {}
 _forced: ContextVar[str | None] = ContextVar("gac_fast_backend", default=None)
 _counts: Counter[tuple[str, str]] = Counter()
+_told_of_missing_engine = False
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,34 @@ def backend(name: str) -> Iterator[None]:
         _forced.reset(token)
 
 
+@contextlib.contextmanager
+def cpu_isa(name: str) -> Iterator[None]:
+    """Force the C++ engine onto one instruction set inside the ``with`` block; it goes before ``GAC_FAST_CPU_ISA``.
+
+    Holds for the whole process, unlike :func:`backend`: enter it in one thread at a time. The former choice comes back
+    at the end.
+
+    Args:
+        name: ``"portable"``, ``"avx2"``, ``"avx512"`` or ``"amx"``.
+
+    Raises:
+        BackendError: unknown name, a path that this processor cannot run, or no C++ engine.
+    """
+    engine, reason = _load_cpp_engine()
+    if engine is None:
+        raise BackendError(f"cpu_isa() forces the {name} path of the C++ engine, which cannot run: {reason}")
+    if not name:
+        raise BackendError("cpu_isa(): expected the name of a path, got ''")
+    try:
+        former = engine._use_isa(name)
+    except (ValueError, RuntimeError) as error:
+        raise BackendError(str(error)) from None
+    try:
+        yield
+    finally:
+        engine._use_isa(former)
+
+
 def dispatch_counts() -> dict[tuple[str, str], int]:
     """Calls per (op, backend) since the start or the last :func:`reset_dispatch_counts`.
 
@@ -109,9 +142,11 @@ def choose(op: str, device: torch.device) -> str:
     A compiled graph asks once, when it is traced, and keeps the answer.
 
     Raises:
-        BackendError: a forced backend cannot run the op there, or does not exist.
+        BackendError: a forced backend, or a forced path of the C++ engine, cannot run the op there, or does not exist.
     """
     name = _select(op, device)
+    if name == "reference":
+        _tell_of_missing_engine(op, device)
     _counts[op, name] += 1
     return name
 
@@ -149,7 +184,12 @@ def _select(op: str, device: torch.device) -> str:
         return forced
     # The interpreter of Triton runs on CPU tensors too, but is for tests alone: never chosen, only forced.
     preferred = "cpp" if device.type == "cpu" else "triton"
-    return preferred if problem(op, preferred, device) is None else "reference"
+    if problem(op, preferred, device) is None:
+        return preferred
+    if preferred == "cpp" and "cpp" in _engines[op] and (reason := _cpp_isa_problem()) is not None:
+        # Forced as well: the reference in its place would be silent.
+        raise BackendError(f"{op}: {reason}")
+    return "reference"
 
 
 def _checked(name: str, source: str) -> str:
@@ -161,7 +201,32 @@ def _checked(name: str, source: str) -> str:
 def _cpp_problem(device: torch.device) -> str | None:
     if device.type != "cpu":
         return f"the C++ engine needs CPU tensors, got {device.type} tensors"
-    return _load_cpp_engine()[1]
+    reason = _load_cpp_engine()[1]
+    return reason if reason is not None else _cpp_isa_problem()
+
+
+def _cpp_isa_problem() -> str | None:
+    """What is wrong with ``GAC_FAST_CPU_ISA``, which the engine reads at its first use."""
+    engine, _ = _load_cpp_engine()
+    if engine is None:
+        return None
+    try:
+        engine._isa()
+    except (ValueError, RuntimeError) as error:
+        return str(error)
+    return None
+
+
+def _tell_of_missing_engine(op: str, device: torch.device) -> None:
+    """Once per process, unless the reference was asked for."""
+    global _told_of_missing_engine
+    if _told_of_missing_engine or device.type != "cpu" or "cpp" not in _engines[op]:
+        return
+    if _forced.get() is not None or os.environ.get(ENVIRONMENT_VARIABLE):
+        return
+    _told_of_missing_engine = True
+    message = f"ops on CPU tensors run on the PyTorch reference, which is slower: {_load_cpp_engine()[1]}"
+    warnings.warn(message, EngineWarning, stacklevel=3)
 
 
 @functools.cache
