@@ -8,5 +8,6 @@ namespace gac_fast {
 void bind_gemm(pybind11::module_& m);
 void bind_pack_batch(pybind11::module_& m);
 void bind_philox_normal(pybind11::module_& m);
+void bind_thread_pool(pybind11::module_& m);
 
 }  // namespace gac_fast

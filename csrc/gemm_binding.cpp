@@ -6,6 +6,7 @@
 #include "bindings.h"
 #include "check.h"
 #include "gemm_test.h"
+#include "gil.h"
 
 namespace py = pybind11;
 
@@ -36,7 +37,7 @@ void run(const py::array& x, const py::array& w, const py::object& bias, py::arr
     test.add = add;
     test.bf16 = bf16;
     test.repeats = repeats;
-    const py::gil_scoped_release release;
+    const GilRelease release;
     GAC_FAST_DISPATCH(active_isa(), gemm_test(test));
 }
 

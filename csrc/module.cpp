@@ -22,4 +22,5 @@ PYBIND11_MODULE(_C, m) {
     gac_fast::bind_gemm(m);
     gac_fast::bind_pack_batch(m);
     gac_fast::bind_philox_normal(m);
+    gac_fast::bind_thread_pool(m);
 }

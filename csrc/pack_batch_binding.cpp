@@ -5,6 +5,7 @@
 
 #include "bindings.h"
 #include "check.h"
+#include "gil.h"
 #include "pack_batch.h"
 
 namespace py = pybind11;
@@ -15,7 +16,7 @@ namespace {
 std::int64_t length_of(const py::array& cu_seqlens, const py::array& indices, std::int64_t n_steps) {
     const auto cu_view = vector_view<std::int64_t>(cu_seqlens, kAny, "cu_seqlens");
     const auto indices_view = vector_view<std::int64_t>(indices, kAny, "indices");
-    const py::gil_scoped_release release;
+    const GilRelease release;
     return packed_length(cu_view, indices_view, n_steps);
 }
 
@@ -33,7 +34,7 @@ void pack(const py::array& observations, const py::array& actions, const py::arr
         fail("out_cu_seqlens", "neighbouring elements", "a strided array");
     }
     auto* out_cu = static_cast<std::int32_t*>(out_cu_seqlens.mutable_data());
-    const py::gil_scoped_release release;
+    const GilRelease release;
     pack_batch(obs_view, act_view, cu_view, indices_view, out_obs_view, out_act_view, out_cu);
 }
 

@@ -5,6 +5,7 @@
 
 #include "bindings.h"
 #include "check.h"
+#include "gil.h"
 #include "philox_normal.h"
 
 namespace py = pybind11;
@@ -18,7 +19,7 @@ void fill_philox(std::uint32_t seed0, std::uint32_t seed1, const py::array& plan
     const RowsView<T> out_view = writeable_rows_view<T>(out, kAny, kAny, "out");
     const auto plans_view = vector_view<std::int64_t>(plans, out_view.rows, "plans");
     const auto steps_view = vector_view<std::int64_t>(step, out_view.rows, "step");
-    const py::gil_scoped_release release;
+    const GilRelease release;
     fill({seed0, seed1}, plans_view, steps_view, out_view);
 }
 

@@ -53,8 +53,8 @@ struct Job {
     std::atomic<std::int64_t> next{0};
     std::atomic<bool> failed{false};
     std::exception_ptr error;  // written by the one that set `failed`
-    // Under the pool's mutex; `active` is read without it while spinning.
-    int wanted;
+    int wanted;                // workers that may still join; under the pool's mutex
+    // Workers inside; changed under the pool's mutex, read without it while spinning.
     std::atomic<int> active{0};
 
     void work() {
@@ -74,26 +74,27 @@ struct Job {
 class Pool {
   public:
     void run(Job& job, int n_workers) {
+        int n_wanted;
         {
             const std::lock_guard<std::mutex> lock(mutex_);
             grow(n_workers);
-            job.wanted = std::min(n_workers, n_started_);
+            n_wanted = job.wanted = std::min(n_workers, n_started_);
             jobs_.push_back(&job);
-            n_jobs_.fetch_add(1);
+            n_open_.fetch_add(n_wanted);
         }
-        work_.notify_all();
+        // One each: to wake more would cost the others their sleep.
+        for (int i = 0; i < n_wanted; ++i) work_.notify_one();
         job.work();
         {
-            std::unique_lock<std::mutex> lock(mutex_);
+            const std::lock_guard<std::mutex> lock(mutex_);
+            close(job);
             jobs_.erase(std::find(jobs_.begin(), jobs_.end(), &job));
-            n_jobs_.fetch_sub(1);
         }
-        if (spin_until([&job] { return job.active.load(std::memory_order_acquire) == 0; })) {
-            // The last worker may still hold the mutex for its notification; it touches the job no more.
-            return;
-        }
+        const auto done = [&job] { return job.active.load(std::memory_order_acquire) == 0; };
+        // The last worker may still hold the mutex for its notification; it touches the job no more.
+        if (spin_until(done)) return;
         std::unique_lock<std::mutex> lock(mutex_);
-        done_.wait(lock, [&job] { return job.active.load(std::memory_order_acquire) == 0; });
+        done_.wait(lock, done);
     }
 
   private:
@@ -109,30 +110,45 @@ class Pool {
         }
     }
 
-    Job* find() {
+    // Under the mutex, as are the next two.
+    void close(Job& job) {
+        n_open_.fetch_sub(job.wanted);
+        job.wanted = 0;
+    }
+
+    Job* join() {
         for (Job* job : jobs_) {
-            if (job->wanted > 0 && job->next.load() < job->n) return job;
+            if (job->next.load() >= job->n) close(*job);
+            if (job->wanted == 0) continue;
+            --job->wanted;
+            n_open_.fetch_sub(1);
+            job->active.fetch_add(1);
+            return job;
         }
         return nullptr;
     }
 
+    void leave(Job& job) {
+        // Under the mutex, so that a caller about to wait cannot miss it.
+        if (job.active.fetch_sub(1, std::memory_order_release) == 1) done_.notify_all();
+    }
+
     void serve() {
         for (;;) {
-            spin_until([this] { return n_jobs_.load() > 0; });
             Job* job = nullptr;
-            {
+            spin_until([this, &job] {
+                if (n_open_.load() == 0) return false;
+                const std::lock_guard<std::mutex> lock(mutex_);
+                job = join();
+                return job != nullptr;
+            });
+            if (job == nullptr) {
                 std::unique_lock<std::mutex> lock(mutex_);
-                work_.wait(lock, [this, &job] { return (job = find()) != nullptr; });
-                --job->wanted;
-                job->active.fetch_add(1);
+                work_.wait(lock, [this, &job] { return (job = join()) != nullptr; });
             }
             job->work();
-            {
-                // Under the mutex, so that a caller about to wait cannot miss it.
-                const std::lock_guard<std::mutex> lock(mutex_);
-                job->active.fetch_sub(1, std::memory_order_release);
-            }
-            done_.notify_all();
+            const std::lock_guard<std::mutex> lock(mutex_);
+            leave(*job);
         }
     }
 
@@ -140,7 +156,7 @@ class Pool {
     std::condition_variable work_;
     std::condition_variable done_;
     std::vector<Job*> jobs_;
-    std::atomic<int> n_jobs_{0};
+    std::atomic<int> n_open_{0};  // sum of `wanted` over the jobs; changed under the mutex
     int n_started_ = 0;
 };
 
@@ -152,14 +168,12 @@ void forget_pool() {
     inside_task = false;
 }
 
-Pool& pool() {
-    static const bool registered = [] {
 #if defined(__unix__)
-        pthread_atfork(nullptr, nullptr, forget_pool);
+// When the library is loaded: a fork in the middle of the first call would find it half done.
+[[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, forget_pool);
 #endif
-        return true;
-    }();
-    static_cast<void>(registered);
+
+Pool& pool() {
     Pool* found = the_pool.load();
     if (found == nullptr) {
         Pool* made = new Pool;
