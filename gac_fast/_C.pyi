@@ -5,6 +5,7 @@ import numpy.typing as npt
 
 _Ints = npt.NDArray[np.int64]
 _Floats = npt.NDArray[np.float32]
+_Heads = npt.NDArray[Any]  # float32, or int16 that holds bfloat16
 
 def _build_info() -> dict[str, str]: ...
 def _isa() -> str: ...
@@ -22,6 +23,47 @@ def _gemm(
     repeats: int = 1,
 ) -> None: ...
 def _parallel_for(counts: _Ints, n_threads: int, work_us: int = 0, fail_at: int = -1, repeats: int = 1) -> int: ...
+def _window_attention(
+    q: _Heads,
+    k: _Heads,
+    v: _Heads,
+    cu_seqlens: npt.NDArray[Any],
+    window: int,
+    positions: npt.NDArray[Any] | None,
+    rope_base: float,
+    out: _Heads,
+    softmax: _Floats,
+    n_threads: int,
+) -> None: ...
+def _window_attention_backward(
+    d_out: _Heads,
+    q: _Heads,
+    k: _Heads,
+    v: _Heads,
+    cu_seqlens: npt.NDArray[Any],
+    window: int,
+    positions: npt.NDArray[Any] | None,
+    rope_base: float,
+    softmax: _Floats,
+    d_q: _Heads,
+    d_k: _Heads,
+    d_v: _Heads,
+    n_threads: int,
+) -> None: ...
+def _plan_attention(
+    q: _Heads, k: _Heads, v: _Heads, cu_seqlens: npt.NDArray[Any], out: _Heads, n_threads: int
+) -> None: ...
+def _plan_attention_backward(
+    d_out: _Heads,
+    q: _Heads,
+    k: _Heads,
+    v: _Heads,
+    cu_seqlens: npt.NDArray[Any],
+    d_q: _Heads,
+    d_k: _Heads,
+    d_v: _Heads,
+    n_threads: int,
+) -> None: ...
 def _philox_normal(seed0: int, seed1: int, plans: _Ints, step: _Ints, out: _Floats) -> None: ...
 def _philox_words(seed0: int, seed1: int, plans: _Ints, step: _Ints, out: _Ints) -> None: ...
 def _packed_length(cu_seqlens: _Ints, indices: _Ints, n_steps: int) -> int: ...

@@ -116,8 +116,23 @@ def test_a_forced_backend_that_is_not_installed_raises():
 
 def test_a_forced_backend_without_an_engine_for_the_op_raises():
     q = torch.zeros(4, 1, 8)
-    with ops.backend("cpp"), pytest.raises(BackendError, match="window_attention has no cpp engine"):
+    with ops.backend("triton"), pytest.raises(BackendError, match="window_attention has no triton engine"):
         ops.window_attention(q, q, q, torch.tensor([0, 4]), 2)
+
+
+@pytest.mark.usefixtures("cpp_engine")
+def test_arguments_that_no_engine_takes_go_to_the_reference_or_raise():
+    q = torch.zeros(4, 1, 8, dtype=torch.float64)
+    cu_seqlens = torch.tensor([0, 4])
+    ops.window_attention(q, q, q, cu_seqlens, 2)
+    ops.plan_attention(q, q[None], q[None], cu_seqlens)
+    assert ops.dispatch_counts() == {("window_attention", "reference"): 1, ("plan_attention", "reference"): 1}
+    ops.window_attention(q.float(), q.float(), q.float(), cu_seqlens, 2)
+    assert ops.dispatch_counts()["window_attention", "cpp"] == 1
+    with ops.backend("cpp"), pytest.raises(BackendError, match="cannot run: the engines take float32 and bfloat16"):
+        ops.window_attention(q, q, q, cu_seqlens, 2)
+    with ops.backend("reference"):
+        ops.window_attention(q, q, q, cu_seqlens, 2)
 
 
 @pytest.mark.usefixtures("cpp_engine")
@@ -174,11 +189,12 @@ def test_the_launcher_needs_the_headers_of_python(launcher_probe):
 # Status
 
 
+@pytest.mark.usefixtures("cpp_engine")
 def test_status_names_every_op_its_active_backend_and_the_reasons_of_the_others():
     report = {entry.op: entry for entry in ops.status("cpu")}
     assert set(report) >= {"pack_batch", "philox_normal", "plan_attention", "window_attention"}
-    assert report["window_attention"].active == "reference"
-    assert report["window_attention"].problems["cpp"] == "window_attention has no cpp engine"
+    assert report["window_attention"].active == "cpp"
+    assert report["window_attention"].problems["triton"] == "window_attention has no triton engine"
     assert "needs CUDA tensors" in report["philox_normal"].problems["triton"]
     for entry in report.values():
         assert "reference" not in entry.problems
@@ -418,7 +434,8 @@ def test_attention_ops_pass_on_every_argument():
     assert ops.dispatch_counts() == {("window_attention", "reference"): 1}
 
     plans = torch.randn(2, 4, 2, 8)
-    actual = ops.plan_attention(arguments["q"], plans, plans.flip(1), arguments["cu_seqlens"])
+    with ops.backend("reference"):
+        actual = ops.plan_attention(arguments["q"], plans, plans.flip(1), arguments["cu_seqlens"])
     assert torch.equal(actual, reference.plan_attention(arguments["q"], plans, plans.flip(1), arguments["cu_seqlens"]))
 
 

@@ -136,16 +136,19 @@ def status(device: str | torch.device | None = None) -> list[OpStatus]:
     return report
 
 
-def choose(op: str, device: torch.device) -> str:
+def choose(op: str, device: torch.device, refused: str | None = None) -> str:
     """The backend for one call of ``op`` on tensors of ``device``, counted.
 
     A compiled graph asks once, when it is traced, and keeps the answer.
 
+    Args:
+        refused: why no engine takes these arguments, whatever the device; the reference then runs.
+
     Raises:
         BackendError: a forced backend, or a forced path of the C++ engine, cannot run the op there, or does not exist.
     """
-    name = _select(op, device)
-    if name == "reference":
+    name = _select(op, device, refused)
+    if name == "reference" and refused is None:
         _tell_of_missing_engine(op, device)
     _counts[op, name] += 1
     return name
@@ -171,7 +174,7 @@ def cpp_engine() -> ModuleType:
     return module
 
 
-def _select(op: str, device: torch.device) -> str:
+def _select(op: str, device: torch.device, refused: str | None = None) -> str:
     forced = _forced.get()
     source = "backend()"
     if forced is None and (forced := os.environ.get(ENVIRONMENT_VARIABLE) or None) is not None:
@@ -179,11 +182,15 @@ def _select(op: str, device: torch.device) -> str:
         _checked(forced, source)
     if forced is not None:
         reason = problem(op, forced, device)
+        if reason is None and forced != "reference":
+            reason = refused
         if reason is not None:
             raise BackendError(f"{op}: {source} forces the {forced} backend, which cannot run: {reason}")
         return forced
     # The interpreter of Triton runs on CPU tensors too, but is for tests alone: never chosen, only forced.
     preferred = "cpp" if device.type == "cpu" else "triton"
+    if refused is not None:
+        return "reference"
     if problem(op, preferred, device) is None:
         return preferred
     if preferred == "cpp" and "cpp" in _engines[op] and (reason := _cpp_isa_problem()) is not None:

@@ -2,22 +2,86 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from gac_fast import reference
-from gac_fast.ops import _check, _dispatch
+from gac_fast.ops import _arrays, _check, _dispatch
 
 __all__ = ["plan_attention"]
 
 OP = "plan_attention"
-_dispatch.register(OP)
+_dispatch.register(OP, "cpp")
+
+
+@torch.library.custom_op("gac_fast::plan_attention", mutates_args=())
+def _forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
+    out = q.new_empty(q.shape)
+    _dispatch.cpp_engine()._plan_attention(
+        _arrays.heads(q),
+        _arrays.heads(k),
+        _arrays.heads(v),
+        _arrays.integers(cu_seqlens),
+        _arrays.heads(out),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+@_forward.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
+    return q.new_empty(q.shape)
+
+
+@torch.library.custom_op("gac_fast::plan_attention_backward", mutates_args=())
+def _backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of q [N, H, d], and of k and v as one [B, n_z, 2, H, d]."""
+    d_q, d_plan = _empty_grads(q, k)
+    d_k, d_v = d_plan.unbind(2)
+    _dispatch.cpp_engine()._plan_attention_backward(
+        _arrays.heads(d_out),
+        _arrays.heads(q),
+        _arrays.heads(k),
+        _arrays.heads(v),
+        _arrays.integers(cu_seqlens),
+        _arrays.heads(d_q),
+        _arrays.heads(d_k),
+        _arrays.heads(d_v),
+        torch.get_num_threads(),
+    )
+    return d_q, d_plan
+
+
+@_backward.register_fake
+def _(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    return _empty_grads(q, k)
+
+
+def _empty_grads(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    b, n_z, heads, width = k.shape
+    return q.new_empty(q.shape), k.new_empty((b, n_z, 2, heads, width))
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+    d_q, d_plan = _backward(d_out, *ctx.saved_tensors)
+    return (d_q, *d_plan.unbind(2), None)
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
 
 
 def plan_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Each token attends to all ``n_z`` plan vectors of its trajectory.
 
-    Equivalent to :func:`gac_fast.reference.plan_attention`. Softmax scale 1/sqrt(d).
+    Equivalent to :func:`gac_fast.reference.plan_attention`. Softmax scale 1/sqrt(d). The C++ engine takes float32 and
+    bfloat16 (float32 inside), reads strided q, k and v in place where the elements of a head are neighbours, and gives
+    the same bits on any number of threads.
 
     Args:
         q: [N, H, d], float32, bfloat16 or float64; d even, 8 to 256.
@@ -28,7 +92,8 @@ def plan_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tenso
         [N, H, d].
 
     Raises:
-        ValueError: an argument of another dtype, device or shape, naming it.
+        ValueError: an argument of another dtype, device or shape, naming it; on the C++ engine also offsets that do
+            not rise from 0 to N.
         BackendError: a forced backend cannot run.
     """
     _check.dtype("q", q, torch.float32, torch.bfloat16, torch.float64)
@@ -47,5 +112,7 @@ def plan_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tenso
         raise ValueError("k: expected at least 1 plan vector per trajectory, got 0")
     _check.shape("v", v, cu_seqlens.shape[0] - 1, n_plan_vectors, heads, width)
 
-    _dispatch.choose(OP, q.device)
+    refused = "the engines take float32 and bfloat16, got float64" if q.dtype == torch.float64 else None
+    if _dispatch.choose(OP, q.device, refused) == "cpp":
+        return _forward(q, k, v, cu_seqlens)
     return reference.plan_attention(q, k, v, cu_seqlens)

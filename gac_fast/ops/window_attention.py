@@ -3,17 +3,121 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gac_fast import reference
-from gac_fast.ops import _check, _dispatch
+from gac_fast.ops import _arrays, _check, _dispatch
 
 __all__ = ["window_attention"]
 
 OP = "window_attention"
-_dispatch.register(OP)
+_dispatch.register(OP, "cpp")
+
+# The engine counts tokens in 31 bits; a longer window sees no more.
+_MOST_TOKENS = 2**31 - 1
+
+
+@torch.library.custom_op("gac_fast::window_attention", mutates_args=())
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int, positions: Tensor | None, rope_base: float
+) -> tuple[Tensor, Tensor]:
+    """The output [N, H, d], and what the backward needs of the softmax, float32 [2, H, N]."""
+    out, softmax = _empty(q)
+    _dispatch.cpp_engine()._window_attention(
+        _arrays.heads(q),
+        _arrays.heads(k),
+        _arrays.heads(v),
+        _arrays.integers(cu_seqlens),
+        window,
+        None if positions is None else _arrays.integers(positions),
+        rope_base,
+        _arrays.heads(out),
+        softmax.numpy(),
+        torch.get_num_threads(),
+    )
+    return out, softmax
+
+
+@_forward.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int, positions: Tensor | None, rope_base: float
+) -> tuple[Tensor, Tensor]:
+    return _empty(q)
+
+
+def _empty(q: Tensor) -> tuple[Tensor, Tensor]:
+    n, heads, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((2, heads, n), dtype=torch.float32)
+
+
+@torch.library.custom_op("gac_fast::window_attention_backward", mutates_args=())
+def _backward(
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    window: int,
+    positions: Tensor | None,
+    rope_base: float,
+    softmax: Tensor,
+) -> Tensor:
+    """The gradients of q, k and v as one [3, N, H, d]."""
+    grads = q.new_empty((3, *q.shape))
+    d_q, d_k, d_v = (_arrays.heads(grad) for grad in grads.unbind())
+    _dispatch.cpp_engine()._window_attention_backward(
+        _arrays.heads(d_out),
+        _arrays.heads(q),
+        _arrays.heads(k),
+        _arrays.heads(v),
+        _arrays.integers(cu_seqlens),
+        window,
+        None if positions is None else _arrays.integers(positions),
+        rope_base,
+        softmax.numpy(),
+        d_q,
+        d_k,
+        d_v,
+        torch.get_num_threads(),
+    )
+    return grads
+
+
+@_backward.register_fake
+def _(
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    window: int,
+    positions: Tensor | None,
+    rope_base: float,
+    softmax: Tensor,
+) -> Tensor:
+    return q.new_empty((3, *q.shape))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, cu_seqlens, ctx.window, positions, ctx.rope_base = inputs
+    _, softmax = output
+    ctx.mark_non_differentiable(softmax)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, cu_seqlens, positions, softmax)
+
+
+def _differentiate(ctx: Any, d_out: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if d_out is None:
+        return (None,) * 7
+    q, k, v, cu_seqlens, positions, softmax = ctx.saved_tensors
+    grads = _backward(d_out, q, k, v, cu_seqlens, ctx.window, positions, ctx.rope_base, softmax)
+    return (*grads.unbind(), None, None, None, None)
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
 
 
 def window_attention(
@@ -28,6 +132,8 @@ def window_attention(
     """Each token attends to itself and the ``window - 1`` tokens before it in its own trajectory.
 
     Equivalent to :func:`gac_fast.reference.window_attention`. Softmax scale 1/sqrt(d); rotary pairs are (i, i + d/2).
+    The C++ engine takes float32 and bfloat16 (float32 inside), reads strided q, k and v in place where the elements of
+    a head are neighbours, and gives the same bits on any number of threads.
 
     Args:
         q, k, v: [N, H, d], float32, bfloat16 or float64, one dtype and device; d even, 8 to 256.
@@ -40,7 +146,8 @@ def window_attention(
         [N, H, d].
 
     Raises:
-        ValueError: an argument of another dtype, device or shape, naming it.
+        ValueError: an argument of another dtype, device or shape, naming it; on the C++ engine also offsets that do
+            not rise from 0 to N.
         BackendError: a forced backend cannot run.
     """
     _check.dtype("q", q, torch.float32, torch.bfloat16, torch.float64)
@@ -64,5 +171,7 @@ def window_attention(
     if not 0.0 < rope_base < math.inf:
         raise ValueError(f"rope_base: expected a positive number, got {rope_base}")
 
-    _dispatch.choose(OP, q.device)
+    refused = "the engines take float32 and bfloat16, got float64" if q.dtype == torch.float64 else None
+    if _dispatch.choose(OP, q.device, refused) == "cpp":
+        return _forward(q, k, v, cu_seqlens, min(window, _MOST_TOKENS), positions, rope_base)[0]
     return reference.window_attention(q, k, v, cu_seqlens, window, positions, rope_base)

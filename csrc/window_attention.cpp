@@ -1,0 +1,355 @@
+#include "window_attention.h"
+
+#include "attention.h"
+
+namespace gac_fast {
+namespace GAC_FAST_ISA {
+namespace {
+
+// Keys that the queries [q, q + kQueries) of a panel see: those of the first vector [low[0], high[0]), of the second
+// [low[1], high[1]); low[0] <= low[1] <= high[0] <= high[1].
+struct Band {
+    std::int64_t low[2], high[2];
+};
+
+Band band_of(std::int64_t q, std::int64_t window, std::int64_t begin, std::int64_t end) {
+    Band band;
+    band.low[0] = max_of(begin, q - window + 1);
+    band.high[0] = min_of(end, q + kLanes);
+    band.low[1] = min_of(max_of(begin, q + kLanes - window + 1), band.high[0]);
+    band.high[1] = min_of(end, q + kQueries);
+    return band;
+}
+
+std::int64_t most_band_rows(const WindowAttention& in, std::int64_t n_keys) {
+    return min_of(n_keys, in.window - 1 + kQueries) + kRows;
+}
+
+// y[key - low[0]][query] for the keys that each vector sees. The queries of a panel differ in what they see: only the
+// middle of the band is worth two vectors.
+template <int LD>
+void band_scores(const Band& band, std::int64_t width, const float* rows, const float* columns, float* y) {
+    const std::int64_t both = band.low[1] - band.low[0];
+    const std::int64_t second = band.high[0] - band.low[0];
+    scores<1, LD>(both, width, rows, columns, y);
+    scores<2, LD>(second - both, width, rows + both * LD, columns, y + both * kQueries);
+    scores<1, LD>(band.high[1] - band.high[0], width, rows + second * LD, columns + kLanes,
+                  y + second * kQueries + kLanes);
+}
+
+// Which lanes of vector v of the panel that begins at query q see a key.
+class Masked {
+  public:
+    Masked(const Band& band, std::int64_t q, std::int64_t window) : band_(band), q_(q) {
+        for (int i = 0; i < kLanes; ++i) lanes_[i] = i;
+        window_ = static_cast<std::int32_t>(min_of(window, std::int64_t{1} << 30));
+    }
+
+    // All lanes of vector v see the key.
+    bool whole(int v, std::int64_t key) const {
+        const std::int64_t ahead = q_ + v * kLanes - key;
+        return ahead >= 0 && ahead + kLanes <= window_;
+    }
+
+    Vec visible(int v, std::int64_t key, Vec x, float otherwise) const {
+        const IntVec ahead = lanes_ + static_cast<std::int32_t>(q_ + v * kLanes - key);
+        return (ahead >= 0) & (ahead < window_) ? x : Vec{} + otherwise;
+    }
+
+    // What neither vector computed becomes zero, and so do the rows after the band that products take along.
+    void clear_rest(float* y) const {
+        for (std::int64_t key = band_.low[0]; key < band_.low[1]; ++key) store(at(y, 1, key), Vec{});
+        for (std::int64_t key = band_.high[0]; key < band_.high[1] + kRows - 1; ++key) store(at(y, 0, key), Vec{});
+        for (std::int64_t key = band_.high[1]; key < band_.high[1] + kRows - 1; ++key) store(at(y, 1, key), Vec{});
+    }
+
+    float* at(float* y, int v, std::int64_t key) const { return y + (key - band_.low[0]) * kQueries + v * kLanes; }
+
+  private:
+    const Band& band_;
+    std::int64_t q_;
+    std::int32_t window_;
+    IntVec lanes_;
+};
+
+// One task: a chunk of queries of one head.
+template <typename T>
+struct Head {
+    Head(const WindowAttention& in, const QueryChunk& chunk, std::int64_t head)
+        : op(in),
+          tokens(chunk),
+          first_key(max_of(chunk.begin, chunk.first - in.window + 1)),
+          q(start(in.q, head)),
+          k(start(in.k, head)),
+          v(start(in.v, head)) {}
+
+    static const T* start(const HeadsView& x, std::int64_t head) {
+        return static_cast<const T*>(x.data) + head * x.head_stride;
+    }
+
+    const float* turn(std::int64_t token) const {
+        return op.turns == nullptr ? nullptr : op.turns + op.turn_rows[token] * op.width;
+    }
+
+    void load_turned(const T* x, std::int64_t token, float scale, float* y) const {
+        if (op.turns != nullptr) {
+            load_turned_row(x, turn(token), op.width, scale, y);
+        } else {
+            load_scaled_row(x, op.width, scale, y);
+        }
+    }
+
+    // Keys and values up to `end`, of which those before `loaded` are there.
+    template <int LD>
+    void load_keys(std::int64_t end, std::int64_t& loaded, float* keys, float* values) const {
+        for (; loaded < end; ++loaded) {
+            const std::int64_t row = (loaded - first_key) * LD;
+            load_turned(k + loaded * op.k.token_stride, loaded, 1.0F, keys + row);
+            load_row(v + loaded * op.v.token_stride, op.width, values + row);
+        }
+    }
+
+    // Queries from `token` on, turned and scaled, as rows and as columns; zero from the end of the sequence on.
+    template <int LD>
+    void load_queries(std::int64_t token, float scale, float* rows, float* columns) const {
+        const std::int64_t n = min_of(kQueries, tokens.end - token);
+        for (std::int64_t r = 0; r < n; ++r) {
+            load_turned(q + (token + r) * op.q.token_stride, token + r, scale, rows + r * LD);
+        }
+        fill_zero(rows + n * LD, (kQueries - n) * LD);
+        transpose_panel(rows, LD, op.width, columns);
+    }
+
+    const WindowAttention& op;
+    const QueryChunk& tokens;
+    std::int64_t first_key;
+    const T *q, *k, *v;
+};
+
+float scale_of(std::int64_t width) { return 1.0F / __builtin_sqrtf(static_cast<float>(width)); }
+
+// rows[query][c] = sum over the keys that it sees of weights[key][query] * keys[key][c]; `keys` begins at low[0].
+template <int LD>
+void weighted_rows(const Band& band, std::int64_t q, std::int64_t window, std::int64_t width, const float* weights,
+                   const float* keys, float* rows) {
+    for (std::int64_t r = 0; r < kQueries; r += kMostRows) {
+        const std::int64_t n = min_of(kMostRows, kQueries - r);
+        const std::int64_t low = max_of(band.low[0], q + r - window + 1);
+        const std::int64_t high = min_of(band.high[1], q + r + n);
+        const std::int64_t skipped = low - band.low[0];
+        product_columns<kDown>(n, round_up(width, kLanes), high - low, weights + skipped * kQueries + r,
+                               keys + skipped * LD, LD, rows + r * LD, LD, false);
+    }
+}
+
+template <typename T, int LD>
+void forward(const WindowAttentionForward& call, const QueryChunk& chunk, std::int64_t head) {
+    const WindowAttention& op = call.in;
+    const Head<T> in(op, chunk, head);
+    const float scale = scale_of(op.width);
+    const std::int64_t n_keys = chunk.last - in.first_key;
+    Arena arena;
+    for (int pass = 0; pass < 2; ++pass) {
+        float* keys = arena.take<float>((n_keys + kMostRows) * LD);
+        float* values = arena.take<float>((n_keys + kMostRows) * LD);
+        float* rows = arena.take<float>(kQueries * LD);
+        float* columns = arena.take<float>(kQueries * LD);
+        float* weights = arena.take<float>(most_band_rows(op, n_keys) * kQueries);
+        float* inverse = arena.take<float>(kQueries);
+        if (pass == 0) {
+            arena = Arena(arena.used());
+            continue;
+        }
+        auto* out = static_cast<T*>(call.out.data) + head * call.out.head_stride;
+        std::int64_t loaded = in.first_key;
+        for (std::int64_t q = chunk.first; q < chunk.last; q += kQueries) {
+            const Band band = band_of(q, op.window, chunk.begin, chunk.end);
+            in.template load_keys<LD>(band.high[1], loaded, keys, values);
+            in.template load_queries<LD>(q, scale, rows, columns);
+            const std::int64_t first = (band.low[0] - in.first_key) * LD;
+            band_scores<LD>(band, op.width, keys + first, columns, weights);
+
+            const Masked masked(band, q, op.window);
+            const std::int64_t n = min_of(kQueries, chunk.end - q);
+            float* maximum = call.softmax + head * op.n_tokens + q;
+            float* kept = maximum + op.n_heads * op.n_tokens;
+            for (int v = 0; v < 2 && v * kLanes < n; ++v) {
+                Vec top = broadcast(-__builtin_inff());
+                for (std::int64_t key = band.low[v]; key < band.high[v]; ++key) {
+                    Vec x = load(masked.at(weights, v, key));
+                    if (!masked.whole(v, key)) x = masked.visible(v, key, x, -__builtin_inff());
+                    top = max_of(top, x);
+                }
+                Vec total{};
+                for (std::int64_t key = band.low[v]; key < band.high[v]; ++key) {
+                    Vec x = exp(load(masked.at(weights, v, key)) - top);
+                    if (!masked.whole(v, key)) x = masked.visible(v, key, x, 0.0F);
+                    total += x;
+                    store(masked.at(weights, v, key), x);
+                }
+                store(inverse + v * kLanes, 1.0F / total);
+                const std::int64_t left = n - v * kLanes;
+                if (left >= kLanes) {
+                    store(maximum + v * kLanes, top);
+                    store(kept + v * kLanes, 1.0F / total);
+                } else {
+                    store_first(maximum + v * kLanes, top, left);
+                    store_first(kept + v * kLanes, 1.0F / total, left);
+                }
+            }
+            masked.clear_rest(weights);
+            weighted_rows<LD>(band, q, op.window, op.width, weights, values + first, rows);
+            for (std::int64_t r = 0; r < n; ++r) {
+                store_scaled_row(rows + r * LD, op.width, inverse[r], out + (q + r) * call.out.token_stride);
+            }
+        }
+    }
+}
+
+// Gradients of the chunk's queries, keys and values. The panels after the chunk that see its keys are worked out again
+// for their share of the gradients of keys and values, so that every task writes rows of its own and nothing is added
+// across tasks.
+template <typename T, int LD>
+void backward(const WindowAttentionBackward& call, const QueryChunk& chunk, std::int64_t head) {
+    const WindowAttention& op = call.in;
+    const Head<T> in(op, chunk, head);
+    const float scale = scale_of(op.width);
+    const std::int64_t last_query = min_of(chunk.end, chunk.last + op.window - 1);
+    const std::int64_t n_own = chunk.last - chunk.first;
+    const std::int64_t n_keys =
+        min_of(chunk.end, round_up(last_query - chunk.first, kQueries) + chunk.first) - in.first_key;
+    Arena arena;
+    for (int pass = 0; pass < 2; ++pass) {
+        float* keys = arena.take<float>((n_keys + kMostRows) * LD);
+        float* values = arena.take<float>((n_keys + kMostRows) * LD);
+        float* d_keys = arena.take<float>((n_own + kRows) * LD);
+        float* d_values = arena.take<float>((n_own + kRows) * LD);
+        float* rows = arena.take<float>(kQueries * LD);
+        float* columns = arena.take<float>(kQueries * LD);
+        float* d_rows = arena.take<float>(kQueries * LD);
+        float* d_columns = arena.take<float>(kQueries * LD);
+        float* weights = arena.take<float>(most_band_rows(op, n_keys) * kQueries);
+        float* d_scores = arena.take<float>(most_band_rows(op, n_keys) * kQueries);
+        if (pass == 0) {
+            arena = Arena(arena.used());
+            continue;
+        }
+        fill_zero(d_keys, (n_own + kRows) * LD);
+        fill_zero(d_values, (n_own + kRows) * LD);
+        const T* d_out = Head<T>::start(call.d_out, head);
+        std::int64_t loaded = in.first_key;
+        for (std::int64_t q = chunk.first; q < last_query; q += kQueries) {
+            const Band band = band_of(q, op.window, chunk.begin, chunk.end);
+            in.template load_keys<LD>(band.high[1], loaded, keys, values);
+            in.template load_queries<LD>(q, scale, rows, columns);
+            const std::int64_t n = min_of(kQueries, chunk.end - q);
+            for (std::int64_t r = 0; r < n; ++r) {
+                load_row(d_out + (q + r) * call.d_out.token_stride, op.width, d_rows + r * LD);
+            }
+            fill_zero(d_rows + n * LD, (kQueries - n) * LD);
+            transpose_panel(d_rows, LD, op.width, d_columns);
+            const std::int64_t first = (band.low[0] - in.first_key) * LD;
+            band_scores<LD>(band, op.width, keys + first, columns, weights);
+            band_scores<LD>(band, op.width, values + first, d_columns, d_scores);
+
+            const Masked masked(band, q, op.window);
+            const float* maximum = call.softmax + head * op.n_tokens + q;
+            const float* kept = maximum + op.n_heads * op.n_tokens;
+            for (int v = 0; v < 2 && v * kLanes < n; ++v) {
+                const std::int64_t left = n - v * kLanes;
+                const bool whole = left >= kLanes;
+                const Vec top = whole ? load(maximum + v * kLanes) : load_first(maximum + v * kLanes, left);
+                const Vec inverse = whole ? load(kept + v * kLanes) : load_first(kept + v * kLanes, left);
+                // Equal to the product of the output and its gradient, but for the rounding of the output.
+                Vec delta{};
+                for (std::int64_t key = band.low[v]; key < band.high[v]; ++key) {
+                    Vec x = exp(load(masked.at(weights, v, key)) - top) * inverse;
+                    if (!masked.whole(v, key)) x = masked.visible(v, key, x, 0.0F);
+                    delta += x * load(masked.at(d_scores, v, key));
+                    store(masked.at(weights, v, key), x);
+                }
+                for (std::int64_t key = band.low[v]; key < band.high[v]; ++key) {
+                    float* at = masked.at(d_scores, v, key);
+                    store(at, load(masked.at(weights, v, key)) * (load(at) - delta));
+                }
+            }
+            masked.clear_rest(weights);
+            masked.clear_rest(d_scores);
+
+            const std::int64_t high = min_of(band.high[1], chunk.last);
+            for (std::int64_t key = max_of(band.low[0], chunk.first); key < high;) {
+                const std::int64_t n_rows = min_of(kMostRows, round_up(high - key, kRows));
+                const std::int64_t low_query = max_of(0, key - q);
+                const std::int64_t depth = min_of(n, key - q + n_rows - 1 + op.window) - low_query;
+                const std::int64_t at = (key - band.low[0]) * kQueries + low_query;
+                const std::int64_t to = (key - chunk.first) * LD;
+                const std::int64_t columns_padded = round_up(op.width, kLanes);
+                product_columns<static_cast<int>(kQueries)>(n_rows, columns_padded, depth, weights + at,
+                                                            d_rows + low_query * LD, LD, d_values + to, LD, true);
+                product_columns<static_cast<int>(kQueries)>(n_rows, columns_padded, depth, d_scores + at,
+                                                            rows + low_query * LD, LD, d_keys + to, LD, true);
+                key += n_rows;
+            }
+            if (q >= chunk.last) continue;
+            weighted_rows<LD>(band, q, op.window, op.width, d_scores, keys + first, rows);
+            auto* d_q = static_cast<T*>(call.d_q.data) + head * call.d_q.head_stride;
+            for (std::int64_t r = 0; r < n; ++r) {
+                T* to = d_q + (q + r) * call.d_q.token_stride;
+                if (op.turns != nullptr) {
+                    store_turned_back(rows + r * LD, in.turn(q + r), op.width, scale, to);
+                } else {
+                    store_scaled_row(rows + r * LD, op.width, scale, to);
+                }
+            }
+        }
+        auto* d_k = static_cast<T*>(call.d_k.data) + head * call.d_k.head_stride;
+        auto* d_v = static_cast<T*>(call.d_v.data) + head * call.d_v.head_stride;
+        for (std::int64_t key = chunk.first; key < chunk.last; ++key) {
+            const std::int64_t row = (key - chunk.first) * LD;
+            // The scale is in the queries already.
+            if (op.turns != nullptr) {
+                store_turned_back(d_keys + row, in.turn(key), op.width, 1.0F, d_k + key * call.d_k.token_stride);
+            } else {
+                store_scaled_row(d_keys + row, op.width, 1.0F, d_k + key * call.d_k.token_stride);
+            }
+            store_scaled_row(d_values + row, op.width, 1.0F, d_v + key * call.d_v.token_stride);
+        }
+    }
+}
+
+template <typename T>
+void forward_any(const WindowAttentionForward& call, const QueryChunk& chunk, std::int64_t head) {
+    const std::int64_t width = call.in.width;
+    if (width <= 32) return forward<T, 32>(call, chunk, head);
+    if (width <= 64) return forward<T, 64>(call, chunk, head);
+    if (width <= 128) return forward<T, 128>(call, chunk, head);
+    forward<T, 256>(call, chunk, head);
+}
+
+template <typename T>
+void backward_any(const WindowAttentionBackward& call, const QueryChunk& chunk, std::int64_t head) {
+    const std::int64_t width = call.in.width;
+    if (width <= 32) return backward<T, 32>(call, chunk, head);
+    if (width <= 64) return backward<T, 64>(call, chunk, head);
+    if (width <= 128) return backward<T, 128>(call, chunk, head);
+    backward<T, 256>(call, chunk, head);
+}
+
+}  // namespace
+
+void window_attention(const WindowAttentionForward& op) {
+    const std::int64_t n_heads = op.in.n_heads;
+    parallel_for(op.in.n_chunks * n_heads, op.in.n_threads, [&op, n_heads](std::int64_t i) {
+        (op.in.bf16 ? forward_any<Bf16> : forward_any<float>)(op, op.in.chunks[i / n_heads], i % n_heads);
+    });
+}
+
+void window_attention_backward(const WindowAttentionBackward& op) {
+    const std::int64_t n_heads = op.in.n_heads;
+    parallel_for(op.in.n_chunks * n_heads, op.in.n_threads, [&op, n_heads](std::int64_t i) {
+        (op.in.bf16 ? backward_any<Bf16> : backward_any<float>)(op, op.in.chunks[i / n_heads], i % n_heads);
+    });
+}
+
+}  // namespace GAC_FAST_ISA
+}  // namespace gac_fast
