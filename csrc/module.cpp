@@ -25,4 +25,5 @@ PYBIND11_MODULE(_C, m) {
     gac_fast::bind_thread_pool(m);
     gac_fast::bind_plan_attention(m);
     gac_fast::bind_window_attention(m);
+    gac_fast::bind_plan_ascent(m);
 }

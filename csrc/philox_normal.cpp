@@ -1,84 +1,56 @@
 #include "philox_normal.h"
 
-#include <algorithm>
-#include <cmath>
-#include <string>
+#include "philox_normal_simd.h"
 
 namespace gac_fast {
+namespace GAC_FAST_ISA {
 namespace {
 
-constexpr int kRounds = 10;
-constexpr std::uint64_t kMultiplier0 = 0xD2511F53;
-constexpr std::uint64_t kMultiplier1 = 0xCD9E8D57;
-constexpr std::uint32_t kWeyl0 = 0x9E3779B9;
-constexpr std::uint32_t kWeyl1 = 0xBB67AE85;
+// Elements of one task: enough to be worth a thread, few enough that one long row serves several.
+constexpr std::int64_t kTaskElements = 4096;
 
-constexpr double kTwoToMinus32 = 1.0 / 4294967296.0;
-constexpr double kTwoPi = 6.283185307179586476925;
-
-std::uint32_t high_word(std::uint64_t x) { return static_cast<std::uint32_t>(x >> 32); }
-std::uint32_t low_word(std::uint64_t x) { return static_cast<std::uint32_t>(x); }
-
-std::uint32_t counter_word(std::int64_t value, const char* name, std::int64_t row) {
-    if (value < 0 || value > INT64_C(0xFFFFFFFF)) {
-        fail(name, "values within [0, 2^32)", std::to_string(value) + " in row " + std::to_string(row));
-    }
-    return static_cast<std::uint32_t>(value);
-}
-
-// In double: the result is the float nearest to the exact normal, whatever the word (near u = 1 a float32 logarithm
-// would lose half of its digits).
-std::array<float, 4> box_muller(const std::array<std::uint32_t, 4>& words) {
-    std::array<float, 4> normals{};
-    for (std::size_t pair = 0; pair < 4; pair += 2) {
-        const double radius = std::sqrt(-2.0 * std::log((words[pair] + 1.0) * kTwoToMinus32));
-        const double angle = words[pair + 1] * (kTwoPi * kTwoToMinus32);
-        normals[pair] = static_cast<float>(radius * std::cos(angle));
-        normals[pair + 1] = static_cast<float>(radius * std::sin(angle));
-    }
-    return normals;
-}
-
-template <typename T, typename Transform>
-void fill(std::array<std::uint32_t, 2> key, VectorView<std::int64_t> plans, VectorView<std::int64_t> steps,
-          RowsView<T> out, Transform transform) {
-    // Every id is checked before the first write: bad input leaves the output as it was.
-    for (std::int64_t p = 0; p < out.rows; ++p) {
-        counter_word(plans[p], "plans", p);
-        counter_word(steps[p], "step", p);
-    }
-    for (std::int64_t p = 0; p < out.rows; ++p) {
-        const auto plan = static_cast<std::uint32_t>(plans[p]);
-        const auto step = static_cast<std::uint32_t>(steps[p]);
-        T* row = out.row(p);
-        for (std::int64_t i = 0; i < out.columns; i += 4) {
-            const auto values = transform(philox4x32(key, {static_cast<std::uint32_t>(i / 4), plan, step, 0}));
-            std::copy_n(values.begin(), std::min<std::int64_t>(4, out.columns - i), row + i);
+// make(plan, step, first element, n, out), where n is at most `block` and out has room for whole batches.
+template <typename T, typename Make>
+void fill(const Philox<T>& args, Make make) {
+    const std::int64_t width = max_of(1, min_of(args.columns, kTaskElements));
+    const std::int64_t per_row = (args.columns + width - 1) / width;
+    const std::int64_t rows_per_task = max_of(1, kTaskElements / width);
+    const std::int64_t row_groups = (args.rows + rows_per_task - 1) / rows_per_task;
+    parallel_for(row_groups * per_row, args.n_threads, [&](std::int64_t task) {
+        const std::int64_t first = task % per_row * width;
+        const std::int64_t n = min_of(width, args.columns - first);
+        const std::int64_t whole = n / philox::kBatch * philox::kBatch;
+        const std::int64_t begin = task / per_row * rows_per_task;
+        for (std::int64_t p = begin; p < min_of(begin + rows_per_task, args.rows); ++p) {
+            const auto plan = static_cast<std::uint32_t>(args.plans[p * args.plan_stride]);
+            const auto step = static_cast<std::uint32_t>(args.steps[p * args.step_stride]);
+            T* out = args.out + p * args.out_stride + first;
+            make(plan, step, first, whole, out);
+            if (whole == n) continue;
+            T rest[philox::kBatch];
+            make(plan, step, first + whole, n - whole, rest);
+            std::memcpy(out + whole, rest, static_cast<std::size_t>(n - whole) * sizeof(T));
         }
-    }
+    });
 }
 
 }  // namespace
 
-std::array<std::uint32_t, 4> philox4x32(std::array<std::uint32_t, 2> key, std::array<std::uint32_t, 4> counter) {
-    for (int round = 0; round < kRounds; ++round) {
-        const std::uint64_t product0 = kMultiplier0 * counter[0];
-        const std::uint64_t product1 = kMultiplier1 * counter[2];
-        counter = {high_word(product1) ^ counter[1] ^ key[0], low_word(product1),
-                   high_word(product0) ^ counter[3] ^ key[1], low_word(product0)};
-        key = {key[0] + kWeyl0, key[1] + kWeyl1};
-    }
-    return counter;
+void philox_normal(const Philox<float>& args) {
+    fill(args, [&](std::uint32_t plan, std::uint32_t step, std::int64_t first, std::int64_t n, float* out) {
+        philox::normals(args.seed0, args.seed1, plan, step, first, n, out);
+    });
 }
 
-void philox_normal(std::array<std::uint32_t, 2> key, VectorView<std::int64_t> plans, VectorView<std::int64_t> steps,
-                   RowsView<float> out) {
-    fill(key, plans, steps, out, box_muller);
+void philox_words(const Philox<std::int64_t>& args) {
+    fill(args, [&](std::uint32_t plan, std::uint32_t step, std::int64_t first, std::int64_t n, std::int64_t* out) {
+        for (std::int64_t i = 0; i < n; i += philox::kBatch) {
+            const auto words =
+                philox::words(args.seed0, args.seed1, plan, step, static_cast<std::uint32_t>((first + i) / 4));
+            for (int k = 0; k < philox::kBatch; ++k) out[i + k] = static_cast<std::int64_t>(words.w[k % 4][k / 4]);
+        }
+    });
 }
 
-void philox_words(std::array<std::uint32_t, 2> key, VectorView<std::int64_t> plans, VectorView<std::int64_t> steps,
-                  RowsView<std::int64_t> out) {
-    fill(key, plans, steps, out, [](const std::array<std::uint32_t, 4>& words) { return words; });
-}
-
+}  // namespace GAC_FAST_ISA
 }  // namespace gac_fast

@@ -1,3 +1,4 @@
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -66,6 +67,48 @@ def _plan_attention_backward(
 ) -> None: ...
 def _philox_normal(seed0: int, seed1: int, plans: _Ints, step: _Ints, out: _Floats) -> None: ...
 def _philox_words(seed0: int, seed1: int, plans: _Ints, step: _Ints, out: _Ints) -> None: ...
+def _philox_normal(seed0: int, seed1: int, plans: _Ints, step: _Ints, out: _Floats, n_threads: int = 1) -> None: ...
+def _philox_words(seed0: int, seed1: int, plans: _Ints, step: _Ints, out: _Ints, n_threads: int = 1) -> None: ...
+def _plan_ascent(
+    prior_weights: Sequence[_Floats],
+    return_weights: Sequence[_Floats],
+    z0: _Floats,
+    context: _Floats | None,
+    seeds: _Floats,
+    mean: _Floats,
+    std: _Floats,
+    dim: int,
+    n_steps: int,
+    step_size: float,
+    kappa: float,
+    prior_weight: float,
+    radius: float,
+    max_norm: float,
+    bf16: bool,
+    n_threads: int = 1,
+    tile: int = 0,
+) -> None: ...
+def _plan_langevin(
+    prior_weights: Sequence[_Floats],
+    return_weights: Sequence[_Floats],
+    z0: _Floats,
+    context: _Floats | None,
+    seeds: _Floats,
+    mean: _Floats,
+    std: _Floats,
+    dim: int,
+    n_steps: int,
+    step_size: float,
+    target: _Floats,
+    max_drift_ratio: float,
+    seed0: int,
+    seed1: int,
+    plans: _Ints,
+    first_step: int,
+    bf16: bool,
+    n_threads: int = 1,
+    tile: int = 0,
+) -> None: ...
 def _packed_length(cu_seqlens: _Ints, indices: _Ints, n_steps: int) -> int: ...
 def _pack_batch(
     observations: _Floats,

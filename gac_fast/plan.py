@@ -13,7 +13,6 @@ from gac_fast import ops
 from gac_fast.config import PlanConfig
 from gac_fast.model import GAC
 from gac_fast.model.normalization import Normalization
-from gac_fast.posterior import langevin
 
 __all__ = ["Plans", "TargetSchedule", "exploit", "explore", "predict"]
 
@@ -142,22 +141,22 @@ def explore(
     device = normalization.obs_mean.device
     plans = torch.arange(n, device=device)
     key = (seed & 0xFFFFFFFF, 0x45585052)
-    shape = (n, c.n_z, c.dim)
 
-    def noise(step: int) -> Tensor:
-        return ops.philox_normal(key, plans, step + 1, c.n_z * c.dim).view(shape)
-
-    y = normalization.returns(torch.as_tensor(target, dtype=torch.float32, device=device))
-
-    def energy(z0: Tensor) -> Tensor:
-        mean, std = model.return_moments(model.prior(z0), first_states)
-        return 0.5 * z0.square().sum((1, 2)) + 0.5 * ((y - mean) / std).square() + std.log()
-
-    z0 = noise(-1) if start is None else start
-    z0, _ = langevin(
-        energy, z0, n_steps=config.n_steps, step_size=config.explore_step_size, noise=noise, max_drift_ratio=0.5
+    z0 = ops.philox_normal(key, plans, 0, c.n_z * c.dim).view(n, c.n_z, c.dim) if start is None else start
+    z0, mean, std = ops.plan_langevin(
+        model.prior.weights(),
+        model.returns.weights(),
+        z0,
+        normalization.returns(torch.as_tensor(target, dtype=torch.float32, device=device)),
+        n_steps=config.n_steps,
+        step_size=config.explore_step_size,
+        seed=key,
+        plans=plans,
+        first_step=1,
+        max_drift_ratio=0.5,
+        context=first_states if model.returns.uses_first_state else None,
     )
-    return predict(model, normalization, z0, first_states)
+    return _plans(normalization, z0, mean, std)
 
 
 @dataclass

@@ -26,6 +26,7 @@ __all__ = [
     "philox_normal",
     "plan_ascent",
     "plan_attention",
+    "plan_langevin",
     "plan_norm",
     "prior",
     "return_model",
@@ -421,6 +422,52 @@ def plan_ascent(
         offset = z0 - start
         z0 = start + offset * (radius * scale / norm(offset)).clamp(max=1.0)
         z0 = z0 * (max_norm * scale / norm(z0)).clamp(max=1.0)
+    with torch.no_grad():
+        mean, std = return_moments(*return_model(return_weights, prior(prior_weights, z0), context))
+    return z0.detach(), mean, std
+
+
+def plan_langevin(
+    prior_weights: PriorWeights,
+    return_weights: ReturnWeights,
+    z0: Tensor,
+    target: Tensor,
+    *,
+    n_steps: int,
+    step_size: float,
+    seed: tuple[int, int],
+    plans: Tensor,
+    first_step: int = 0,
+    max_drift_ratio: float = math.inf,
+    context: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Langevin steps of P plan seeds on E = |z0|^2 / 2 + ((target - mean) / std)^2 / 2 + log std.
+
+    z0 <- z0 - (s^2 / 2) grad E + s * noise with s = ``step_size``, less where the drift of a plan would exceed
+    ``max_drift_ratio`` times the noise; step k takes the noise of Philox step ``first_step + k``.
+
+    Args:
+        z0: [P, n_z, D], where the chains are.
+        target: standardised returns, [P] or [].
+        seed: of the noise, two uint32 words.
+        plans: int64 [P], ids of the plans in the noise.
+        context: as in :func:`plan_ascent`.
+
+    Returns:
+        seeds [P, n_z, D], mean [P] and std [P] of the standardised return at them.
+    """
+    scale = math.sqrt(z0.shape[1] * z0.shape[2])
+    z0 = z0.detach()
+    for step in range(n_steps):
+        x = z0.requires_grad_(True)
+        with torch.enable_grad():
+            mean, std = return_moments(*return_model(return_weights, prior(prior_weights, x), context))
+            energy = 0.5 * x.square().sum((1, 2)) + 0.5 * ((target - mean) / std).square() + std.log()
+            (grad,) = torch.autograd.grad(energy.sum(), x)
+        norm = grad.flatten(1).norm(dim=1)[:, None, None]
+        s = (2 * max_drift_ratio * scale / norm.clamp_min(1e-12)).clamp(max=step_size)
+        noise = philox_normal(seed, plans, first_step + step, z0[0].numel() if len(z0) else 0)
+        z0 = x.detach() - 0.5 * s.square() * grad + s * noise.view_as(z0).to(z0.dtype)
     with torch.no_grad():
         mean, std = return_moments(*return_model(return_weights, prior(prior_weights, z0), context))
     return z0.detach(), mean, std

@@ -174,10 +174,11 @@ def test_no_candidate_is_an_error():
         exploit(m, UNITS, random_seeds(0, m.config), 1, config)
 
 
+@pytest.mark.usefixtures("cpp_engine")
 def test_exploit_uses_the_op():
     m = model()
     exploit(m, UNITS, random_seeds(6, m.config), 2, CONFIG)
-    assert ops.dispatch_counts() == {("plan_ascent", "reference"): 1}
+    assert ops.dispatch_counts() == {("plan_ascent", "cpp"): 1}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from gac_fast.ops._dispatch import BACKENDS, OpStatus, backend, cpu_isa, dispatc
 from gac_fast.ops.decode_step import decode_token
 from gac_fast.ops.pack_batch import pack_batch
 from gac_fast.ops.philox_normal import philox_normal
-from gac_fast.ops.plan_ascent import plan_ascent
+from gac_fast.ops.plan_ascent import plan_ascent, plan_langevin
 from gac_fast.ops.plan_attention import plan_attention
 from gac_fast.ops.window_attention import window_attention
 
@@ -19,6 +19,7 @@ __all__ = [
     "philox_normal",
     "plan_ascent",
     "plan_attention",
+    "plan_langevin",
     "reset_dispatch_counts",
     "status",
     "window_attention",

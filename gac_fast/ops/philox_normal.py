@@ -28,7 +28,8 @@ def _philox_normal(out: Tensor, plans: Tensor, step: Tensor, seed0: int, seed1: 
         # The engine writes rows of neighbouring elements.
         has_rows = out.stride(1) == 1 or out.shape[1] == 1
         rows = out if has_rows else torch.empty(out.shape, dtype=torch.float32)
-        _dispatch.cpp_engine()._philox_normal(seed0, seed1, plans.numpy(), step.numpy(), rows.numpy())
+        threads = torch.get_num_threads()
+        _dispatch.cpp_engine()._philox_normal(seed0, seed1, plans.numpy(), step.numpy(), rows.numpy(), threads)
         if rows is not out:
             out.copy_(rows)
     elif engine == "triton":
