@@ -245,6 +245,31 @@ void rows_bf16(std::int64_t n_panels, std::int64_t n_pairs, const Bf16* x, std::
 }
 #endif
 
+#if defined(__AVX512F__)
+// Swaps the blocks of S x S that lie across the diagonal.
+template <int S>
+void swap_blocks(Vec (&rows)[kLanes]) {
+    const IntVec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const auto upper = (__m512i)((lane & S) != 0 ? lane + (kLanes - S) : lane);
+    const auto lower = (__m512i)((lane & S) != 0 ? lane + kLanes : lane + S);
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) {
+        if ((i & S) != 0) continue;
+        const auto top = (__m512)rows[i];
+        const auto bottom = (__m512)rows[i + S];
+        rows[i] = (Vec)_mm512_permutex2var_ps(top, upper, bottom);
+        rows[i + S] = (Vec)_mm512_permutex2var_ps(top, lower, bottom);
+    }
+}
+
+void transpose(Vec (&rows)[kLanes]) {
+    swap_blocks<1>(rows);
+    swap_blocks<2>(rows);
+    swap_blocks<4>(rows);
+    swap_blocks<8>(rows);
+}
+#endif
+
 }  // namespace
 
 template <>
@@ -260,11 +285,31 @@ std::int64_t packed_size<Bf16>(std::int64_t n_out, std::int64_t n_in) {
 template <>
 void pack<float>(const float* w, std::int64_t stride_out, std::int64_t stride_in, std::int64_t n_out, std::int64_t n_in,
                  float* packed) {
-    for (std::int64_t first = 0; first < round_up(n_out, kColumns); first += kPanel) {
-        for (std::int64_t k = 0; k < n_in; ++k) {
+    for (std::int64_t first = 0; first < round_up(n_out, kColumns); first += kPanel, packed += n_in * kPanel) {
+        const float* columns = w + first * stride_out;
+        const std::int64_t n_columns = min_of(kPanel, n_out - first);
+        std::int64_t k = 0;
+        if (stride_out == 1) {
+            for (; k < n_in && n_columns == kPanel; ++k) {
+                store(packed + k * kPanel, load(columns + k * stride_in));
+                store(packed + k * kPanel + kLanes, load(columns + k * stride_in + kLanes));
+            }
+        }
+#if defined(__AVX512F__)
+        if (stride_in == 1) {
+            for (; k + kLanes <= n_in && n_columns == kPanel; k += kLanes) {
+                for (std::int64_t half = 0; half < kPanel; half += kLanes) {
+                    Vec rows[kLanes];
+                    for (int r = 0; r < kLanes; ++r) rows[r] = load(columns + (half + r) * stride_out + k);
+                    transpose(rows);
+                    for (int r = 0; r < kLanes; ++r) store(packed + (k + r) * kPanel + half, rows[r]);
+                }
+            }
+        }
+#endif
+        for (; k < n_in; ++k) {
             for (std::int64_t c = 0; c < kPanel; ++c) {
-                const std::int64_t o = first + c;
-                *packed++ = o < n_out ? w[o * stride_out + k * stride_in] : 0.0F;
+                packed[k * kPanel + c] = c < n_columns ? columns[c * stride_out + k * stride_in] : 0.0F;
             }
         }
     }
@@ -273,12 +318,44 @@ void pack<float>(const float* w, std::int64_t stride_out, std::int64_t stride_in
 template <>
 void pack<Bf16>(const float* w, std::int64_t stride_out, std::int64_t stride_in, std::int64_t n_out, std::int64_t n_in,
                 Bf16* packed) {
-    for (std::int64_t first = 0; first < round_up(n_out, kColumns); first += kTileColumns) {
-        for (std::int64_t k = 0; k < round_up(n_in, kPairs); k += 2) {
+    const std::int64_t n_rows = round_up(n_in, kPairs);
+    for (std::int64_t first = 0; first < round_up(n_out, kColumns);
+         first += kTileColumns, packed += n_rows * kTileColumns) {
+        const float* columns = w + first * stride_out;
+        const std::int64_t n_columns = min_of(kTileColumns, n_out - first);
+        std::int64_t k = 0;
+        if (stride_out == 1) {
+            for (; k + 2 <= n_in && n_columns == kTileColumns; k += 2) {
+                Bf16 even[kTileColumns];
+                Bf16 odd[kTileColumns];
+                convert(columns + k * stride_in, kTileColumns, even);
+                convert(columns + (k + 1) * stride_in, kTileColumns, odd);
+                for (std::int64_t c = 0; c < kTileColumns; ++c) {
+                    packed[k * kTileColumns + 2 * c] = even[c];
+                    packed[k * kTileColumns + 2 * c + 1] = odd[c];
+                }
+            }
+        }
+#if defined(__AVX512F__)
+        if (stride_in == 1) {
+            for (; k + 2 * kLanes <= n_in && n_columns == kTileColumns; k += 2 * kLanes) {
+                // A lane is a pair.
+                Vec rows[kLanes];
+                for (int r = 0; r < kLanes; ++r) {
+                    Bf16 inputs[2 * kLanes];
+                    convert(columns + r * stride_out + k, 2 * kLanes, inputs);
+                    std::memcpy(&rows[r], inputs, sizeof(inputs));
+                }
+                transpose(rows);
+                std::memcpy(packed + k * kTileColumns, rows, sizeof(rows));
+            }
+        }
+#endif
+        for (; k < n_rows; k += 2) {
             for (std::int64_t c = 0; c < kTileColumns; ++c) {
-                const std::int64_t o = first + c;
                 for (std::int64_t i = k; i < k + 2; ++i) {
-                    *packed++ = o < n_out && i < n_in ? to_bf16(w[o * stride_out + i * stride_in]) : Bf16{0};
+                    packed[k * kTileColumns + 2 * c + i - k] =
+                        c < n_columns && i < n_in ? to_bf16(columns[c * stride_out + i * stride_in]) : Bf16{0};
                 }
             }
         }
