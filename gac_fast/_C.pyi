@@ -7,6 +7,8 @@ import numpy.typing as npt
 _Ints = npt.NDArray[np.int64]
 _Floats = npt.NDArray[np.float32]
 _Heads = npt.NDArray[Any]  # float32, or int16 that holds bfloat16
+# float32, or bfloat16 as int16
+_Any = npt.NDArray[Any]
 
 def _build_info() -> dict[str, str]: ...
 def _isa() -> str: ...
@@ -118,4 +120,53 @@ def _pack_batch(
     out_observations: _Floats,
     out_actions: _Floats,
     out_cu_seqlens: npt.NDArray[Any],
+) -> None: ...
+
+class _BlockWeights:
+    def __init__(
+        self,
+        weights: Sequence[_Floats | None],
+        biases: Sequence[_Floats | None],
+        bf16: bool,
+        backward: bool,
+    ) -> None: ...
+
+def _block(
+    weights: _BlockWeights,
+    x: _Floats,
+    attended: _Any | None,
+    plan_k: _Any,
+    plan_v: _Any,
+    cu_seqlens: _Ints,
+    x_out: _Floats,
+    y: _Any,
+    normed1: _Any | None,
+    normed2: _Any | None,
+    rstd: _Floats | None,
+    probs: _Floats | None,
+    q: _Floats | None,
+    hidden: _Floats | None,
+    n_threads: int,
+) -> None: ...
+def _block_backward(
+    weights: _BlockWeights,
+    dx_out: _Floats | None,
+    dy: _Any | None,
+    x_out: _Floats,
+    normed1: _Any,
+    normed2: _Any,
+    rstd: _Floats,
+    probs: _Floats,
+    q: _Floats | None,
+    hidden: _Floats | None,
+    plan_k: _Any,
+    plan_v: _Any,
+    cu_seqlens: _Ints,
+    dx: _Floats | None,
+    dattended: _Any | None,
+    dplan_k: _Floats,
+    dplan_v: _Floats,
+    operands: Sequence[_Any],
+    dbias: _Floats | None,
+    n_threads: int,
 ) -> None: ...

@@ -14,11 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
+    "BlockWeights",
     "DecoderWeights",
     "LayerWeights",
     "PriorWeights",
     "ReturnWeights",
     "decode_token",
+    "decoder_block",
     "mlp_residual",
     "norm_linear",
     "pack_batch",
@@ -205,6 +207,65 @@ def mlp_residual(
 ) -> Tensor:
     """``x + W_out silu(W_in norm(x))``: [..., D] -> [..., D]."""
     return x + F.linear(F.silu(norm_linear(x, norm_w, norm_b, w_in, b_in)), w_out, b_out)
+
+
+class BlockWeights(NamedTuple):
+    """What a decoder layer applies to each token alone, and the norm and map that follow it; [out, in] matrices."""
+
+    w_o: Tensor | None  # None for the first layer, whose stream holds the window attention already
+    b_o: Tensor | None
+    norm2_w: Tensor
+    norm2_b: Tensor
+    w_plan_q: Tensor
+    b_plan_q: Tensor
+    w_plan_o: Tensor
+    b_plan_o: Tensor
+    norm3_w: Tensor
+    norm3_b: Tensor
+    w_in: Tensor
+    b_in: Tensor
+    w_out: Tensor
+    b_out: Tensor
+    norm_w: Tensor
+    norm_b: Tensor
+    w_next: Tensor
+    b_next: Tensor
+
+
+def decoder_block(
+    x: Tensor,
+    attended: Tensor | None,
+    plan_k: Tensor,
+    plan_v: Tensor,
+    cu_seqlens: Tensor,
+    weights: BlockWeights,
+    bf16: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """A decoder layer from its window attention to the map that reads it: plan attention, MLP, and what comes next.
+
+    ``x1 = x + W_o attended``, ``x2 = x1 + W_plan_o plan_attention(W_plan_q norm2(x1))``,
+    ``x_out = x2 + W_out silu(W_in norm3(x2))``, ``y = W_next norm(x_out)``, every map with its bias.
+
+    Args:
+        x: [N, D], the residual stream.
+        attended: [N, D], what window attention read; None where ``weights.w_o`` is.
+        plan_k, plan_v: [B, n_z, H, d].
+        cu_seqlens: int [B + 1], token offsets of the trajectories.
+        bf16: round the operands of products, and y, to bfloat16.
+
+    Returns:
+        x_out [N, D] and y [N, n_next].
+    """
+    w = weights
+    n, heads, width = x.shape[0], plan_k.shape[2], plan_k.shape[3]
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+        if attended is not None and w.w_o is not None:
+            x = x + F.linear(attended, w.w_o, w.b_o)
+        q = norm_linear(x, w.norm2_w, w.norm2_b, w.w_plan_q, w.b_plan_q).view(n, heads, width)
+        read = plan_attention(q, plan_k.to(q.dtype), plan_v.to(q.dtype), cu_seqlens)
+        x = x + F.linear(read.reshape(n, heads * width), w.w_plan_o, w.b_plan_o)
+        x = mlp_residual(x, w.norm3_w, w.norm3_b, w.w_in, w.b_in, w.w_out, w.b_out)
+        return x, norm_linear(x, w.norm_w, w.norm_b, w.w_next, w.b_next)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -104,7 +104,8 @@ def test_packed_equals_padded(context, window):
     z0 = random_seeds(len(lengths), model.config)
     expected = padded_mean_actions(model, batch, z0)
     assert expected.shape == (sum(lengths), 2)
-    assert row_error(mean_actions(model, batch, z0), expected) < 1e-5
+    # Two engines in float32: a mean action near zero keeps the absolute error of its layers.
+    assert row_error(mean_actions(model, batch, z0), expected) < 5e-5
 
 
 @pytest.mark.parametrize("context", CONTEXTS)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from gac_fast import ops, reference
 from gac_fast.config import ModelConfig
-from gac_fast.reference import DecoderWeights, LayerWeights
+from gac_fast.reference import BlockWeights, DecoderWeights, LayerWeights
 
 __all__ = ["Decoder"]
 
@@ -40,13 +40,16 @@ class DecoderLayer(nn.Module):
             self.mlp_out.weight, self.mlp_out.bias,
         )  # fmt: skip
 
+    def attend(self, qkv: Tensor, cu_seqlens: Tensor, window: int, positions: Tensor) -> Tensor:
+        """What window attention reads: [N, 3 D] -> [N, D]."""
+        n, dim = qkv.shape[0], qkv.shape[1] // 3
+        q, k, v = qkv.view(n, 3, self.n_heads, dim // self.n_heads).unbind(1)
+        return ops.window_attention(q, k, v, cu_seqlens, window, positions, self.rope_base).reshape(n, dim)
+
     def attend_window(self, x: Tensor, cu_seqlens: Tensor, window: int, positions: Tensor) -> Tensor:
         """The part that does not depend on the plan: [N, D] -> [N, D]."""
-        n, dim = x.shape
         qkv = reference.norm_linear(x, self.norm1.weight, self.norm1.bias, self.qkv.weight, self.qkv.bias)
-        q, k, v = qkv.view(n, 3, self.n_heads, dim // self.n_heads).unbind(1)
-        out = ops.window_attention(q, k, v, cu_seqlens, window, positions, self.rope_base)
-        return x + self.out(out.reshape(n, dim))
+        return x + self.out(self.attend(qkv, cu_seqlens, window, positions))
 
     def plan_keys(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Plan [B, n_z, D] -> keys and values [B, n_z, H, d]."""
@@ -54,16 +57,15 @@ class DecoderLayer(nn.Module):
         k, v = self.plan_kv(z + self.plan_position).view(b, n_z, 2, self.n_heads, dim // self.n_heads).unbind(2)
         return k, v
 
-    def attend_plan(self, x: Tensor, z: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """Plan attention, then the MLP: [N, D] -> [N, D]."""
-        n, dim = x.shape
-        q = reference.norm_linear(x, self.norm2.weight, self.norm2.bias, self.plan_q.weight, self.plan_q.bias)
-        k, v = self.plan_keys(z)
-        out = ops.plan_attention(q.view(n, self.n_heads, dim // self.n_heads), k, v, cu_seqlens)
-        x = x + self.plan_out(out.reshape(n, dim))
-        return reference.mlp_residual(
-            x, self.norm3.weight, self.norm3.bias,
-            self.mlp_in.weight, self.mlp_in.bias, self.mlp_out.weight, self.mlp_out.bias,
+    def block_weights(self, with_out: bool, norm: nn.LayerNorm, after: nn.Linear) -> BlockWeights:
+        """What follows window attention, up to the norm and map ``after`` this layer; W_o where ``with_out``."""
+        return BlockWeights(
+            self.out.weight if with_out else None, self.out.bias if with_out else None,
+            self.norm2.weight, self.norm2.bias, self.plan_q.weight, self.plan_q.bias,
+            self.plan_out.weight, self.plan_out.bias,
+            self.norm3.weight, self.norm3.bias, self.mlp_in.weight, self.mlp_in.bias,
+            self.mlp_out.weight, self.mlp_out.bias,
+            norm.weight, norm.bias, after.weight, after.bias,
         )  # fmt: skip
 
 
@@ -128,9 +130,10 @@ class Decoder(nn.Module):
         Returns:
             [C * n, D].
         """
-        x = self.embed_state(observations)
+        # The stream keeps the observations' precision where autocast rounds the operands of products.
+        x = self.embed_state(observations).to(observations.dtype)
         if self.tokens_per_step == 2:
-            x = torch.stack((x, self.embed_actions(actions, dropped)), dim=1).flatten(0, 1)
+            x = torch.stack((x, self.embed_actions(actions, dropped).to(x.dtype)), dim=1).flatten(0, 1)
             cu_seqlens, positions = cu_seqlens * 2, positions.repeat_interleave(2)
         return self.layers[0].attend_window(x, cu_seqlens, self.window, positions)  # type: ignore[operator]
 
@@ -145,14 +148,24 @@ class Decoder(nn.Module):
         Returns:
             [n, act_dim] in [-1, 1].
         """
-        c = self.tokens_per_step
-        if c == 2:
-            cu_seqlens, positions = cu_seqlens * 2, positions.repeat_interleave(2)
-        x = trunk
-        for i, layer in enumerate(self.layers):
-            if i > 0:
-                x = layer.attend_window(x, cu_seqlens, self.window, positions)  # type: ignore[operator]
-            x = layer.attend_plan(x, z, cu_seqlens)  # type: ignore[operator]
-        if c == 2:
-            x = x.view(-1, 2, x.shape[-1])[:, 0]
-        return torch.tanh(reference.norm_linear(x, self.norm.weight, self.norm.bias, self.head.weight, self.head.bias))
+        device = trunk.device.type
+        bf16 = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16
+        steps, every = cu_seqlens, positions
+        if self.tokens_per_step == 2:
+            cu_seqlens, every = cu_seqlens * 2, positions.repeat_interleave(2)
+        layers: list[DecoderLayer] = list(self.layers)  # type: ignore[arg-type]
+        x, y, attended = trunk, trunk, None
+        for i, layer in enumerate(layers):
+            is_last = i + 1 == len(layers)
+            if is_last and self.tokens_per_step == 2:
+                # The means are read at the state tokens: the others are done here.
+                cu_seqlens = steps
+                x = x.view(-1, 2, x.shape[-1])[:, 0]
+                attended = None if attended is None else attended.view(-1, 2, x.shape[-1])[:, 0]
+            norm, after = (self.norm, self.head) if is_last else (layers[i + 1].norm1, layers[i + 1].qkv)
+            plan_k, plan_v = layer.plan_keys(z)
+            weights = layer.block_weights(attended is not None, norm, after)
+            x, y = ops.decoder_block(x, attended, plan_k, plan_v, cu_seqlens, weights, bf16)
+            if not is_last:
+                attended = layers[i + 1].attend(y, cu_seqlens, self.window, every)
+        return torch.tanh(y)

@@ -1,6 +1,7 @@
 """The accelerated ops: one file each, every one with a plain PyTorch reference and engines chosen by device."""
 
 from gac_fast.ops._dispatch import BACKENDS, OpStatus, backend, cpu_isa, dispatch_counts, reset_dispatch_counts, status
+from gac_fast.ops.block import decoder_block
 from gac_fast.ops.decode_step import decode_token
 from gac_fast.ops.pack_batch import pack_batch
 from gac_fast.ops.philox_normal import philox_normal
@@ -14,6 +15,7 @@ __all__ = [
     "backend",
     "cpu_isa",
     "decode_token",
+    "decoder_block",
     "dispatch_counts",
     "pack_batch",
     "philox_normal",

@@ -167,6 +167,11 @@ def problem(op: str, name: str, device: torch.device) -> str | None:
     return _cpp_problem(device) if name == "cpp" else _triton_problem(device)
 
 
+def refusal(x: torch.Tensor) -> str | None:
+    """Why no engine takes a tensor of this dtype; None where they do."""
+    return "the engines take float32 and bfloat16, got float64" if x.dtype == torch.float64 else None
+
+
 def cpp_engine() -> ModuleType:
     """``gac_fast._C``; call it only where :func:`choose` said ``cpp``."""
     module, _ = _load_cpp_engine()
@@ -187,10 +192,10 @@ def _select(op: str, device: torch.device, refused: str | None = None) -> str:
         if reason is not None:
             raise BackendError(f"{op}: {source} forces the {forced} backend, which cannot run: {reason}")
         return forced
-    # The interpreter of Triton runs on CPU tensors too, but is for tests alone: never chosen, only forced.
-    preferred = "cpp" if device.type == "cpu" else "triton"
     if refused is not None:
         return "reference"
+    # The interpreter of Triton runs on CPU tensors too, but is for tests alone: never chosen, only forced.
+    preferred = "cpp" if device.type == "cpu" else "triton"
     if problem(op, preferred, device) is None:
         return preferred
     if preferred == "cpp" and "cpp" in _engines[op] and (reason := _cpp_isa_problem()) is not None:

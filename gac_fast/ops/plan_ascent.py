@@ -143,7 +143,7 @@ def plan_ascent(
     _check_number("prior_weight", prior_weight)
     _check_radius("radius", radius)
     _check_radius("max_norm", max_norm)
-    if _dispatch.choose(OP, z0.device, _engines_need_float32(z0)) == "cpp":
+    if _dispatch.choose(OP, z0.device, _dispatch.refusal(z0)) == "cpp":
         with torch.no_grad():
             return _plan_ascent(
                 [w for w in prior_weights if w is not None], list(return_weights), z0, _with_starts(context), n_steps,
@@ -205,7 +205,7 @@ def plan_langevin(
         raise ValueError(f"seed: expected two words within [0, 2^32), got {tuple(seed)}")
     if not 0 <= first_step <= _WORD - max(n_steps, 1):
         raise ValueError(f"first_step: expected {n_steps} steps within [0, 2^32), got the first at {first_step}")
-    if _dispatch.choose(LANGEVIN, z0.device, _engines_need_float32(z0)) == "cpp":
+    if _dispatch.choose(LANGEVIN, z0.device, _dispatch.refusal(z0)) == "cpp":
         with torch.no_grad():
             return _plan_langevin(
                 [w for w in prior_weights if w is not None], list(return_weights), z0, target.expand(len(z0)), plans,
@@ -219,10 +219,6 @@ def plan_langevin(
 
 def _with_starts(context: Tensor | None) -> Tensor | None:
     return context[:, None] if context is not None and context.ndim == 2 else context
-
-
-def _engines_need_float32(z0: Tensor) -> str | None:
-    return None if z0.dtype == torch.float32 else "float64 tensors take the reference"
 
 
 def _check_inputs(

@@ -112,7 +112,6 @@ def plan_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tenso
         raise ValueError("k: expected at least 1 plan vector per trajectory, got 0")
     _check.shape("v", v, cu_seqlens.shape[0] - 1, n_plan_vectors, heads, width)
 
-    refused = "the engines take float32 and bfloat16, got float64" if q.dtype == torch.float64 else None
-    if _dispatch.choose(OP, q.device, refused) == "cpp":
+    if _dispatch.choose(OP, q.device, _dispatch.refusal(q)) == "cpp":
         return _forward(q, k, v, cu_seqlens)
     return reference.plan_attention(q, k, v, cu_seqlens)

@@ -171,7 +171,6 @@ def window_attention(
     if not 0.0 < rope_base < math.inf:
         raise ValueError(f"rope_base: expected a positive number, got {rope_base}")
 
-    refused = "the engines take float32 and bfloat16, got float64" if q.dtype == torch.float64 else None
-    if _dispatch.choose(OP, q.device, refused) == "cpp":
+    if _dispatch.choose(OP, q.device, _dispatch.refusal(q)) == "cpp":
         return _forward(q, k, v, cu_seqlens, min(window, _MOST_TOKENS), positions, rope_base)[0]
     return reference.window_attention(q, k, v, cu_seqlens, window, positions, rope_base)

@@ -1,0 +1,378 @@
+"""What a decoder layer applies to each token alone, from one window attention to the next, in one pass."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from gac_fast import reference
+from gac_fast.ops import _check, _dispatch
+from gac_fast.reference import BlockWeights
+
+__all__ = ["decoder_block"]
+
+OP = "block"
+_dispatch.register(OP, "cpp")
+
+# The engine pads rows to this many elements.
+_PAD = 32
+
+
+def _padded(n: int) -> int:
+    return (n + _PAD - 1) // _PAD * _PAD
+
+
+def _array(x: Tensor | None) -> npt.NDArray[Any] | None:
+    """A tensor as the engine takes it: bfloat16 as int16."""
+    if x is None:
+        return None
+    x = x.detach()
+    array: npt.NDArray[Any] = (x.view(torch.int16) if x.dtype == torch.bfloat16 else x).numpy()
+    return array
+
+
+def _rows(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Rows of neighbouring elements, any distance apart."""
+    if x is None:
+        return None
+    x = x.to(dtype)
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Packed weights, kept while the parameters they came from stay as they were
+
+# Layers of a few models, packed for training and for the forward alone.
+_MOST_PACKS = 32
+_packs: OrderedDict[Any, tuple[Any, list[Tensor]]] = OrderedDict()
+_packs_lock = threading.Lock()
+
+
+def _unflatten(weights: Sequence[Tensor]) -> BlockWeights:
+    return BlockWeights(*weights) if len(weights) == len(BlockWeights._fields) else BlockWeights(None, None, *weights)
+
+
+def _fold(norm_w: Tensor, norm_b: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """The map W (x * norm_w + norm_b) + b as one matrix and one bias."""
+    return w * norm_w, b + (w * norm_b).sum(-1)
+
+
+def _pack(weights: Sequence[Tensor], bf16: bool, backward: bool) -> Any:
+    w = _unflatten([x.detach() for x in weights])
+    folded = (
+        _fold(w.norm2_w, w.norm2_b, w.w_plan_q, w.b_plan_q),
+        (w.w_plan_o, w.b_plan_o),
+        _fold(w.norm3_w, w.norm3_b, w.w_in, w.b_in),
+        (w.w_out, w.b_out),
+        _fold(w.norm_w, w.norm_b, w.w_next, w.b_next),
+    )
+    matrices = [_array(w.w_o), *(_array(_rows(matrix, torch.float32)) for matrix, _ in folded)]
+    biases = [_array(w.b_o), *(_array(bias.contiguous()) for _, bias in folded)]
+    return _dispatch.cpp_engine()._BlockWeights(matrices, biases, bf16, backward)
+
+
+def _packed(weights: Sequence[Tensor], bf16: bool, backward: bool) -> Any:
+    """The engine's form of the weights. A change that goes around the version counter (``p.data``) is not seen."""
+    if any(w.is_inference() for w in weights):
+        return _pack(weights, bf16, backward)
+    states = tuple((w.data_ptr(), w._version, w.shape, w.stride()) for w in weights)
+    key = (_dispatch.cpp_engine()._isa(), bf16, backward, states)
+    with _packs_lock:
+        if key in _packs:
+            _packs.move_to_end(key)
+            return _packs[key][0]
+    packs = _pack(weights, bf16, backward)
+    with _packs_lock:
+        # Holding the tensors keeps their addresses from being given to others.
+        _packs[key] = packs, [w.detach() for w in weights]
+        while len(_packs) > _MOST_PACKS:
+            _packs.popitem(last=False)
+    return packs
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Registered ops
+
+
+def _outputs(
+    x: Tensor, plan_k: Tensor, weights: Sequence[Tensor], bf16: bool, save: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """x_out and y, then what the backward reads: two normalised streams, 1 / std of both, the plan's softmax; in
+    float32 also queries and pre-activations. bfloat16 computes those two again: on tiles that is faster than memory.
+    """
+    n, dim = x.shape
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    w = _unflatten(weights)
+    n_plan = plan_k.shape[1] * plan_k.shape[2]
+
+    def saved(columns: int, dtype: torch.dtype, wanted: bool = True) -> Tensor:
+        return x.new_empty((n, columns) if save and wanted else (0, columns), dtype=dtype)
+
+    return (
+        x.new_empty((n, dim), dtype=torch.float32), x.new_empty((n, w.w_next.shape[0]), dtype=dtype),
+        saved(_padded(dim), dtype), saved(_padded(dim), dtype),
+        saved(2, torch.float32), saved(n_plan, torch.float32),
+        saved(_padded(dim), torch.float32, not bf16), saved(_padded(w.w_in.shape[0]), torch.float32, not bf16),
+    )  # fmt: skip
+
+
+@torch.library.custom_op("gac_fast::block", mutates_args=())
+def _block(
+    x: Tensor,
+    attended: Tensor | None,
+    plan_k: Tensor,
+    plan_v: Tensor,
+    cu_seqlens: Tensor,
+    weights: Sequence[Tensor],
+    bf16: bool,
+    save: bool,
+    wants_dx: bool,
+    wants_weights: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    outputs = _outputs(x, plan_k, weights, bf16, save)
+    dtype = outputs[1].dtype
+    with torch.autocast("cpu", enabled=False):
+        packs = _packed(weights, bf16, save)
+    saved = [_array(y) if save else None for y in outputs[2:]]
+    if bf16:
+        saved[4:] = None, None
+    _dispatch.cpp_engine()._block(
+        packs, _array(_rows(x, torch.float32)), _array(_rows(attended, dtype)), _array(_rows(plan_k, plan_k.dtype)),
+        _array(_rows(plan_v, plan_v.dtype)), _array(cu_seqlens), _array(outputs[0]), _array(outputs[1]), *saved,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return outputs
+
+
+@_block.register_fake
+def _(
+    x: Tensor, attended: Tensor | None, plan_k: Tensor, plan_v: Tensor, cu_seqlens: Tensor, weights: Sequence[Tensor],
+    bf16: bool, save: bool, wants_dx: bool, wants_weights: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return _outputs(x, plan_k, weights, bf16, save)
+
+
+def _gradients(
+    x: Tensor, attended: Tensor | None, plan_k: Tensor, weights: Sequence[Tensor], bf16: bool, wants_dx: bool,
+    wants_weights: bool,
+) -> list[Tensor]:  # fmt: skip
+    """Plan keys and values; then, where wanted, x and attended; then, where wanted, the weights."""
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    grads = [torch.empty_like(plan_k, dtype=torch.float32, memory_format=torch.contiguous_format) for _ in range(2)]
+    if wants_dx or wants_weights:
+        grads.append(x.new_empty(x.shape, dtype=torch.float32))
+        if attended is not None:
+            grads.append(x.new_empty(x.shape, dtype=dtype))
+    if wants_weights:
+        grads += [torch.empty_like(w) for w in weights]
+    return grads
+
+
+@torch.library.custom_op("gac_fast::block_backward", mutates_args=())
+def _block_backward(
+    dx_out: Tensor | None,
+    dy: Tensor | None,
+    saved: Sequence[Tensor],
+    attended: Tensor | None,
+    plan_k: Tensor,
+    plan_v: Tensor,
+    cu_seqlens: Tensor,
+    weights: Sequence[Tensor],
+    bf16: bool,
+    wants_dx: bool,
+    wants_weights: bool,
+) -> list[Tensor]:
+    x_out = saved[0]
+    n, dim = x_out.shape
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    w = _unflatten(weights)
+    dplan = [torch.empty(plan_k.shape, dtype=torch.float32) for _ in range(2)]
+    stream = [torch.empty((n, dim), dtype=torch.float32)] if wants_dx or wants_weights else []
+    if stream and w.w_o is not None:
+        stream.append(torch.empty((n, dim), dtype=dtype))
+    operands: list[Tensor] = []
+    dbias = None
+    hidden, n_next = w.w_in.shape[0], w.w_next.shape[0]
+    if wants_weights:
+        widths = (dim, dim, dim, hidden, dim, dim, hidden, dim)
+        operands = [torch.empty((n, _padded(width)), dtype=dtype) for width in widths]
+        dbias = torch.empty((3 if w.w_o is None else 4) * dim + hidden + n_next)
+    dy = _rows(dy, dtype)
+    with torch.autocast("cpu", enabled=False):
+        packs = _packed(weights, bf16, True)
+    read = [_array(x) for x in saved]
+    if bf16:
+        read[5:] = None, None
+    _dispatch.cpp_engine()._block_backward(
+        packs, _array(_rows(dx_out, torch.float32)), _array(dy), *read, _array(_rows(plan_k, plan_k.dtype)),
+        _array(_rows(plan_v, plan_v.dtype)), _array(cu_seqlens), *(_array(x) for x in (*stream, None, None)[:2]),
+        *(_array(x.view(x.shape[0], -1)) for x in dplan), [_array(x) for x in operands], _array(dbias),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    if dbias is None:
+        return [*dplan, *stream]
+    with torch.autocast("cpu", enabled=False):
+        return [*dplan, *stream, *_weight_gradients(w, dy, attended, saved, operands, dbias)]
+
+
+def _weight_gradients(
+    w: BlockWeights,
+    dy: Tensor | None,
+    attended: Tensor | None,
+    saved: Sequence[Tensor],
+    operands: Sequence[Tensor],
+    dbias: Tensor,
+) -> list[Tensor]:
+    """In the order of ``w``: products over all tokens of what the engine wrote down."""
+    dim, hidden = w.w_plan_q.shape[0], w.w_in.shape[0]
+    dx1, dq, dx2, dhidden, dx3, read, activated, normed3 = operands
+    sizes = [*([dim] if w.w_o is not None else []), dim, dim, hidden, dim, w.w_next.shape[0]]
+    *db_o, db_q, db_plan_o, db_in, db_out, db_next = (part.clone() for part in dbias.split(sizes))
+
+    def product(dy: Tensor, x: Tensor, like: Tensor) -> Tensor:
+        n_out, n_in = like.shape
+        return (dy[:, :n_out].T @ x[:, :n_in].to(dy.dtype)).to(torch.float32)
+
+    def unfold(dw: Tensor, db: Tensor, norm_w: Tensor, norm_b: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        """norm_w, norm_b, w and b from the gradient of the map that :func:`_fold` made of them."""
+        return (w * dw).sum(0), db @ w, torch.addcmul(torch.outer(db, norm_b), dw, norm_w), db
+
+    dw_next = torch.zeros_like(w.w_next) if dy is None else product(dy, normed3, w.w_next)
+    return [
+        *((product(dx1, attended, w.w_o), *db_o) if w.w_o is not None and attended is not None else ()),
+        # The operands of the three norms are their results before scale and offset.
+        *unfold(product(dq, saved[1], w.w_plan_q), db_q, w.norm2_w, w.norm2_b, w.w_plan_q),
+        product(dx2, read, w.w_plan_o), db_plan_o,
+        *unfold(product(dhidden, saved[2], w.w_in), db_in, w.norm3_w, w.norm3_b, w.w_in),
+        product(dx3, activated, w.w_out), db_out,
+        *unfold(dw_next, db_next, w.norm_w, w.norm_b, w.w_next),
+    ]  # fmt: skip
+
+
+@_block_backward.register_fake
+def _(
+    dx_out: Tensor | None, dy: Tensor | None, saved: Sequence[Tensor], attended: Tensor | None, plan_k: Tensor,
+    plan_v: Tensor, cu_seqlens: Tensor, weights: Sequence[Tensor], bf16: bool, wants_dx: bool, wants_weights: bool,
+) -> list[Tensor]:  # fmt: skip
+    has_o = len(weights) == len(BlockWeights._fields)
+    return _gradients(saved[0], saved[0] if has_o else None, plan_k, weights, bf16, wants_dx, wants_weights)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, attended, plan_k, plan_v, cu_seqlens, weights, ctx.bf16, _, ctx.wants_dx, ctx.wants_weights = inputs
+    ctx.has_attended = attended is not None
+    ctx.set_materialize_grads(False)
+    x_out, _, *saved = output
+    kept = attended if ctx.wants_weights else None
+    ctx.save_for_backward(x_out, *saved, kept, plan_k, plan_v, cu_seqlens, *weights)
+
+
+def _backward(ctx: Any, dx_out: Tensor | None, dy: Tensor | None, *_: None) -> tuple[Any, ...]:
+    saved, (attended, plan_k, plan_v, cu_seqlens), weights = (
+        list(ctx.saved_tensors[:7]), ctx.saved_tensors[7:11], list(ctx.saved_tensors[11:])
+    )  # fmt: skip
+    if dx_out is None and dy is None:
+        return (None,) * 5 + ([None] * len(weights), *(None,) * 4)
+    dplan_k, dplan_v, *rest = torch.ops.gac_fast.block_backward(
+        dx_out, dy, saved, attended, plan_k, plan_v, cu_seqlens, weights, ctx.bf16, ctx.wants_dx, ctx.wants_weights
+    )
+    dx = dattended = None
+    if ctx.wants_dx or ctx.wants_weights:
+        dx = rest.pop(0)
+        if ctx.has_attended:
+            dattended = rest.pop(0)
+    dweights = rest if ctx.wants_weights else [None] * len(weights)
+    return dx, dattended, dplan_k.to(plan_k.dtype), dplan_v.to(plan_v.dtype), None, dweights, None, None, None, None
+
+
+_block.register_autograd(_backward, setup_context=_setup_context)
+
+
+def decoder_block(
+    x: Tensor,
+    attended: Tensor | None,
+    plan_k: Tensor,
+    plan_v: Tensor,
+    cu_seqlens: Tensor,
+    weights: BlockWeights,
+    bf16: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """A decoder layer from its window attention to the map that reads it.
+
+    Equivalent to :func:`gac_fast.reference.decoder_block`. The backward makes gradients of weights only where one of
+    them asks for it.
+
+    Args:
+        x: [N, D], float32 (or float64, which the reference takes); the residual stream.
+        attended: [N, D], float32 or bfloat16, what window attention read; None where ``weights.w_o`` is.
+        plan_k, plan_v: [B, n_z, H, d], float32 or bfloat16.
+        cu_seqlens: int32 or int64 [B + 1], token offsets of the packed trajectories, rising from 0 to N.
+        weights: of dtype and device of x. The C++ engine packs them once and keeps that while they stay as they are;
+            a change through ``.data`` goes unseen.
+        bf16: round the operands of products to bfloat16; sums, norms and the stream stay as they are.
+
+    Returns:
+        x_out [N, D] and y [N, n_next]; y in bfloat16 where ``bf16``.
+
+    Raises:
+        ValueError: an argument of another dtype, device or shape, naming it.
+        BackendError: a forced backend cannot run.
+    """
+    _check.dtype("x", x, torch.float32, torch.float64)
+    _check.shape("x", x, "N", "D")
+    n, dim = x.shape
+    if (attended is None) != (weights.w_o is None):
+        raise ValueError("attended: expected None where weights.w_o is None, and only there")
+    if attended is not None:
+        _check.dtype("attended", attended, x.dtype, torch.bfloat16)
+        _check.device("attended", attended, "x", x)
+        _check.shape("attended", attended, n, dim)
+    for name, plan in (("plan_k", plan_k), ("plan_v", plan_v)):
+        _check.dtype(name, plan, x.dtype, torch.bfloat16)
+        _check.device(name, plan, "x", x)
+    _check.device("cu_seqlens", cu_seqlens, "x", x)
+    _check.cu_seqlens(cu_seqlens, n)
+    _check.shape("plan_k", plan_k, cu_seqlens.shape[0] - 1, "n_z", "H", "d")
+    _, n_z, heads, width = plan_k.shape
+    if n_z < 1:
+        raise ValueError("plan_k: expected at least 1 plan vector per trajectory, got 0")
+    if heads * width != dim:
+        raise ValueError(f"plan_k: expected H * d = {dim}, the width of x, got {heads} * {width}")
+    _check.shape("plan_v", plan_v, *plan_k.shape)
+    hidden, n_next = weights.w_in.shape[0], weights.w_next.shape[0]
+    sizes = {
+        "w_in": (hidden, dim),
+        "b_in": (hidden,),
+        "w_out": (dim, hidden),
+        "w_next": (n_next, dim),
+        "b_next": (n_next,),
+    }
+    given = []
+    for name, weight in zip(weights._fields, weights, strict=True):
+        if weight is None and name in ("w_o", "b_o") and attended is None:
+            continue
+        if weight is None:
+            raise ValueError(f"weights.{name}: expected a tensor, got None")
+        _check.dtype(f"weights.{name}", weight, x.dtype)
+        _check.device(f"weights.{name}", weight, "x", x)
+        _check.shape(f"weights.{name}", weight, *sizes.get(name, (dim, dim) if name.startswith("w_") else (dim,)))
+        given.append(weight)
+
+    if _dispatch.choose(OP, x.device, _dispatch.refusal(x)) == "reference":
+        return reference.decoder_block(x, attended, plan_k, plan_v, cu_seqlens, weights, bf16)
+    if attended is not None:
+        attended = attended.to(torch.bfloat16 if bf16 else torch.float32)
+    wants_weights = torch.is_grad_enabled() and any(weight.requires_grad for weight in given)
+    wants_dx = torch.is_grad_enabled() and (x.requires_grad or (attended is not None and attended.requires_grad))
+    wants_plan = torch.is_grad_enabled() and (plan_k.requires_grad or plan_v.requires_grad)
+    x_out, y, *_ = torch.ops.gac_fast.block(
+        x, attended, plan_k, plan_v, cu_seqlens.to(torch.int64), given, bf16,
+        wants_weights or wants_dx or wants_plan, wants_dx, wants_weights,
+    )  # fmt: skip
+    return x_out, y
