@@ -3,6 +3,8 @@
 #   PYTHON=...             the Python (>= 3.11) to make .venv with; default: the first that serves
 #   TORCH_INDEX=...        a further package index, for example one that offers CPU builds of torch
 #   GAC_FAST_NO_CPP=1      leave out the C++ engine (needs no compiler)
+#   BENCH="..."            options of `make bench`, for example BENCH="-k update --quick --threads 1"
+#   BENCH_CSV=...          where it appends its rows; the chart lies beside
 #   GAC_FAST_DATA=...      folder of full D4RL files; tests that want them skip without it
 
 VENV := .venv
@@ -11,6 +13,9 @@ PIP := $(PY) -m pip --disable-pip-version-check
 PYTHON ?=
 TORCH_INDEX ?=
 CXX_CANDIDATES := $(or $(if $(filter-out default undefined,$(origin CXX)),$(firstword $(CXX))),c++ g++ clang++)
+
+BENCH ?=
+BENCH_CSV ?= benchmarks/results/speed.csv
 
 NO_CPP := $(filter-out 0,$(GAC_FAST_NO_CPP))
 DEPENDENCIES := $(VENV)/.dependencies
@@ -50,8 +55,9 @@ format: $(INSTALLED) ## format the Python and C++ files
 	$(PY) -m ruff format .
 	$(VENV)/bin/clang-format -i csrc/*
 
-bench: $(INSTALLED) ## benchmarks of the ops
-	$(PY) -m pytest benchmarks
+bench: $(INSTALLED) ## every op against the reference: table of ratios, CSV and chart (about BENCH_MINUTES minutes)
+	$(PY) -m pytest benchmarks --benchmark-quiet --csv $(BENCH_CSV) $(BENCH)
+	$(PY) benchmarks/report.py $(BENCH_CSV) --plot $(BENCH_CSV:.csv=.png)
 
 clean: ## remove builds, caches and .venv; runs/ stays
 	rm -rf $(VENV) build dist *.egg-info gac_fast/_C*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks

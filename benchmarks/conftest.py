@@ -2,19 +2,105 @@
 
 from __future__ import annotations
 
+import os
 import platform
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
+import report
 import torch
+from harness import NORMAL, QUICK, TINY, Case, Provider, Recorder
 
 from gac_fast import ops
+
+RECORDER = pytest.StashKey[Recorder]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("gac_fast benchmarks")
+    group.addoption("--threads", help="thread counts to measure, for example 1,2 (default: those the machine has)")
+    group.addoption("--quick", action="store_true", help="half a second per case instead of four")
+    group.addoption("--tiny", action="store_true", help="toy sizes, one round: shows that the cases run, no speed")
+    group.addoption("--csv", type=Path, metavar="PATH", help="append the rows to this file")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    tiny = config.getoption("--tiny")
+    settings = TINY if tiny else QUICK if config.getoption("--quick") else NORMAL
+    config.stash[RECORDER] = Recorder(config.getoption("--csv"), settings, tiny)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    given = metafunc.config.getoption("--threads")
+    if given is None:
+        threads = [n for n in (1, 2) if n <= len(os.sched_getaffinity(0))]
+    else:
+        try:
+            threads = [int(n) for n in given.split(",")]
+        except ValueError:
+            threads = [0]
+        if min(threads) < 1:
+            raise pytest.UsageError(f"--threads: expected counts such as 1,2, got {given!r}")
+    metafunc.parametrize("n_threads", threads, ids=[f"{n}t" for n in threads], indirect=True)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    recorder = config.stash[RECORDER]
+    if recorder.rows:
+        terminalreporter.section("speed against the reference")
+        terminalreporter.write_line(report.text(recorder.rows))
+    for reason in sorted({f"{op}, {' '.join(who)}: {reason}" for (op, who), reason in recorder.missing.items()}):
+        terminalreporter.write_line(f"not measured: {reason}")
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     machine_info["torch"] = torch.__version__
     machine_info["torch_threads"] = torch.get_num_threads()
     machine_info["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
+
+
+@pytest.fixture(autouse=True)
+def own_dispatch_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every case chooses its backends itself."""
+    monkeypatch.delenv("GAC_FAST_BACKEND", raising=False)
+
+
+@pytest.fixture(autouse=True)
+def n_threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """Threads of torch and of the engine; every case runs at each count."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def tiny(request: pytest.FixtureRequest) -> bool:
+    """Whether to take toy sizes."""
+    return request.config.stash[RECORDER].tiny
+
+
+@pytest.fixture
+def compare(request: pytest.FixtureRequest, benchmark: Any) -> Callable[[Case, Mapping[Provider, Any]], None]:
+    """``compare(case, providers)``: see :meth:`harness.Recorder.compare`."""
+
+    def run(case: Case, providers: Mapping[Provider, Any]) -> None:
+        request.config.stash[RECORDER].compare(benchmark, case, providers)
+
+    return run
+
+
+@pytest.fixture(autouse=True)
+def record_plain(request: pytest.FixtureRequest, n_threads: int) -> Iterator[None]:
+    """Cases that call ``benchmark`` themselves go to the CSV too, if ``extra_info`` names op, mode and shape."""
+    benchmark = request.getfixturevalue("benchmark") if "benchmark" in request.fixturenames else None
+    yield
+    if benchmark is not None:
+        callspec = getattr(request.node, "callspec", None)
+        backend = callspec.params.get("cpu_backend", "") if callspec else ""
+        request.config.stash[RECORDER].add_plain(benchmark, backend)
 
 
 @pytest.fixture(params=["reference", "cpp"])

@@ -1,0 +1,130 @@
+"""Speed of one training update: three Langevin steps on the plans, then one step of the parameters.
+
+The peer is this project's own update in eager PyTorch, whose attention is banded. A dense mask or padding to the
+horizon, as published code has it, is slower by far.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+from harness import Case, engine_problem
+from torch import Tensor
+
+from gac_fast import ops
+from gac_fast.config import Config, preset
+from gac_fast.model import GAC, Batch
+from gac_fast.posterior import PosteriorState
+from gac_fast.train.update import make_optimizer, update
+
+OBS_DIM, ACT_DIM = 11, 3  # hopper
+MATMUL_OPS = ("window_attention", "plan_attention")
+
+# Of the losses (relative), the chains (rms) and each parameter's gradient (norm of the difference over the norm).
+# Three Langevin steps feed an action's error back into the plan, and bfloat16 rounds every product.
+BOUNDS = {"float32": (1e-4, 1e-4, 1e-3), "bfloat16": (2e-2, 2e-2, 5e-2)}
+
+
+class Trainer(NamedTuple):
+    """All that an update moves, and its batch."""
+
+    model: GAC
+    optimizer: torch.optim.Optimizer
+    posterior: PosteriorState
+    batch: Batch
+    rows: Tensor
+    config: Config
+
+    def step(self) -> dict[str, Tensor]:
+        return update(*self)
+
+
+def trainer(config: Config, lengths: list[int], dtype: str) -> Trainer:
+    """A fresh one: the same model, chains and batch every time."""
+    torch.manual_seed(0)
+    model = GAC(config.model, OBS_DIM, ACT_DIM)
+    model.bf16 = dtype == "bfloat16"
+    b, n = len(lengths), sum(lengths)
+    posterior = PosteriorState(config.posterior, b, config.model.n_z, config.model.dim, 0, torch.device("cpu"))
+    steps = torch.tensor(lengths)
+    cu_seqlens = torch.nn.functional.pad(steps.cumsum(0), (1, 0))
+    sequence = torch.repeat_interleave(torch.arange(b), steps)
+    seen = torch.arange(b) < b - 1  # one trajectory's plan is inferred without the return
+    batch = Batch(
+        observations=torch.randn(n, OBS_DIM), actions=2 * torch.rand(n, ACT_DIM) - 1,
+        cu_seqlens=cu_seqlens.to(torch.int32), positions=torch.arange(n) - cu_seqlens[sequence], sequence=sequence,
+        returns=torch.randn(b), has_return=seen, has_label=torch.ones(b, dtype=torch.bool),
+    )  # fmt: skip
+    rows = torch.arange(b) + b * ~seen
+    return Trainer(model, make_optimizer(model, config.train), posterior, batch, rows, config)
+
+
+def cost(config: Config, n_steps: int) -> tuple[float, float]:
+    """Least work (FLOP) and traffic (bytes in float32) of one update.
+
+    Work: products of the decoder, a forward as 1, data gradients as 1, weight gradients as 1; the part before the
+    first plan attention once. Traffic: every layer's input and its gradient written and read once in every pass.
+    """
+    m, passes = config.model, config.posterior.n_steps
+    tokens = m.tokens_per_step * n_steps
+    attend = 8 * m.dim**2 + 4 * m.tokens_per_step * m.window * m.dim
+    rest = 4 * m.dim**2 + 4 * m.n_z * m.dim + 4 * m.mlp_ratio * m.dim**2
+    layers = m.n_layers * (attend + rest)
+    return tokens * (3 * layers + 2 * passes * (layers - attend)), 16.0 * tokens * m.dim * m.n_layers * (passes + 1)
+
+
+def under(name: str, step: Callable[[], object]) -> Callable[[], object]:
+    """``step`` on the reference, or on the engines that ops choose themselves."""
+
+    def run() -> object:
+        with ops.backend("reference") if name == "reference" else contextlib.nullcontext():
+            return step()
+
+    return run
+
+
+def assert_agrees(config: Config, lengths: list[int], dtype: str) -> None:
+    """One update by the engine, from the same state and with the same dropout, gives what the reference gives."""
+    found = []
+    for name, dtype_of_one in (("reference", "float32"), ("cpp", dtype)):
+        one = trainer(config, lengths, dtype_of_one)
+        ops.reset_dispatch_counts()
+        torch.manual_seed(1)
+        found.append((one, under(name, one.step)()))
+        taken = {op: backend for op, backend in ops.dispatch_counts() if op in MATMUL_OPS}
+        assert taken == dict.fromkeys(MATMUL_OPS, name)
+    (a, losses), (b, other) = found
+    loss_bound, chain_bound, gradient_bound = BOUNDS[dtype]
+    for key in ("loss", "action_error", "return_error", "nll_per_step"):
+        assert float(other[key]) == pytest.approx(float(losses[key]), rel=loss_bound), key
+    assert float((a.posterior.z0 - b.posterior.z0).square().mean().sqrt()) < chain_bound
+    for (name, p), q in zip(a.model.named_parameters(), b.model.parameters(), strict=True):
+        # Adam's first step is the sign of the gradient, in which rounding shows: the gradients themselves are held.
+        if p.grad is not None:
+            assert float((p.grad - q.grad).norm() / p.grad.norm().clamp_min(1e-12)) < gradient_bound, name
+
+
+@pytest.mark.parametrize("context", ["states_actions", "states"])
+def test_update(compare, tiny, context):
+    size = "tiny" if tiny else "gym"
+    config = preset(size).replace(model={"context": context})
+    lengths = [12, 12] if tiny else [1000] * 4
+    providers = {
+        ("reference", dtype): under("reference", trainer(config, lengths, dtype).step)
+        for dtype in ("float32", "bfloat16")
+    }
+    for dtype in ("float32", "bfloat16"):
+        problem = next(filter(None, (engine_problem(op, dtype) for op in MATMUL_OPS)), None)
+        if problem is None:
+            assert_agrees(config, lengths, dtype)
+            providers["cpp", dtype] = under("cpp", trainer(config, lengths, dtype).step)
+        else:
+            providers["cpp", dtype] = problem
+    flops, n_bytes = cost(config, sum(lengths))
+    shape = f"{size} C={config.model.tokens_per_step} B={len(lengths)} T={lengths[0]}"
+    case = Case("update", f"{config.posterior.n_steps} posterior steps", shape, flops, n_bytes)
+    compare(case, providers)

@@ -1,0 +1,340 @@
+"""How the benchmarks measure: providers of one case in turn, the machine's own floors beside them, one CSV of it all."""
+
+from __future__ import annotations
+
+import csv
+import gc
+import math
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from gac_fast import ops
+from gac_fast._version import __version__
+from gac_fast.ops import _dispatch
+from gac_fast.train.log import environment
+
+ROOT = Path(__file__).resolve().parent.parent
+
+COLUMNS = (
+    "date", "commit", "op", "provider", "mode", "shape", "dtype", "threads", "rounds", "p20_us", "p50_us", "p80_us",
+    "speedup", "flops", "bytes", "flop_per_s", "bytes_per_s", "matmul_flop_per_s", "copy_bytes_per_s",
+    "isa", "cpu", "cores", "python", "torch", "gac_fast", "compiler",
+)  # fmt: skip
+"""Of the CSV. ``date`` names the run. ``speedup`` is the reference's time over this one's, the median over rounds in
+which both ran; ``matmul_flop_per_s`` (in ``dtype``) and ``copy_bytes_per_s`` were measured between those rounds."""
+
+REFERENCE = ("reference", "float32")
+
+MATMUL_SIZE = 1536  # 512 to 2048 differ by 3% in float32; two threads are slow on bfloat16 below 1536
+COPY_BYTES = 256 * 2**20  # far beyond L2
+MAX_FLOOR_ROUNDS = 10
+
+Provider = tuple[str, str]
+"""Who computes and in which dtype: ``("cpp", "bfloat16")``."""
+
+
+class Settings(NamedTuple):
+    """How long one case may run."""
+
+    seconds: float
+    min_rounds: int
+    max_rounds: int
+
+
+NORMAL = Settings(seconds=4.0, min_rounds=7, max_rounds=200)
+QUICK = Settings(seconds=0.5, min_rounds=3, max_rounds=50)
+TINY = Settings(seconds=0.0, min_rounds=1, max_rounds=1)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One piece of work that several providers do.
+
+    Attributes:
+        mode: what of the op is timed: ``fwd``, ``fwd+bwd``, ``step``, ...
+        shape: its sizes in words, the same for all providers.
+        flops: least number of floating-point operations; 0 where they are not the point.
+        bytes: least memory traffic, by dtype or the same for all; 0 where it is not the point.
+    """
+
+    op: str
+    mode: str
+    shape: str
+    flops: float = 0.0
+    bytes: float | Mapping[str, float] = 0.0
+
+    def bytes_of(self, dtype: str) -> float:
+        return self.bytes.get(dtype, 0.0) if isinstance(self.bytes, Mapping) else self.bytes
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Timing
+
+
+def alternate(
+    runs: Mapping[Any, Callable[[], object]],
+    settings: Settings,
+    main: Any,
+    pedantic: Callable[..., object],
+    sometimes: Mapping[Any, Callable[[], object]] | None = None,
+) -> tuple[dict[Any, list[float]], int]:
+    """Time all of ``runs`` in turn, round after round, so that a change of the machine's mood meets all alike.
+
+    Args:
+        runs: what to time; none of them prepares anything.
+        main: the one of them that pytest-benchmark times itself, last in each round.
+        pedantic: ``benchmark.pedantic``.
+        sometimes: timed in at most ``MAX_FLOOR_ROUNDS`` of the rounds.
+
+    Returns:
+        seconds per round of all but ``main``, and the number of rounds.
+    """
+    sometimes = sometimes or {}
+    estimate = {}
+    for name, run in {**runs, **sometimes}.items():
+        run()
+        estimate[name] = _timed(run)
+    # Runs in between leave the caches cold: short calls are repeated unmeasured before the measured one.
+    n_warm = {name: min(20, math.ceil(1e-3 / t)) if t < 1e-2 else 0 for name, t in estimate.items()}
+    per_round = sum(estimate[name] * (1 + n_warm[name]) for name in runs)
+    rounds = max(settings.min_rounds, min(settings.max_rounds, int(settings.seconds / per_round)))
+    stride = math.ceil(rounds / MAX_FLOOR_ROUNDS)
+    times: dict[Any, list[float]] = {name: [] for name in estimate if name != main}
+    done = 0
+
+    def others() -> None:
+        nonlocal done
+        for name, run in {**(sometimes if done % stride == 0 else {}), **runs}.items():
+            for _ in range(n_warm[name]):
+                run()
+            if name != main:
+                times[name].append(_timed(run))
+        done += 1
+
+    others_then_main = {"setup": others, "rounds": rounds, "iterations": 1}
+    # The main one has to come last.
+    runs = {**{name: run for name, run in runs.items() if name != main}, main: runs[main]}
+    pedantic(runs[main], **others_then_main)
+    return times, rounds
+
+
+def _timed(run: Callable[[], object]) -> float:
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def floor_runs(tiny: bool = False) -> dict[Provider, Callable[[], object]]:
+    """What the machine does at best: large products by dtype and a large copy, on torch's threads."""
+    n = 64 if tiny else MATMUL_SIZE
+
+    def product(dtype: torch.dtype) -> Callable[[], object]:
+        a, b, out = (torch.ones(n, n, dtype=dtype) for _ in range(3))
+        return lambda: torch.mm(a, b, out=out)
+
+    source = torch.ones((2**16 if tiny else COPY_BYTES) // 4)
+    target = torch.empty_like(source)
+    return {
+        ("matmul", "float32"): product(torch.float32),
+        ("matmul", "bfloat16"): product(torch.bfloat16),
+        ("copy", "float32"): lambda: target.copy_(source),
+    }
+
+
+@dataclass(frozen=True)
+class Floors:
+    """Rates of a large matrix product by dtype (FLOP/s) and of a large copy (bytes/s, read and written)."""
+
+    matmul: Mapping[str, float]
+    copy: float
+
+    @classmethod
+    def of(cls, times: Mapping[Any, Sequence[float]], tiny: bool = False) -> Floors:
+        n = 64 if tiny else MATMUL_SIZE
+        flops = {
+            dtype: 2 * n**3 / statistics.median(times["matmul", dtype])
+            for dtype in ("float32", "bfloat16")
+            if times["matmul", dtype]
+        }
+        size = 2**16 if tiny else COPY_BYTES
+        return cls(flops, 2 * size / statistics.median(times["copy", "float32"]))
+
+
+def quantile(times: Sequence[float], q: float) -> float:
+    """Linear between the ordered values."""
+    ordered = sorted(times)
+    at = q * (len(ordered) - 1)
+    low = math.floor(at)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (at - low) * (ordered[high] - ordered[low])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Records
+
+
+def commit() -> str:
+    """Short commit of the checkout, ``+dirty`` where tracked files differ from it, earlier results left aside."""
+
+    def git(*arguments: str) -> subprocess.CompletedProcess[str]:
+        variables = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+        return subprocess.run(["git", *arguments], cwd=ROOT, env=variables, capture_output=True, text=True, check=False)
+
+    try:
+        head = git("rev-parse", "--short=12", "HEAD")
+        if head.returncode != 0:
+            return "unknown"
+        results = (":(exclude)benchmarks/results", ":(exclude)docs/images")
+        dirty = git("diff", "--quiet", "HEAD", "--", ".", *results).returncode != 0
+    except OSError:
+        return "unknown"
+    return head.stdout.strip() + ("+dirty" if dirty else "")
+
+
+def machine() -> dict[str, Any]:
+    """The columns that are the same in all rows of a run but for the path of the engine."""
+    here = environment()
+    compiler = "none"
+    if not _dispatch.problem("philox_normal", "cpp", torch.device("cpu")):
+        compiler = _dispatch.cpp_engine()._build_info()["compiler"]
+    return {
+        "date": here["started"], "commit": commit(), "cpu": here["cpu"], "cores": here["cores"],
+        "python": platform.python_version(), "torch": torch.__version__, "gac_fast": __version__, "compiler": compiler,
+    }  # fmt: skip
+
+
+def isa() -> str:
+    """The path of the C++ engine; ``none`` where there is no engine."""
+    if _dispatch.problem("philox_normal", "cpp", torch.device("cpu")):
+        return "none"
+    return str(_dispatch.cpp_engine()._isa())
+
+
+def engine_problem(op: str, dtype: str = "float32") -> str | None:
+    """Why the C++ engine cannot be measured on ``op``; None where it can."""
+    problem = _dispatch.problem(op, "cpp", torch.device("cpu"))
+    if problem is None and dtype == "bfloat16" and isa() != "amx":
+        return f"no AMX (the path is {isa()})"
+    return problem
+
+
+def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Append to the CSV, which keeps what it holds.
+
+    Raises:
+        ValueError: the file has other columns.
+    """
+    new = not path.exists()
+    if new:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    else:
+        with path.open(newline="", encoding="utf-8") as file:
+            found = tuple(next(csv.reader(file), ()))
+        if found != COLUMNS:
+            raise ValueError(f"{path}: expected the columns {', '.join(COLUMNS)}, found {', '.join(found)}")
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def row(
+    case: Case, provider: Provider, times: Sequence[float], reference: Sequence[float], floors: Floors | None
+) -> dict[str, Any]:
+    """What was measured of one provider, as columns of the CSV.
+
+    Args:
+        times: seconds per round.
+        reference: those of the reference in the same rounds; empty where it did not run.
+    """
+    name, dtype = provider
+    p20, p50, p80 = (quantile(times, q) for q in (0.2, 0.5, 0.8))
+    n_bytes = case.bytes_of(dtype)
+    speedup = statistics.median(r / t for r, t in zip(reference, times, strict=True)) if reference else ""
+    return {
+        "op": case.op, "provider": name, "mode": case.mode, "shape": case.shape, "dtype": dtype,
+        "threads": torch.get_num_threads(), "rounds": len(times),
+        "p20_us": _short(p20 * 1e6), "p50_us": _short(p50 * 1e6), "p80_us": _short(p80 * 1e6),
+        "speedup": _short(speedup), "flops": _short(case.flops or ""), "bytes": _short(n_bytes or ""),
+        "flop_per_s": _short(case.flops / p50 if case.flops else ""),
+        "bytes_per_s": _short(n_bytes / p50 if n_bytes else ""),
+        "matmul_flop_per_s": _short(floors.matmul.get(dtype, "") if floors else ""),
+        "copy_bytes_per_s": _short(floors.copy if floors else ""), "isa": isa(),
+    }  # fmt: skip
+
+
+def _short(value: float | str) -> float | str:
+    return float(f"{value:.5g}") if isinstance(value, int | float) else value
+
+
+@dataclass
+class Recorder:
+    """Rows of this run, appended to the CSV as they come, so that an interrupted run keeps what it has."""
+
+    path: Path | None
+    settings: Settings = NORMAL
+    tiny: bool = False
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    missing: dict[tuple[str, Provider], str] = field(default_factory=dict)
+    """Why a provider of an op was not measured."""
+    _machine: dict[str, Any] = field(default_factory=dict)
+
+    def add(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        self._machine = self._machine or machine()
+        whole = [{name: {**self._machine, **row}[name] for name in COLUMNS} for row in rows]
+        if self.path is not None:
+            append_rows(self.path, whole)
+        self.rows += whole
+
+    def compare(self, benchmark: Any, case: Case, providers: Mapping[Provider, Callable[[], object] | str]) -> None:
+        """Time the providers of a case in turn; the last one that runs is the one in pytest-benchmark's own record.
+
+        Args:
+            benchmark: the fixture of pytest-benchmark.
+            providers: calls that do the whole work of the case and nothing else, or why there is none. All results
+                have been asserted before.
+        """
+        runs = {provider: run for provider, run in providers.items() if not isinstance(run, str)}
+        for provider, reason in providers.items():
+            if isinstance(reason, str):
+                self.missing[case.op, provider] = reason
+        main = list(runs)[-1]
+        benchmark.group = f"{case.op}: {case.mode}, {case.shape}"
+        times, rounds = alternate(runs, self.settings, main, benchmark.pedantic, floor_runs(self.tiny))
+        if benchmark.stats is None:  # --benchmark-disable
+            return
+        times[main] = list(benchmark.stats.stats.data)
+        assert all(len(times[provider]) == rounds for provider in runs)
+        floors = Floors.of(times, self.tiny)
+        reference = times.get(REFERENCE, [])
+        rows = [row(case, provider, times[provider], reference, floors) for provider in runs]
+        benchmark.extra_info.update(
+            {"op": case.op, "mode": case.mode, "shape": case.shape, "provider": main[0], "dtype": main[1]}
+            | {"flops": case.flops, "bytes": case.bytes_of(main[1]), "providers": rows}
+        )
+        self.add(rows)
+
+    def add_plain(self, benchmark: Any, provider: str) -> None:
+        """Record a case that pytest-benchmark timed alone and that says in ``extra_info`` what it was."""
+        info = benchmark.extra_info
+        if benchmark.stats is None or "op" not in info or "providers" in info:
+            return
+        case = Case(info["op"], info["mode"], info["shape"], info.get("flops", 0.0), info.get("bytes", 0.0))
+        found = (info.get("provider", provider), info.get("dtype", "float32"))
+        self.add([row(case, found, benchmark.stats.stats.data, [], None)])

@@ -1,0 +1,291 @@
+"""The table and the chart of measured speed, from the rows of ``harness.COLUMNS``.
+
+python benchmarks/report.py benchmarks/results/speed.csv
+python benchmarks/report.py benchmarks/results/speed.csv --plot benchmarks/results/speed.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "speed.csv"
+
+Row = Mapping[str, Any]
+
+LPT = "LPT's published code, quoted and not run here: 508 time steps/s on one core of a processor with AMX"
+THREAD_BAR = 0.9  # of the gain that a large matrix product has
+
+
+class Bar(NamedTuple):
+    """A ratio to reach on one thread: time of ``against`` (in float32) over that of the C++ engine."""
+
+    op: str
+    mode: str
+    shape: str
+    dtype: str
+    at_least: float
+    against: str = "reference"
+
+
+def _bars(op: str, mode: str, shape: str, float32: float, bfloat16: float) -> list[Bar]:
+    return [Bar(op, mode, shape, "float32", float32), Bar(op, mode, shape, "bfloat16", bfloat16)]
+
+
+WINDOW_SHAPE = "B=4 T=2000 H=4 d=32 W=64"
+
+# With C = 2; the cases with C = 1 and with an ensemble are reported beside them.
+BARS: tuple[Bar, ...] = (
+    *_bars("decode_step", "step", "gym C=2 N=1", 2.5, 6),
+    *_bars("decode_step", "step", "gym C=2 N=8", 2, 6),
+    *_bars("decode_step", "step", "gym C=2 N=64", 1.5, 6),
+    *_bars("plan_ascent", "20 steps", "gym E=1 P=1", 2, 3),
+    *_bars("plan_ascent", "20 steps", "gym E=1 P=64", 1, 4),
+    *_bars("plan_ascent", "20 steps", "gym E=1 P=1024", 1, 4),
+    Bar("window_attention", "fwd+bwd", WINDOW_SHAPE, "float32", 15, "sdpa dense"),
+    Bar("window_attention", "fwd+bwd", WINDOW_SHAPE, "float32", 2, "sdpa banded"),
+    *_bars("update", "3 posterior steps", "gym C=2 B=4 T=1000", 1.5, 4),
+)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """All rows of a CSV."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def case_of(row: Row) -> tuple[str, str, str, int]:
+    """What is compared with one another: op, mode, shape, threads."""
+    return row["op"], row["mode"], row["shape"], int(row["threads"])
+
+
+def latest(rows: Iterable[Row]) -> list[Row]:
+    """Of every case the rows of its last run, so that all ratios are made within a run."""
+    rows = list(rows)
+    last: dict[tuple[str, str, str, int], str] = {}
+    for row in rows:
+        last[case_of(row)] = max(last.get(case_of(row), ""), row["date"])
+    return [row for row in rows if row["date"] == last[case_of(row)]]
+
+
+def _find(rows: Iterable[Row], case: tuple[str, str, str, int], provider: str, dtype: str) -> Row | None:
+    for row in rows:
+        if case_of(row) == case and (row["provider"], row["dtype"]) == (provider, dtype):
+            return row
+    return None
+
+
+def ratio(rows: Sequence[Row], row: Row, against: str = "reference") -> float | None:
+    """Median time of ``against`` in float32 over that of ``row``, in the same run; None where it did not run."""
+    base = _find(rows, case_of(row), against, "float32")
+    return None if base is None else float(base["p50_us"]) / float(row["p50_us"])
+
+
+def thread_gain(rows: Sequence[Row], row: Row) -> float | None:
+    """Gain of ``row`` over one thread, divided by the gain that a large matrix product has in the same run."""
+    if int(row["threads"]) == 1:
+        return None
+    one = _find(rows, (*case_of(row)[:3], 1), row["provider"], row["dtype"])
+    if one is None or one["date"] != row["date"] or not (row["matmul_flop_per_s"] and one["matmul_flop_per_s"]):
+        return None
+    gain = float(one["p50_us"]) / float(row["p50_us"])
+    return gain / (float(row["matmul_flop_per_s"]) / float(one["matmul_flop_per_s"]))
+
+
+def bars_of(row: Row) -> list[Bar]:
+    """The bars that a row has to reach."""
+    if row["provider"] != "cpp" or int(row["threads"]) != 1:
+        return []
+    return [bar for bar in BARS if bar[:4] == (row["op"], row["mode"], row["shape"], row["dtype"])]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text
+
+
+def text(rows: Sequence[Row]) -> str:
+    """The table of ratios, then how every bar of an op that ran is met."""
+    rows = latest(rows)
+    header = ("work", "provider", "p50", "p20 .. p80", "ratio", "by round", "FLOP floor", "byte floor", "thread gain")
+    lines = [header]
+    before = None
+    for row in sorted(rows, key=case_of):
+        case = case_of(row)
+        work = f"{case[0]}, {case[1]}, {case[2]}, {_threads(case[3])}"
+        lines.append(
+            (
+                work if case != before else "",
+                f"{row['provider']} {row['dtype']}",
+                _duration(row["p50_us"]),
+                f"{_duration(row['p20_us'])} .. {_duration(row['p80_us'])}",
+                _times(ratio(rows, row)),
+                _times(row["speedup"]),
+                _share(row["flop_per_s"], row["matmul_flop_per_s"]),
+                _share(row["bytes_per_s"], row["copy_bytes_per_s"]),
+                _number(thread_gain(rows, row)),
+            )
+        )
+        before = case
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    table = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    verdicts = [*_verdicts(rows), *_thread_verdicts(rows)]
+    return "\n".join([*table, "", *verdicts, *_notes(rows)])
+
+
+def _verdicts(rows: Sequence[Row]) -> list[str]:
+    """One line per bar of the ops that ran."""
+    lines = []
+    for bar in BARS:
+        if bar.op not in {row["op"] for row in rows if not row["shape"].startswith("tiny")}:
+            continue
+        row = _find(rows, (*bar[:3], 1), "cpp", bar.dtype)
+        what = f"{bar.op}, {bar.mode}, {bar.shape}, {bar.dtype}: at least {bar.at_least:g}x over {bar.against}"
+        reached = None if row is None else ratio(rows, row, bar.against)
+        if reached is not None:
+            verdict = f"{reached:.2f}x, {'met' if reached >= bar.at_least else 'NOT MET'}"
+        elif bar.dtype == "bfloat16" and all(row["isa"] != "amx" for row in rows):
+            verdict = "not measurable here (no AMX)"
+        else:
+            verdict = "not run"
+        lines.append(f"bar  {what}: {verdict}")
+    return lines
+
+
+def _thread_verdicts(rows: Sequence[Row]) -> list[str]:
+    lines = []
+    for row in sorted(rows, key=case_of):
+        gain = thread_gain(rows, row) if row["provider"] == "cpp" else None
+        if gain is not None:
+            work = f"{row['op']}, {row['mode']}, {row['shape']}, {row['dtype']}, {_threads(row['threads'])}"
+            verdict = "met" if gain >= THREAD_BAR else "NOT MET"
+            lines.append(f"bar  {work}: at least {THREAD_BAR:g} of the gain of a large product: {gain:.2f}, {verdict}")
+    return lines
+
+
+def _notes(rows: Sequence[Row]) -> list[str]:
+    lines = []
+    for row in sorted(rows, key=case_of):
+        sizes = re.search(r"B=(\d+) T=(\d+)", row["shape"])
+        if row["op"] == "update" and sizes:
+            per_second = int(sizes[1]) * int(sizes[2]) / (float(row["p50_us"]) * 1e-6)
+            who = f"{row['shape']}, {row['provider']} {row['dtype']}, {_threads(row['threads'])}"
+            lines.append(f"update, {who}: {per_second:,.0f} time steps/s")
+    if lines:
+        lines.append(LPT)
+    floors = sorted({(int(row["threads"]), row["dtype"]) for row in rows if row["matmul_flop_per_s"]})
+    for threads, dtype in floors:
+        of = [row for row in rows if (int(row["threads"]), row["dtype"]) == (threads, dtype)]
+        matmul = [float(row["matmul_flop_per_s"]) / 1e9 for row in of if row["matmul_flop_per_s"]]
+        copies = [float(row["copy_bytes_per_s"]) / 1e9 for row in of if row["copy_bytes_per_s"]]
+        lines.append(
+            f"floors, {_threads(threads)}, {dtype}: large product {min(matmul):,.0f} to {max(matmul):,.0f} GFLOP/s, "
+            f"large copy {min(copies):.1f} to {max(copies):.1f} GB/s"
+        )
+    for where in sorted({(row["cpu"], row["isa"], row["torch"], row["commit"], row["date"]) for row in rows}):
+        lines.append("on {}, path {}, torch {}, commit {}, {}".format(*where))
+    return lines
+
+
+def _duration(microseconds: Any) -> str:
+    value = float(microseconds)
+    for limit, scale, unit in ((1e3, 1, "us"), (1e6, 1e3, "ms")):
+        if value < limit:
+            return f"{value / scale:.3g} {unit}"
+    return f"{value / 1e6:.3g} s"
+
+
+def _threads(n: Any) -> str:
+    return "1 thread" if int(n) == 1 else f"{n} threads"
+
+
+def _number(value: Any) -> str:
+    return "" if value in (None, "") else f"{float(value):.2f}"
+
+
+def _times(value: Any) -> str:
+    return "" if value in (None, "") else f"{float(value):.2f}x"
+
+
+def _share(rate: Any, floor: Any) -> str:
+    return f"{float(rate) / float(floor):.0%}" if rate not in (None, "") and floor not in (None, "") else ""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Chart
+
+
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """Bars of the ratios on one thread, one group per case, with a mark where the issue wants them.
+
+    Raises:
+        ValueError: no row of the C++ engine has a reference in its run.
+    """
+    from gac_fast.plots import _COLOURS, _figure
+
+    rows = [row for row in latest(rows) if int(row["threads"]) == 1]
+    engine = sorted((row for row in rows if row["provider"] == "cpp"), key=case_of)
+    bars = []
+    for row in engine:
+        peers = [bar.against for bar in bars_of(row)] or ["reference"]
+        for peer in peers:
+            at_least = {bar.against: bar.at_least for bar in bars_of(row)}.get(peer)
+            reached = ratio(rows, row, peer)
+            if reached is not None:
+                bars.append((row, peer, reached, at_least))
+    if not bars:
+        raise ValueError("no row of the C++ engine on one thread has a peer in its run: nothing to draw")
+    with _figure(path, 8.5, 1.2 + 0.27 * len(bars)) as figure:
+        axes = figure.subplots()
+        colours = {"float32": _COLOURS[0], "bfloat16": _COLOURS[1]}
+        labelled: set[str] = set()
+        for y, (row, _, reached, at_least) in enumerate(bars):
+            label = f"C++ {row['dtype']}" if row["dtype"] not in labelled else None
+            axes.barh(y, reached, color=colours.get(row["dtype"], _COLOURS[6]), height=0.72, label=label)
+            labelled.add(row["dtype"])
+            axes.annotate(f" {reached:.1f}x", (max(reached, at_least or 0), y), va="center", fontsize=8)
+            if at_least is not None:
+                label = "to reach" if "bar" not in labelled else None
+                axes.plot([at_least] * 2, [y - 0.42, y + 0.42], color="black", linewidth=1.8, label=label)
+                labelled.add("bar")
+        names = [f"{row['op']}, {row['mode']}, {row['shape']}, over {peer}" for row, peer, *_ in bars]
+        axes.set_yticks(range(len(bars)), names)
+        axes.invert_yaxis()
+        axes.axvline(1, color="0.4", linewidth=0.8)
+        axes.set_xscale("log")
+        axes.set_xlim(min(0.7, 0.8 * min(bar[2] for bar in bars)), 1.6 * max(max(b[2], b[3] or 0) for b in bars))
+        ticks = [t for t in (0.5, 1, 2, 5, 10, 20, 50, 100, 200) if axes.get_xlim()[0] <= t <= axes.get_xlim()[1]]
+        axes.set_xticks(ticks, [f"{t:g}x" for t in ticks])
+        axes.minorticks_off()
+        axes.grid(False, axis="y")
+        axes.set_xlabel("times as fast as the peer in float32, same run, one thread (medians)")
+        axes.set_title(f"{engine[-1]['cpu']}, torch {engine[-1]['torch']}", fontsize=8)
+        axes.legend(loc="lower right")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("csv", type=Path, nargs="?", default=RESULTS)
+    parser.add_argument("--plot", type=Path, help="write the chart to this file")
+    arguments = parser.parse_args()
+    rows = read(arguments.csv)
+    if arguments.plot is None:
+        print(text(rows))
+        return
+    try:
+        plot(rows, arguments.plot)
+    except ValueError as error:
+        raise SystemExit(f"no chart: {error}") from None
+    print(f"chart: {arguments.plot}")
+
+
+if __name__ == "__main__":
+    main()

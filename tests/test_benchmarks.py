@@ -1,0 +1,261 @@
+"""The harness of the benchmarks: fair turns, honest rows, verdicts; and every case still runs, on toy sizes."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import os
+import statistics
+import subprocess
+import sys
+import time
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+DATE = "2026-01-02T03:04:05+00:00"
+
+
+@pytest.fixture
+def harness(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("harness")
+
+
+@pytest.fixture
+def report(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("report")
+
+
+def make_row(provider: str, p50: float, **fields: object) -> dict[str, object]:
+    """A row of the first bar's case (2.5x in float32, 6x in bfloat16) unless told otherwise."""
+    return {
+        "date": DATE, "commit": "abc", "op": "decode_step", "provider": provider, "mode": "step",
+        "shape": "gym C=2 N=1", "dtype": "float32", "threads": 1, "rounds": 9, "p20_us": 0.9 * p50, "p50_us": p50,
+        "p80_us": 1.2 * p50, "speedup": "", "flops": 1e6, "bytes": 1e5, "flop_per_s": 1e12 / p50,
+        "bytes_per_s": 1e11 / p50, "matmul_flop_per_s": 1e11, "copy_bytes_per_s": 1e10, "isa": "amx", "cpu": "Some CPU",
+        "cores": 2, "python": "3.11", "torch": "2.13", "gac_fast": "0", "compiler": "gcc",
+    } | fields  # fmt: skip
+
+
+class FakeBenchmark:
+    """pytest-benchmark's ``pedantic``, noting nothing."""
+
+    def pedantic(self, target, setup, rounds, iterations):
+        assert iterations == 1
+        for _ in range(rounds):
+            setup()
+            target()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Turns
+
+
+def test_providers_take_turns_with_the_main_one_last(harness):
+    called: list[str] = []
+    runs = {name: (lambda name=name: called.append(name)) for name in ("main", "reference", "peer")}
+    settings = harness.Settings(seconds=0.0, min_rounds=4, max_rounds=4)
+    times, rounds = harness.alternate(runs, settings, "main", FakeBenchmark().pedantic)
+    assert rounds == 4
+    assert {name: len(t) for name, t in times.items()} == {"reference": 4, "peer": 4}
+    # Short calls are repeated within a turn to warm up.
+    assert len(called) > 3 * (2 + 4)
+    turns = [name for name, before in zip(called, [None, *called], strict=False) if name != before]
+    assert turns[-12:] == ["reference", "peer", "main"] * 4
+
+
+def test_floors_are_measured_in_some_rounds_and_rounds_fill_the_time(harness):
+    runs = {name: (lambda: time.sleep(2e-3)) for name in ("reference", "main")}
+    settings = harness.Settings(seconds=0.2, min_rounds=3, max_rounds=1000)
+    floors = harness.floor_runs(tiny=True)
+    times, rounds = harness.alternate(runs, settings, "main", FakeBenchmark().pedantic, floors)
+    assert 15 <= rounds <= 30  # each round: a warm-up call and a measured one of both
+    assert len(times["reference"]) == rounds
+    assert 5 <= len(times["copy", "float32"]) <= harness.MAX_FLOOR_ROUNDS
+    assert min(times["reference"]) >= 2e-3
+    found = harness.Floors.of(times, tiny=True)
+    assert found.copy == pytest.approx(2 * 2**16 / statistics.median(times["copy", "float32"]))
+    assert found.matmul["float32"] == pytest.approx(2 * 64**3 / statistics.median(times["matmul", "float32"]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows
+
+
+def test_quantiles_are_those_of_numpy(harness):
+    times = np.random.default_rng(0).random(12)
+    for q in (0.0, 0.2, 0.5, 0.8, 1.0):
+        assert harness.quantile(list(times), q) == pytest.approx(np.quantile(times, q))
+    assert harness.quantile([3.0], 0.2) == 3.0
+
+
+def test_a_row_has_rates_floors_and_the_median_ratio_over_rounds(harness):
+    case = harness.Case("op", "fwd", "N=1", flops=3e6, bytes={"float32": 8e3, "bfloat16": 4e3})
+    floors = harness.Floors({"float32": 1e11, "bfloat16": 1e12}, 1e10)
+    # The machine slows down in the last round: the ratio of a round does not see it.
+    row = harness.row(case, ("cpp", "bfloat16"), [1e-6, 2e-6, 3e-6], [4e-6, 8e-6, 300e-6], floors)
+    assert (row["p50_us"], row["speedup"], row["rounds"]) == (2.0, 4.0, 3)
+    assert (row["flop_per_s"], row["bytes_per_s"]) == (1.5e12, 2e9)
+    assert (row["matmul_flop_per_s"], row["copy_bytes_per_s"]) == (1e12, 1e10)
+    assert row["threads"] == torch.get_num_threads()
+    plain = harness.row(harness.Case("op", "fwd", "N=1"), ("cpp", "float32"), [1e-6], [], None)
+    assert {plain[name] for name in ("speedup", "flops", "bytes", "flop_per_s", "matmul_flop_per_s")} == {""}
+
+
+def test_rows_are_appended_and_other_columns_refused(harness, tmp_path):
+    path = tmp_path / "results" / "speed.csv"
+    harness.append_rows(path, [make_row("reference", 10.0)])
+    harness.append_rows(path, [make_row("cpp", 5.0)])
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["provider"] for row in rows] == ["reference", "cpp"]
+    assert tuple(rows[0]) == harness.COLUMNS
+    path.write_text("a,b\n")
+    with pytest.raises(ValueError, match="expected the columns date, commit, .* found a, b"):
+        harness.append_rows(path, [make_row("cpp", 5.0)])
+
+
+def test_the_commit_marks_a_changed_tree_but_not_earlier_results(harness, monkeypatch, tmp_path):
+    def git(*arguments: str) -> None:
+        who = ("-c", "user.name=A", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false", "-c", "core.hooksPath=")
+        subprocess.run(["git", *who, *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    monkeypatch.setattr(harness, "ROOT", tmp_path)
+    for name in [name for name in os.environ if name.startswith("GIT_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    source, results = tmp_path / "a.py", tmp_path / "benchmarks" / "results" / "speed.csv"
+    results.parent.mkdir(parents=True)
+    source.write_text("1\n")
+    results.write_text("1\n")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "first")
+    clean = harness.commit()
+    assert len(clean) == 12
+    results.write_text("2\n")
+    assert harness.commit() == clean
+    source.write_text("2\n")
+    assert harness.commit() == clean + "+dirty"
+
+
+def test_there_is_no_bfloat16_to_measure_without_amx(harness, cpp_engine):
+    assert harness.engine_problem("philox_normal") is None
+    cpp_engine._use_isa("portable")
+    try:
+        assert harness.isa() == "portable"
+        assert harness.engine_problem("philox_normal", "bfloat16") == "no AMX (the path is portable)"
+    finally:
+        cpp_engine._use_isa("")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Table and chart
+
+
+def test_verdicts(report):
+    rows = [make_row("reference", 100.0), make_row("cpp", 40.0), make_row("cpp", 17.0, dtype="bfloat16")]
+    lines = report.text(rows).splitlines()
+    (float32,) = [line for line in lines if "C=2 N=1, float32" in line]
+    (bfloat16,) = [line for line in lines if "C=2 N=1, bfloat16" in line]
+    assert float32 == "bar  decode_step, step, gym C=2 N=1, float32: at least 2.5x over reference: 2.50x, met"
+    assert bfloat16.endswith("at least 6x over reference: 5.88x, NOT MET")
+    # Bars of the same op that this run left out show, those of other ops do not.
+    assert len([line for line in lines if line.endswith("not run")]) == 4
+    assert not [line for line in lines if "plan_ascent" in line]
+
+
+def test_bars_of_bfloat16_without_amx(report):
+    rows = [make_row("reference", 100.0, isa="avx2"), make_row("cpp", 50.0, isa="avx2")]
+    lines = report.text(rows).splitlines()
+    (line,) = [line for line in lines if "C=2 N=1, bfloat16" in line]
+    assert line.endswith("not measurable here (no AMX)")
+
+
+def test_a_bar_against_a_peer(report):
+    work = {"op": "window_attention", "mode": "fwd+bwd", "shape": report.WINDOW_SHAPE}
+    rows = [
+        make_row("sdpa dense", 1000.0, **work),
+        make_row("sdpa banded", 90.0, **work),
+        make_row("cpp", 50.0, **work),
+    ]
+    text = report.text(rows)
+    assert "at least 15x over sdpa dense: 20.00x, met" in text
+    assert "at least 2x over sdpa banded: 1.80x, NOT MET" in text
+
+
+def test_floor_shares(report):
+    (line,) = [line for line in report.text([make_row("cpp", 20.0)]).splitlines() if line.startswith("decode_step")]
+    assert line.split()[-2:] == ["50%", "50%"]  # 1e6 FLOP in 20 us of 1e11, 1e5 bytes of 1e10
+
+
+def test_gain_of_two_threads_is_held_against_that_of_a_large_product(report):
+    two = {"threads": 2, "matmul_flop_per_s": 1.8e11}
+    rows = [make_row("cpp", 100.0), make_row("cpp", 61.0, **two), make_row("cpp", 10.0, op="other", **two)]
+    assert report.thread_gain(rows, rows[1]) == pytest.approx(100 / 61 / 1.8)
+    assert report.thread_gain(rows, rows[0]) is None
+    assert report.thread_gain(rows, rows[2]) is None  # one thread was not measured
+    assert "2 threads: at least 0.9 of the gain of a large product: 0.91, met" in report.text(rows)
+    slower = [rows[0], make_row("cpp", 70.0, **two)]
+    assert "a large product: 0.79, NOT MET" in report.text(slower)
+    another_run = [make_row("cpp", 100.0, date="2026-01-01T00:00:00+00:00"), rows[1]]
+    assert report.thread_gain(another_run, rows[1]) is None
+
+
+def test_ratios_stay_within_the_last_run_of_a_case(report):
+    old = {"date": "2026-01-01T00:00:00+00:00"}
+    rows = [make_row("reference", 1000.0, **old), make_row("reference", 100.0), make_row("cpp", 50.0)]
+    rows += [make_row("cpp", 1.0, shape="gym C=2 N=8", **old)]
+    kept = report.latest(rows)
+    assert kept == rows[1:]
+    assert report.ratio(kept, rows[2]) == 2.0
+    assert report.ratio(kept, rows[3]) is None
+
+
+def test_training_throughput_is_told_beside_the_published_one(report):
+    rows = [make_row("reference", 2e6, op="update", mode="3 posterior steps", shape="gym C=2 B=4 T=1000")]
+    text = report.text(rows)
+    assert "update, gym C=2 B=4 T=1000, reference float32, 1 thread: 2,000 time steps/s" in text
+    assert "508 time steps/s" in text
+
+
+def test_chart(report, tmp_path):
+    rows = [make_row("reference", 100.0), make_row("cpp", 40.0), make_row("cpp", 17.0, dtype="bfloat16")]
+    path = tmp_path / "speed.png"
+    report.plot(rows, path)
+    assert path.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="nothing to draw"):
+        report.plot(rows[:1], path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The cases
+
+
+def test_every_case_runs_on_toy_sizes(tmp_path, report):
+    path = tmp_path / "speed.csv"
+    command = [sys.executable, "-m", "pytest", "benchmarks", "--tiny", "--threads", "1", "--csv", str(path), "-q"]
+    short = ["--benchmark-max-time=0.001", "--benchmark-min-rounds=1", "--benchmark-quiet", "-p", "no:cacheprovider"]
+    result = subprocess.run([*command, *short], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    rows = report.read(path)
+    measured = {row["op"] for row in rows}
+    ops = {path.stem.removeprefix("bench_") for path in (ROOT / "benchmarks").glob("bench_*.py")}
+    assert measured == ops
+    assert {bar.op for bar in report.BARS} <= measured
+    for row in rows:
+        assert 0 < float(row["p20_us"]) <= float(row["p50_us"]) <= float(row["p80_us"])
+        assert row["commit"], row["cpu"]
+    assert "speed against the reference" in result.stdout
+
+
+def test_a_wrong_thread_count_is_refused(tmp_path):
+    command = [sys.executable, "-m", "pytest", "benchmarks", "--threads", "one", "-p", "no:cacheprovider"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode != 0
+    assert "--threads: expected counts such as 1,2, got 'one'" in result.stdout + result.stderr
