@@ -1,4 +1,4 @@
-"""How the benchmarks measure: providers of one case in turn, the machine's own floors beside them, one CSV of it all."""
+"""How the benchmarks measure: providers of a case in turn, the machine's own floors beside them, all in one CSV."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from gac_fast import ops
 from gac_fast._version import __version__
 from gac_fast.ops import _dispatch
 from gac_fast.train.log import environment
@@ -120,10 +119,9 @@ def alternate(
                 times[name].append(_timed(run))
         done += 1
 
-    others_then_main = {"setup": others, "rounds": rounds, "iterations": 1}
     # The main one has to come last.
     runs = {**{name: run for name, run in runs.items() if name != main}, main: runs[main]}
-    pedantic(runs[main], **others_then_main)
+    pedantic(runs[main], setup=others, rounds=rounds, iterations=1)
     return times, rounds
 
 

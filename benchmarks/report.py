@@ -190,9 +190,8 @@ def _notes(rows: Sequence[Row]) -> list[str]:
             f"floors, {_threads(threads)}, {dtype}: large product {min(matmul):,.0f} to {max(matmul):,.0f} GFLOP/s, "
             f"large copy {min(copies):.1f} to {max(copies):.1f} GB/s"
         )
-    for where in sorted({(row["cpu"], row["isa"], row["torch"], row["commit"], row["date"]) for row in rows}):
-        lines.append("on {}, path {}, torch {}, commit {}, {}".format(*where))
-    return lines
+    where = sorted({(row["cpu"], row["isa"], row["torch"], row["commit"], row["date"]) for row in rows})
+    return lines + ["on {}, path {}, torch {}, commit {}, {}".format(*one) for one in where]
 
 
 def _duration(microseconds: Any) -> str:

@@ -116,7 +116,7 @@ def test_rows_are_appended_and_other_columns_refused(harness, tmp_path):
     assert [row["provider"] for row in rows] == ["reference", "cpp"]
     assert tuple(rows[0]) == harness.COLUMNS
     path.write_text("a,b\n")
-    with pytest.raises(ValueError, match="expected the columns date, commit, .* found a, b"):
+    with pytest.raises(ValueError, match=r"expected the columns date, commit, .* found a, b"):
         harness.append_rows(path, [make_row("cpp", 5.0)])
 
 
