@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import gc
+import importlib
 import math
 import os
 import platform
@@ -13,12 +15,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 
+from gac_fast import ops
 from gac_fast._version import __version__
-from gac_fast.ops import _dispatch
 from gac_fast.train.log import environment
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -182,6 +185,27 @@ def quantile(times: Sequence[float], q: float) -> float:
     return ordered[low] + (at - low) * (ordered[high] - ordered[low])
 
 
+def under(backend: str, run: Callable[[], object]) -> Callable[[], object]:
+    """``run`` on one backend; the empty string leaves the choice to the ops."""
+
+    def on_backend() -> object:
+        with ops.backend(backend) if backend else contextlib.nullcontext():
+            return run()
+
+    return on_backend
+
+
+def row_error(x: torch.Tensor, reference: torch.Tensor) -> float:
+    """Largest over the rows (last axis) of |x - reference| / |reference|; a zero row counts by its absolute error."""
+    x, reference = x.detach().double(), reference.detach().double()
+    norm = reference.norm(dim=-1)
+    return float(((x - reference).norm(dim=-1) / torch.where(norm > 0, norm, 1.0)).max())
+
+
+ROW_BOUND = {"float32": 1e-5, "bfloat16": 2e-2}
+"""What :func:`row_error` may be, against the reference in float64 on the same rounded inputs."""
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Records
 
@@ -207,25 +231,29 @@ def commit() -> str:
 def machine() -> dict[str, Any]:
     """The columns that are the same in all rows of a run but for the path of the engine."""
     here = environment()
-    compiler = "none"
-    if not _dispatch.problem("philox_normal", "cpp", torch.device("cpu")):
-        compiler = _dispatch.cpp_engine()._build_info()["compiler"]
+    engine = _engine()
     return {
         "date": here["started"], "commit": commit(), "cpu": here["cpu"], "cores": here["cores"],
-        "python": platform.python_version(), "torch": torch.__version__, "gac_fast": __version__, "compiler": compiler,
+        "python": platform.python_version(), "torch": torch.__version__, "gac_fast": __version__,
+        "compiler": engine._build_info()["compiler"] if engine else "none",
     }  # fmt: skip
 
 
 def isa() -> str:
     """The path of the C++ engine; ``none`` where there is no engine."""
-    if _dispatch.problem("philox_normal", "cpp", torch.device("cpu")):
-        return "none"
-    return str(_dispatch.cpp_engine()._isa())
+    engine = _engine()
+    return str(engine._isa()) if engine else "none"
+
+
+def _engine() -> ModuleType | None:
+    """``gac_fast._C``, where the ops would take it."""
+    usable = any("cpp" not in status.problems for status in ops.status("cpu"))
+    return importlib.import_module("gac_fast._C") if usable else None
 
 
 def engine_problem(op: str, dtype: str = "float32") -> str | None:
     """Why the C++ engine cannot be measured on ``op``; None where it can."""
-    problem = _dispatch.problem(op, "cpp", torch.device("cpu"))
+    problem = {status.op: status.problems.get("cpp") for status in ops.status("cpu")}.get(op, f"there is no op {op}")
     if problem is None and dtype == "bfloat16" and isa() != "amx":
         return f"no AMX (the path is {isa()})"
     return problem

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -259,3 +260,31 @@ def test_a_wrong_thread_count_is_refused(tmp_path):
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode != 0
     assert "--threads: expected counts such as 1,2, got 'one'" in result.stdout + result.stderr
+
+
+PLAIN = """
+import pytest
+import torch
+
+
+@pytest.mark.parametrize("name", ["reference", "cpp"])
+def test_sum(benchmark, name):
+    benchmark.extra_info.update(op="sum", mode="fwd", shape="N=1000", dtype="float32", flops=1000, provider=name)
+    benchmark(torch.ones(1000).sum)
+"""
+
+
+def test_a_plain_case_of_pytest_benchmark_is_recorded_too(tmp_path, report):
+    for name in ("conftest.py", "harness.py", "report.py"):
+        shutil.copy(ROOT / "benchmarks" / name, tmp_path / name)
+    (tmp_path / "bench_sum.py").write_text(PLAIN)
+    path = tmp_path / "speed.csv"
+    command = [sys.executable, "-m", "pytest", str(tmp_path), "-c", str(ROOT / "pyproject.toml"), "--quick", "-q"]
+    options = ["--threads", "1,2", "--csv", str(path), "--benchmark-max-time=0.001", "-p", "no:cacheprovider"]
+    result = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    rows = report.read(path)
+    assert sorted((row["provider"], row["threads"]) for row in rows) == sorted(
+        (name, threads) for name in ("reference", "cpp") for threads in ("1", "2")
+    )
+    assert all(report.ratio(rows, row) for row in rows)
