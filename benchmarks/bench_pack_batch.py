@@ -4,24 +4,34 @@ from __future__ import annotations
 
 import pytest
 import torch
+from harness import Case, engine_problem, under
 
-from gac_fast import ops, reference
+from gac_fast import ops
 
-OBS_DIM, ACT_DIM, N_TRAJECTORIES, BATCH = 11, 3, 500, 32
+OBS_DIM, ACT_DIM = 11, 3
 
 
 @pytest.mark.parametrize("mean_length", [200, 1000])
-def test_pack_batch(benchmark, cpu_backend, mean_length):
+def test_pack_batch(compare, tiny, mean_length):
+    n_trajectories, n_drawn = (5, 3) if tiny else (500, 32)
     generator = torch.Generator().manual_seed(0)
-    lengths = torch.randint(mean_length // 2, mean_length * 3 // 2, (N_TRAJECTORIES,), generator=generator)
+    lengths = torch.randint(mean_length // 2, mean_length * 3 // 2, (n_trajectories,), generator=generator)
     cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
     n_steps = int(cu_seqlens[-1])
     observations = torch.randn(n_steps, OBS_DIM, generator=generator)
     actions = torch.randn(n_steps, ACT_DIM, generator=generator)
-    indices = torch.randint(0, N_TRAJECTORIES, (BATCH,), generator=generator)
-    batch = ops.pack_batch(observations, actions, cu_seqlens, indices)
-    expected = reference.pack_batch(observations, actions, cu_seqlens, indices)
-    assert all(torch.equal(x, y) for x, y in zip(batch, expected, strict=True))
+    indices = torch.randint(0, n_trajectories, (n_drawn,), generator=generator)
 
-    benchmark.extra_info["bytes"] = sum(x.numel() * x.element_size() for x in batch)
-    benchmark(ops.pack_batch, observations, actions, cu_seqlens, indices)
+    def pack() -> tuple[torch.Tensor, ...]:
+        return ops.pack_batch(observations, actions, cu_seqlens, indices)
+
+    problem = engine_problem("pack_batch")
+    expected = under("reference", pack)()
+    if problem is None:
+        assert all(torch.equal(x, y) for x, y in zip(under("cpp", pack)(), expected, strict=True))
+    # Trajectories are read once; all of the batch is written.
+    n_bytes = sum(x.numel() * x.element_size() for x in (*expected, *expected[:2]))
+    case = Case("pack_batch", "fwd", f"{'tiny ' * tiny}B={n_drawn} T~{mean_length}", bytes=n_bytes)
+    compare(
+        case, {("reference", "float32"): under("reference", pack), ("cpp", "float32"): problem or under("cpp", pack)}
+    )

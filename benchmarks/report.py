@@ -68,6 +68,12 @@ def case_of(row: Row) -> tuple[str, str, str, int]:
     return row["op"], row["mode"], row["shape"], int(row["threads"])
 
 
+def _order(row: Row) -> tuple[Any, ...]:
+    """Sorts cases as people count: N=8 before N=64."""
+    op, mode, shape, threads = case_of(row)
+    return op, mode, [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", shape)], threads
+
+
 def latest(rows: Iterable[Row]) -> list[Row]:
     """Of every case the rows of its last run, so that all ratios are made within a run."""
     rows = list(rows)
@@ -118,7 +124,7 @@ def text(rows: Sequence[Row]) -> str:
     header = ("work", "provider", "p50", "p20 .. p80", "ratio", "by round", "FLOP floor", "byte floor", "thread gain")
     lines = [header]
     before = None
-    for row in sorted(rows, key=case_of):
+    for row in sorted(rows, key=_order):
         case = case_of(row)
         work = f"{case[0]}, {case[1]}, {case[2]}, {_threads(case[3])}"
         lines.append(
@@ -162,7 +168,7 @@ def _verdicts(rows: Sequence[Row]) -> list[str]:
 
 def _thread_verdicts(rows: Sequence[Row]) -> list[str]:
     lines = []
-    for row in sorted(rows, key=case_of):
+    for row in sorted(rows, key=_order):
         gain = thread_gain(rows, row) if row["provider"] == "cpp" else None
         if gain is not None:
             work = f"{row['op']}, {row['mode']}, {row['shape']}, {row['dtype']}, {_threads(row['threads'])}"
@@ -173,7 +179,7 @@ def _thread_verdicts(rows: Sequence[Row]) -> list[str]:
 
 def _notes(rows: Sequence[Row]) -> list[str]:
     lines = []
-    for row in sorted(rows, key=case_of):
+    for row in sorted(rows, key=_order):
         sizes = re.search(r"B=(\d+) T=(\d+)", row["shape"])
         if row["op"] == "update" and sizes:
             per_second = int(sizes[1]) * int(sizes[2]) / (float(row["p50_us"]) * 1e-6)
@@ -231,7 +237,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     from gac_fast.plots import _COLOURS, _figure
 
     rows = [row for row in latest(rows) if int(row["threads"]) == 1]
-    engine = sorted((row for row in rows if row["provider"] == "cpp"), key=case_of)
+    engine = sorted((row for row in rows if row["provider"] == "cpp"), key=_order)
     bars = []
     for row in engine:
         peers = [bar.against for bar in bars_of(row)] or ["reference"]
