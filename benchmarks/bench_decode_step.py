@@ -10,9 +10,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from harness import Case, engine_problem, row_error, under
 from torch import Tensor
 
+from gac_fast import reference
 from gac_fast.act import Actor
 from gac_fast.config import Config, preset
 from gac_fast.model import GAC
@@ -42,6 +44,60 @@ def units(dtype: torch.dtype) -> Normalization:
     )
 
 
+class EagerActor:
+    """Acting in eager PyTorch written for speed: both tokens of a step in one pass, torch's SDPA on the ring.
+
+    Less than an :class:`Actor`: all environments start together, and there is nothing to reset.
+    """
+
+    def __init__(self, model: GAC, z0: Tensor) -> None:
+        decoder, m = model.decoder, model.config
+        self.decoder, self.heads, self.c = decoder, m.n_heads, m.tokens_per_step
+        z = model.prior(z0)
+        self.plans = [tuple(x.transpose(1, 2).contiguous() for x in layer.plan_keys(z)) for layer in decoder.layers]
+        # With C = 2 one slot more than the window: the newest token may not replace what the one before still sees.
+        self.slots = decoder.window + self.c - 1
+        shape = (len(z0), m.n_heads, self.slots, m.dim // m.n_heads)
+        self.rings = [(torch.zeros(shape), torch.zeros(shape)) for _ in decoder.layers]
+        self.held = torch.full((self.slots,), -decoder.window - 1)  # the token in each slot
+        self.step = 0
+        self.last_action = torch.zeros(len(z0), model.act_dim)
+
+    @torch.no_grad()
+    def act(self, obs: Tensor) -> Tensor:
+        decoder = self.decoder
+        x = decoder.embed_state(obs)[:, None]  # [N, tokens, D]
+        positions = [self.step]
+        if self.c == 2 and self.step > 0:
+            x = torch.cat((decoder.embed_action(self.last_action)[:, None], x), dim=1)
+            positions = [self.step - 1, self.step]
+        n, n_tokens, dim = x.shape
+        last = self.c * self.step
+        tokens = torch.arange(last - n_tokens + 1, last + 1)
+        slots = tokens % self.slots
+        self.held[slots] = tokens
+        mask = (self.held <= tokens[:, None]) & (self.held > tokens[:, None] - decoder.window) & (self.held >= 0)
+        width = dim // self.heads
+        cos, sin = reference._rotary_table(torch.tensor(positions), width, decoder.rope_base, x.dtype)
+
+        def heads(y: Tensor) -> Tensor:
+            return y.view(n, n_tokens, self.heads, width)
+
+        for layer, (ring_k, ring_v), (plan_k, plan_v) in zip(decoder.layers, self.rings, self.plans, strict=True):
+            q, k, v = (heads(y) for y in layer.qkv(layer.norm1(x)).chunk(3, dim=-1))
+            q, k = reference._rotate(q, cos, sin), reference._rotate(k, cos, sin)
+            ring_k[:, :, slots], ring_v[:, :, slots] = k.transpose(1, 2), v.transpose(1, 2)
+            out = F.scaled_dot_product_attention(q.transpose(1, 2), ring_k, ring_v, attn_mask=mask)
+            x = x + layer.out(out.transpose(1, 2).reshape(n, n_tokens, dim))
+            q = heads(layer.plan_q(layer.norm2(x))).transpose(1, 2)
+            out = F.scaled_dot_product_attention(q, plan_k, plan_v)
+            x = x + layer.plan_out(out.transpose(1, 2).reshape(n, n_tokens, dim))
+            x = x + layer.mlp_out(F.silu(layer.mlp_in(layer.norm3(x))))
+        self.last_action = torch.tanh(decoder.head(decoder.norm(x[:, -1])))
+        self.step += 1
+        return self.last_action
+
+
 @pytest.mark.parametrize("context", ["states_actions", "states"])
 @pytest.mark.parametrize("n", [1, 8, 64])
 def test_decode_step(compare, tiny, n, context):
@@ -56,11 +112,14 @@ def test_decode_step(compare, tiny, n, context):
         of_dtype = getattr(torch, dtype)
         return Actor(copy.deepcopy(model).to(of_dtype), units(of_dtype), z0.to(of_dtype), **options)
 
-    def roll(one: Actor, backend: str) -> Tensor:
+    def roll(one: Actor | EagerActor, backend: str) -> Tensor:
         return torch.stack([under(backend, lambda obs=obs: one.act(obs))() for obs in observations])
 
     expected = roll(actor("float64"), "reference")
     providers: dict[tuple[str, str], Callable[[], object] | str] = {}
+    eager = EagerActor(model, z0)
+    assert row_error(roll(eager, "reference"), expected) < BOUNDS["float32"]
+    providers["eager torch", "float32"] = lambda: eager.act(observations[0])
     for name, dtype in (("reference", "float32"), ("cpp", "float32"), ("cpp", "bfloat16")):
         problem = engine_problem("decode_step", dtype) if name == "cpp" else None
         if problem is not None:

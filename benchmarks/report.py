@@ -33,17 +33,24 @@ class Bar(NamedTuple):
     against: str = "reference"
 
 
-def _bars(op: str, mode: str, shape: str, float32: float, bfloat16: float) -> list[Bar]:
-    return [Bar(op, mode, shape, "float32", float32), Bar(op, mode, shape, "bfloat16", bfloat16)]
+def _bars(
+    op: str, mode: str, shape: str, float32: float, bfloat16: float, against: tuple[str, ...] = ("reference",)
+) -> list[Bar]:
+    goals = (("float32", float32), ("bfloat16", bfloat16))
+    return [Bar(op, mode, shape, dtype, at_least, peer) for dtype, at_least in goals for peer in against]
+
+
+# The reference feeds the tokens of a step one by one and resets rows, and is slower than eager PyTorch can be.
+ACTING_PEERS = ("reference", "eager torch")
 
 
 WINDOW_SHAPE = "B=4 T=2000 H=4 d=32 W=64"
 
 # With C = 2; the cases with C = 1 and with an ensemble are reported beside them.
 BARS: tuple[Bar, ...] = (
-    *_bars("decode_step", "step", "gym C=2 N=1", 2.5, 6),
-    *_bars("decode_step", "step", "gym C=2 N=8", 2, 6),
-    *_bars("decode_step", "step", "gym C=2 N=64", 1.5, 6),
+    *_bars("decode_step", "step", "gym C=2 N=1", 2.5, 6, ACTING_PEERS),
+    *_bars("decode_step", "step", "gym C=2 N=8", 2, 6, ACTING_PEERS),
+    *_bars("decode_step", "step", "gym C=2 N=64", 1.5, 6, ACTING_PEERS),
     *_bars("plan_ascent", "20 steps", "gym E=1 P=1", 2, 3),
     *_bars("plan_ascent", "20 steps", "gym E=1 P=64", 1, 4),
     *_bars("plan_ascent", "20 steps", "gym E=1 P=1024", 1, 4),
@@ -96,6 +103,15 @@ def ratio(rows: Sequence[Row], row: Row, against: str = "reference") -> float | 
     return None if base is None else float(base["p50_us"]) / float(row["p50_us"])
 
 
+def over_fastest_peer(rows: Sequence[Row], row: Row) -> float | None:
+    """Time of the fastest in float32 that is not the engine, over that of ``row``; None for peers."""
+    if row["provider"] != "cpp":
+        return None
+    peers = [other for other in rows if case_of(other) == case_of(row) and other["date"] == row["date"]]
+    times = [float(peer["p50_us"]) for peer in peers if peer["provider"] != "cpp" and peer["dtype"] == "float32"]
+    return min(times) / float(row["p50_us"]) if times else None
+
+
 def thread_gain(rows: Sequence[Row], row: Row) -> float | None:
     """Gain of ``row`` over one thread, divided by the gain that a large matrix product has in the same run."""
     if int(row["threads"]) == 1:
@@ -121,7 +137,10 @@ def bars_of(row: Row) -> list[Bar]:
 def text(rows: Sequence[Row]) -> str:
     """The table of ratios, then how every bar of an op that ran is met."""
     rows = latest(rows)
-    header = ("work", "provider", "p50", "p20 .. p80", "ratio", "by round", "FLOP floor", "byte floor", "thread gain")
+    header = (
+        "work", "provider", "p50", "p20 .. p80", "ratio", "by round", "best peer", "FLOP floor", "byte floor",
+        "thread gain",
+    )  # fmt: skip
     lines = [header]
     before = None
     for row in sorted(rows, key=_order):
@@ -135,6 +154,7 @@ def text(rows: Sequence[Row]) -> str:
                 f"{_duration(row['p20_us'])} .. {_duration(row['p80_us'])}",
                 _times(ratio(rows, row)),
                 _times(row["speedup"]),
+                _times(over_fastest_peer(rows, row)),
                 _share(row["flop_per_s"], row["matmul_flop_per_s"]),
                 _share(row["bytes_per_s"], row["copy_bytes_per_s"]),
                 _number(thread_gain(rows, row)),

@@ -162,19 +162,19 @@ def test_there_is_no_bfloat16_to_measure_without_amx(harness, cpp_engine):
 def test_verdicts(report):
     rows = [make_row("reference", 100.0), make_row("cpp", 40.0), make_row("cpp", 17.0, dtype="bfloat16")]
     lines = report.text(rows).splitlines()
-    (float32,) = [line for line in lines if "C=2 N=1, float32" in line]
-    (bfloat16,) = [line for line in lines if "C=2 N=1, bfloat16" in line]
+    (float32,) = [line for line in lines if "C=2 N=1, float32: at least 2.5x over reference" in line]
+    (bfloat16,) = [line for line in lines if "C=2 N=1, bfloat16: at least 6x over reference" in line]
     assert float32 == "bar  decode_step, step, gym C=2 N=1, float32: at least 2.5x over reference: 2.50x, met"
     assert bfloat16.endswith("at least 6x over reference: 5.88x, NOT MET")
     # Bars of the same op that this run left out show, those of other ops do not.
-    assert len([line for line in lines if line.endswith("not run")]) == 4
+    assert len([line for line in lines if line.endswith("not run")]) == 2 + 2 * 4
     assert not [line for line in lines if "plan_ascent" in line]
 
 
 def test_bars_of_bfloat16_without_amx(report):
     rows = [make_row("reference", 100.0, isa="avx2"), make_row("cpp", 50.0, isa="avx2")]
     lines = report.text(rows).splitlines()
-    (line,) = [line for line in lines if "C=2 N=1, bfloat16" in line]
+    (line,) = [line for line in lines if "C=2 N=1, bfloat16: at least 6x over reference" in line]
     assert line.endswith("not measurable here (no AMX)")
 
 
@@ -188,6 +188,13 @@ def test_a_bar_against_a_peer(report):
     text = report.text(rows)
     assert "at least 15x over sdpa dense: 20.00x, met" in text
     assert "at least 2x over sdpa banded: 1.80x, NOT MET" in text
+
+
+def test_the_fastest_peer_in_float32_is_named_beside_the_reference(report):
+    rows = [make_row("reference", 100.0), make_row("eager torch", 60.0), make_row("eager torch", 5.0, dtype="bfloat16")]
+    rows += [make_row("cpp", 20.0)]
+    assert report.over_fastest_peer(rows, rows[3]) == 3.0
+    assert report.over_fastest_peer(rows, rows[1]) is None
 
 
 def test_floor_shares(report):
