@@ -14,6 +14,7 @@
 #include "bindings.h"
 #include "block.h"
 #include "check.h"
+#include "gil.h"
 
 namespace py = pybind11;
 
@@ -68,7 +69,7 @@ class BlockWeights {
             if (b.stride != 1 && n_out > 1) fail(bias_name, "neighbouring elements", "a strided array");
             maps[i] = {w.data, w.stride, b.data, n_out, n_in};
         }
-        const py::gil_scoped_release release;
+        const GilRelease release;
         for (int i = packs.has_o ? 0 : 1; i < kBlockMaps; ++i) {
             const BlockLinear& map = maps[i];
             bias_[i].assign(static_cast<std::size_t>(padded(map.n_out)), 0.0F);
@@ -257,7 +258,7 @@ void forward(const BlockWeights& weights, const py::array& x, const py::object& 
     }
     f.q = dense_rows<float>(q, n, padded(p.dim), "q");
     f.hidden = dense_rows<float>(hidden, n, padded(p.hidden), "hidden");
-    const py::gil_scoped_release release;
+    const GilRelease release;
     GAC_FAST_DISPATCH(weights.isa, block_forward(f));
 }
 
@@ -335,7 +336,7 @@ void backward(const BlockWeights& weights, const py::object& dx_out, const py::o
     }
     const Memory partials = allocate(static_cast<std::size_t>(s.n_tiles * 2 * s.n_z * p.dim) * sizeof(float));
     f.plan_partials = static_cast<float*>(partials.get());
-    const py::gil_scoped_release release;
+    const GilRelease release;
     GAC_FAST_DISPATCH(weights.isa, block_backward(f));
 }
 

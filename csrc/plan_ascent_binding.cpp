@@ -9,6 +9,7 @@
 
 #include "bindings.h"
 #include "check.h"
+#include "gil.h"
 #include "plan_ascent.h"
 
 namespace py = pybind11;
@@ -146,7 +147,7 @@ PlanAscent common(const py::sequence& prior_weights, const py::sequence& return_
 }
 
 void run(PlanAscent& args) {
-    const py::gil_scoped_release release;
+    const GilRelease release;
     const Isa isa = active_isa();
     args.shared = shared_memory(GAC_FAST_DISPATCH(isa, plan_ascent_shared_bytes(args)));
     GAC_FAST_DISPATCH(isa, plan_ascent(args));

@@ -68,7 +68,7 @@ void forward(const py::array& q, const py::array& k, const py::array& v, const p
              int n_threads) {
     const Arguments args = arguments(q, k, v, cu_seqlens, n_threads);
     const PlanAttentionForward op{args.in, writeable_heads_view(out, args.in.bf16, args.q_shape, "out")};
-    const py::gil_scoped_release release;
+    const GilRelease release;
     GAC_FAST_DISPATCH(active_isa(), plan_attention(op));
 }
 
@@ -90,7 +90,7 @@ void backward(const py::array& d_out, const py::array& q, const py::array& k, co
                                    n_sequences,
                                    first_chunks.data(),
                                    partial.get()};
-    const py::gil_scoped_release release;
+    const GilRelease release;
     GAC_FAST_DISPATCH(active_isa(), plan_attention_backward(op));
 }
 

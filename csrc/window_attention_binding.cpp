@@ -85,7 +85,7 @@ void forward(const py::array& q, const py::array& k, const py::array& v, const p
     check_writeable(softmax, "softmax");
     softmax_view(softmax, args.in);
     const WindowAttentionForward op{args.in, out_view, static_cast<float*>(softmax.mutable_data())};
-    const py::gil_scoped_release release;
+    const GilRelease release;
     GAC_FAST_DISPATCH(active_isa(), window_attention(op));
 }
 
@@ -101,7 +101,7 @@ void backward(const py::array& d_out, const py::array& q, const py::array& k, co
                                      writeable_heads_view(d_q, bf16, args.shape, "d_q"),
                                      writeable_heads_view(d_k, bf16, args.shape, "d_k"),
                                      writeable_heads_view(d_v, bf16, args.shape, "d_v")};
-    const py::gil_scoped_release release;
+    const GilRelease release;
     GAC_FAST_DISPATCH(active_isa(), window_attention_backward(op));
 }
 

@@ -120,6 +120,8 @@ def _pack_batch(
     out_observations: _Floats,
     out_actions: _Floats,
     out_cu_seqlens: npt.NDArray[Any],
+    out_positions: _Ints,
+    out_sequence: _Ints,
 ) -> None: ...
 
 class _BlockWeights:
@@ -170,3 +172,5 @@ def _block_backward(
     dbias: _Floats | None,
     n_threads: int,
 ) -> None: ...
+def _draw_trajectories(seed0: int, seed1: int, number: int, weights: npt.NDArray[np.float64], out: _Ints) -> None: ...
+def _drop_steps(seed0: int, seed1: int, number: int, threshold: int, out: npt.NDArray[np.bool_]) -> None: ...

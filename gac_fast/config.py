@@ -227,11 +227,13 @@ class TrainConfig:
     """Draw trajectories with probability proportional to their length, or all alike."""
     n_threads: int = 0
     """Torch CPU threads; 0 leaves torch's own choice."""
+    prefetch: int = 2
+    """Batches prepared ahead, beside the updates, where the C++ engine draws them; 0 makes each when it is needed."""
 
     def __post_init__(self) -> None:
         for name in ("n_updates", "batch_size", "log_every", "checkpoint_every", "keep_checkpoints", "replay_episodes"):
             _check(getattr(self, name) >= 1, f"train.{name}", "at least 1", getattr(self, name))
-        for name in ("warmup", "weight_decay", "return_weight", "eval_every", "n_threads"):
+        for name in ("warmup", "weight_decay", "return_weight", "eval_every", "n_threads", "prefetch"):
             _check(getattr(self, name) >= 0, f"train.{name}", "at least 0", getattr(self, name))
         for name in ("learning_rate", "grad_clip"):
             _check(getattr(self, name) > 0, f"train.{name}", "greater than 0", getattr(self, name))

@@ -17,10 +17,13 @@ __all__ = [
     "BlockWeights",
     "DecoderWeights",
     "LayerWeights",
+    "PackedBatch",
     "PriorWeights",
     "ReturnWeights",
     "decode_token",
     "decoder_block",
+    "draw_trajectories",
+    "drop_steps",
     "mlp_residual",
     "norm_linear",
     "pack_batch",
@@ -588,22 +591,90 @@ def philox_normal(seed: tuple[int, int], plans: Tensor, step: int | Tensor, n: i
     return normals.flatten(1)[:, :n].to(torch.float32)
 
 
-def pack_batch(
-    observations: Tensor, actions: Tensor, cu_seqlens: Tensor, indices: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+class PackedBatch(NamedTuple):
+    """Trajectories next to each other, n time steps in all."""
+
+    observations: Tensor  # [n, obs_dim]
+    actions: Tensor  # [n, act_dim]
+    cu_seqlens: Tensor  # int32 [b + 1], in time steps
+    positions: Tensor  # int64 [n], time step within its trajectory
+    sequence: Tensor  # int64 [n], place of its trajectory in the batch
+
+
+def pack_batch(observations: Tensor, actions: Tensor, cu_seqlens: Tensor, indices: Tensor) -> PackedBatch:
     """Copy the chosen trajectories next to each other.
 
     Args:
         observations, actions: [N, obs_dim] and [N, act_dim].
         cu_seqlens: int64 [B + 1], in time steps.
         indices: int64 [b], trajectories in the order wanted; may repeat.
-
-    Returns:
-        observations [n, obs_dim], actions [n, act_dim], cu_seqlens int32 [b + 1] of the batch.
     """
     starts = cu_seqlens[indices]
     lengths = cu_seqlens[indices + 1] - starts
     cu = F.pad(lengths.cumsum(0), (1, 0))
-    steps = torch.arange(int(cu[-1]), device=observations.device)
-    steps = steps + torch.repeat_interleave(starts - cu[:-1], lengths)
-    return observations[steps], actions[steps], cu.to(torch.int32)
+    sequence = torch.repeat_interleave(torch.arange(len(indices), device=observations.device), lengths)
+    positions = torch.arange(len(sequence), device=observations.device) - cu[sequence]
+    steps = positions + starts[sequence]
+    return PackedBatch(observations[steps], actions[steps], cu.to(torch.int32), positions, sequence)
+
+
+# Last counter word of a draw: what its words are for.
+_CHOOSE, _DROP = 0, 1
+_LN2 = 0.6931471805599453
+_SQRT_HALF = 0.7071067811865476
+_LOG_TERMS = 10
+
+
+def _minus_log(u: Tensor) -> Tensor:
+    """-ln(u) for float64 u in (0, 1), by operations that round alike everywhere.
+
+    Libraries' logarithms differ in their last bits, and draws must be equal on every engine.
+    """
+    mantissa, exponent = torch.frexp(u)
+    low = mantissa < _SQRT_HALF
+    mantissa = torch.where(low, 2.0 * mantissa, mantissa)
+    exponent = exponent - low.to(exponent.dtype)
+    s = (mantissa - 1.0) / (mantissa + 1.0)
+    s2 = s * s
+    series = torch.full_like(u, 1.0 / (2 * _LOG_TERMS - 1))
+    for k in range(_LOG_TERMS - 2, -1, -1):
+        series = series * s2 + 1.0 / (2 * k + 1)
+    return -(exponent.to(torch.float64) * _LN2 + 2.0 * s * series)
+
+
+def _draw_words(seed: tuple[int, int], number: int, i: Tensor, purpose: int) -> Tensor:
+    counter = torch.tensor([0, number & _MASK32, number >> 32, purpose], device=i.device).repeat(len(i), 1)
+    counter[:, 0] = i
+    return philox4x32(seed, counter)
+
+
+def draw_trajectories(weights: Tensor, n: int, seed: tuple[int, int], number: int) -> Tensor:
+    """n trajectories without repetition, drawn by weight, in random order: draw ``number`` of a run.
+
+    Trajectory i arrives at time -ln(u) / w_i, and the n earliest are drawn (Efraimidis and Spirakis 2006), equal
+    times in the order of trajectories. Its words of Philox at counter (i, number, number >> 32, 0) give u = (52 bits
+    of w0 and w1 + 1/2) / 2^52; by w2 those drawn are put in order.
+
+    Args:
+        weights: float64 [B], at least n of them positive; zero is never drawn.
+        seed: two uint32 words.
+
+    Returns:
+        int64 [n].
+    """
+    ids = (weights > 0).nonzero().flatten()
+    words = _draw_words(seed, number, ids, _CHOOSE)
+    u = (((words[:, 0] << 20) | (words[:, 1] >> 12)).to(torch.float64) + 0.5) * 2.0**-52
+    chosen = (_minus_log(u) / weights[ids]).argsort(stable=True)[:n].sort().values
+    return ids[chosen[words[chosen, 2].argsort(stable=True)]]
+
+
+def drop_steps(n: int, share: float, seed: tuple[int, int], number: int) -> Tensor:
+    """bool [n], True with probability ``share``: word i % 4 of Philox at (i // 4, number, number >> 32, 1)."""
+    words = _draw_words(seed, number, torch.arange((n + 3) // 4), _DROP)
+    return words.flatten()[:n] < drop_threshold(share)
+
+
+def drop_threshold(share: float) -> int:
+    """The words below it are the given share of all."""
+    return round(share * 2.0**32)

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -175,7 +176,7 @@ def test_another_seed_gives_another_run(whole, tmp_path):
     path, conf = whole
     other = run(tmp_path / "other", conf.replace(train={"seed": 1}))
     a, b = (checkpoint.load(checkpoint.latest(p))[0] for p in (path, other))
-    for key in ("model.decoder.head.weight", "posterior.z0", "rng.batches"):
+    for key in ("model.decoder.head.weight", "posterior.z0", "posterior.n_draws"):
         assert not torch.equal(a[key], b[key]), key
     assert metrics(path) != metrics(other)
 
@@ -191,6 +192,34 @@ def test_resume_from_any_checkpoint_is_bit_identical(whole, step, tmp_path):
     torch.manual_seed(999)
     run(resumed, conf, resume=True)
     assert_same_run(path, resumed)
+
+
+def test_a_run_that_kept_a_generator_for_its_batches_can_be_resumed(whole, tmp_path):
+    """As checkpoints did before a batch followed from its number."""
+    path, conf = whole
+    tensors, state = checkpoint.load(checkpoint.checkpoint_path(path, 8))
+    state["config"]["train"].pop("prefetch")
+    old = tmp_path / "run"
+    shutil.copytree(path, old)
+    shutil.rmtree(checkpoint.checkpoint_path(old, 12))
+    checkpoint.save(checkpoint.checkpoint_path(old, 8), tensors | {"rng.batches": torch.Generator().get_state()}, state)
+    run(old, conf, resume=True)
+    shutil.rmtree(checkpoint.checkpoint_path(old, 8))
+    shutil.copytree(checkpoint.checkpoint_path(path, 8), checkpoint.checkpoint_path(old, 8))
+    assert_same_run(path, old)
+
+
+@pytest.mark.usefixtures("cpp_engine")
+def test_batches_prepared_ahead_are_the_same_and_leave_no_thread(whole, tmp_path):
+    path, conf = whole
+    before = set(threading.enumerate())
+    assert_same_run(path, run(tmp_path / "none", conf.replace(train={"prefetch": 0})))
+    assert_same_run(path, run(tmp_path / "many", conf.replace(train={"prefetch": 9})))
+    assert set(threading.enumerate()) == before
+    # A run that ends by an error leaves none either.
+    with pytest.raises(TrainingDivergedError):
+        run(tmp_path / "diverged", conf.replace(train={"learning_rate": 1e25, "warmup": 0, "log_every": 1}))
+    assert set(threading.enumerate()) == before
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -254,7 +283,7 @@ def test_resume_refuses_data_that_differ_anywhere(whole, field, tmp_path):
 def test_some_chains_of_every_batch_see_no_return(size, fraction, expected):
     conf = config(batch_size=size).replace(posterior={"tau_only_fraction": fraction})
     trainer = OfflineTrainer(make_trajectories(LENGTHS), conf)
-    batch, rows = trainer.batches.draw(trainer.generator)
+    batch, rows = trainer.batches.draw(0)
     assert int((~batch.has_return).sum()) == int((rows >= len(LENGTHS)).sum()) == expected
 
 
@@ -360,7 +389,7 @@ def test_resume_needs_a_run(tmp_path):
         run(tmp_path, resume=True)
 
 
-@pytest.mark.parametrize("name", ["posterior.z0", "rng.batches", "model.decoder.head.weight"])
+@pytest.mark.parametrize("name", ["posterior.z0", "rng.torch", "model.decoder.head.weight"])
 def test_resume_from_a_checkpoint_that_lacks_a_tensor(whole, name, tmp_path):
     path, conf = whole
     tensors, state = checkpoint.load(checkpoint.latest(path))
@@ -461,8 +490,8 @@ def test_chains_that_see_no_return_are_drawn_from_all_lengths():
     dataset = make_trajectories([2] * 30 + [40] * 10)
     trainer = OfflineTrainer(dataset, config(batch_size=24).replace(posterior={"tau_only_fraction": 0.25}))
     hidden, long = 0, 0
-    for _ in range(60):
-        _, rows = trainer.batches.draw(trainer.generator)
+    for number in range(60):
+        _, rows = trainer.batches.draw(number)
         ids = rows[rows >= 40] - 40
         hidden, long = hidden + len(ids), long + int((ids >= 30).sum())
     # Eight of ten long ones are in training and in nearly every batch of 24: a third of it, whichever part is hidden.

@@ -8,12 +8,10 @@ import math
 import pytest
 import torch
 from conftest import row_error
-from core_fixtures import make_batch, make_model, make_trajectories, model_config, random_seeds
+from core_fixtures import make_batch, make_model, model_config, random_seeds
 
 from gac_fast.config import Config, PosteriorConfig, TrainConfig
-from gac_fast.model.normalization import Normalization
 from gac_fast.posterior import PosteriorState
-from gac_fast.train.batches import Batches
 from gac_fast.train.update import VARIANCE_WEIGHT, frozen, learning_rate, make_optimizer, update
 
 LENGTHS = [5, 9, 4, 7]
@@ -204,78 +202,3 @@ def test_bfloat16_autocast_agrees_loosely(context):
     assert float(b["loss"]) == pytest.approx(float(a["loss"]), rel=2e-2)
     assert all(p.dtype == torch.float32 and bool(torch.isfinite(p).all()) for p in rounded[0].parameters())
     assert rounded[2].tensors["z0"].dtype == torch.float32
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Batches
-
-
-def batches(sampling="length", tau_only_fraction=0.25, complete=None, held_out=(), dropout=0.0, batch_size=4):
-    lengths = [3, 30, 6, 9, 12, 5]
-    config = Config(
-        model=model_config(context="states_actions", action_token_dropout=dropout),
-        posterior=PosteriorConfig(tau_only_fraction=tau_only_fraction),
-        train=TrainConfig(batch_size=batch_size, sampling=sampling),
-    )
-    data = make_trajectories(lengths, complete=complete)
-    held = torch.tensor(held_out, dtype=torch.int64)
-    return data, Batches(data, Normalization.fit(data), held, config, torch.device("cpu"))
-
-
-def test_a_batch_holds_whole_trajectories_in_the_models_units():
-    data, b = batches()
-    batch = b.of(torch.tensor([4, 0, 4]))
-    assert batch.cu_seqlens.tolist() == [0, 12, 15, 27]
-    assert batch.sequence.tolist() == [0] * 12 + [1] * 3 + [2] * 12
-    assert batch.positions.tolist() == [*range(12), *range(3), *range(12)]
-    units = Normalization.fit(data)
-    obs, actions, y, _ = data.episode(4)
-    assert torch.equal(batch.observations[:12], units.observations(torch.from_numpy(obs)))
-    assert torch.equal(batch.actions[15:], units.actions(torch.from_numpy(actions)))
-    assert float(batch.actions.abs().max()) <= 1
-    assert float(batch.returns[0]) == pytest.approx((y - float(units.return_mean)) / float(units.return_std), abs=1e-5)
-    assert torch.equal(batch.first_states, batch.observations[[0, 12, 15]])
-    assert not bool(batch.has_return.any())
-    assert bool(batch.has_label.all())
-
-
-def test_draws_have_no_repetition_and_mark_the_tau_only_rows():
-    data, b = batches(complete=[True, True, False, True, True, True])
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(50):
-        batch, rows = b.draw(generator)
-        ids = rows % len(data)
-        assert len(set(ids.tolist())) == 4
-        assert torch.equal(rows >= len(data), ~batch.has_return)
-        assert not bool(batch.has_return[3])
-        assert torch.equal(batch.has_label, ids != 2)
-        assert not bool((batch.has_return & (ids == 2)).any())
-        assert bool((batch.returns[ids == 2] == 0).all())
-        # All but the last fourth see their return, unless it is unknown.
-        assert batch.has_return[:3].tolist() == (ids[:3] != 2).tolist()
-
-
-def test_held_out_trajectories_are_never_drawn():
-    data, b = batches(held_out=(1, 4), batch_size=32)
-    assert b.size == 4
-    generator = torch.Generator().manual_seed(0)
-    drawn = {int(row) % len(data) for _ in range(20) for row in b.draw(generator)[1]}
-    assert drawn == {0, 2, 3, 5}
-
-
-@pytest.mark.parametrize("sampling", ["length", "uniform"])
-def test_trajectories_are_drawn_by_length_or_alike(sampling):
-    data, b = batches(sampling, batch_size=1)
-    generator = torch.Generator().manual_seed(0)
-    n = 3000
-    counts = torch.bincount(torch.tensor([int(b.draw(generator)[1]) % len(data) for _ in range(n)]), minlength=6)
-    share = torch.from_numpy(data.lengths / data.lengths.sum()) if sampling == "length" else torch.full((6,), 1 / 6)
-    assert bool(((counts / n - share).abs() < 5 * (share * (1 - share) / n).sqrt()).all())
-
-
-def test_action_tokens_are_dropped_at_their_rate():
-    _, b = batches(dropout=0.3, batch_size=6)
-    generator = torch.Generator().manual_seed(0)
-    dropped = torch.cat([b.draw(generator)[0].dropped for _ in range(40)]).double()
-    assert abs(float(dropped.mean()) - 0.3) < 5 * math.sqrt(0.21 / len(dropped))
-    assert batches()[1].draw(generator)[0].dropped is None

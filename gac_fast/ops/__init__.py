@@ -3,7 +3,7 @@
 from gac_fast.ops._dispatch import BACKENDS, OpStatus, backend, cpu_isa, dispatch_counts, reset_dispatch_counts, status
 from gac_fast.ops.block import decoder_block
 from gac_fast.ops.decode_step import decode_token
-from gac_fast.ops.pack_batch import pack_batch
+from gac_fast.ops.pack_batch import PackedBatch, draw_trajectories, drop_steps, pack_batch
 from gac_fast.ops.philox_normal import philox_normal
 from gac_fast.ops.plan_ascent import plan_ascent, plan_langevin
 from gac_fast.ops.plan_attention import plan_attention
@@ -12,11 +12,14 @@ from gac_fast.ops.window_attention import window_attention
 __all__ = [
     "BACKENDS",
     "OpStatus",
+    "PackedBatch",
     "backend",
     "cpu_isa",
     "decode_token",
     "decoder_block",
     "dispatch_counts",
+    "draw_trajectories",
+    "drop_steps",
     "pack_batch",
     "philox_normal",
     "plan_ascent",

@@ -158,6 +158,15 @@ def choose(op: str, device: torch.device, refused: str | None = None) -> str:
 choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def active(op: str, device: torch.device) -> str:
+    """The backend that :func:`choose` would give, not counted.
+
+    Raises:
+        BackendError: a forced backend cannot run the op there, or does not exist.
+    """
+    return _select(op, device)
+
+
 def problem(op: str, name: str, device: torch.device) -> str | None:
     """Why backend ``name`` cannot run ``op`` on ``device``; None where it can."""
     if name == "reference":

@@ -1,7 +1,11 @@
-"""Trajectories drawn and packed into the batches an update takes."""
+"""Trajectories drawn and packed into the batches an update takes, by a thread of its own while updates run."""
 
 from __future__ import annotations
 
+import weakref
+from typing import Any, NamedTuple
+
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -10,60 +14,69 @@ from gac_fast.config import Config
 from gac_fast.data import Trajectories
 from gac_fast.model import Batch
 from gac_fast.model.normalization import Normalization
+from gac_fast.ops.pack_batch import works_beside
+from gac_fast.train.feeder import Feeder
 
 __all__ = ["Batches"]
+
+# Second word of the key: no other noise of a run shares it ("BATC").
+KEY = 0x42415443
+
+# Each tensor of a batch begins at a multiple of this many bytes.
+ALIGNMENT = 64
 
 
 class Batches:
     """Packed batches of a data set that stays where it is (no copy is made of it).
 
+    Batch ``number`` is a function of the data set, the configuration and its seed alone. Where the C++ engine draws
+    and packs, a thread prepares the next ``config.train.prefetch`` batches while the caller works on one.
+
     Args:
         data: all episodes, held-out ones included; trajectory numbers are positions in it.
         normalization: on the CPU.
         held_out: int64 [h], trajectories never drawn.
-        config: batch size, share of tau-only rows, dropout of action tokens.
+        config: seed, batch size, share of tau-only rows, dropout of action tokens, batches prepared ahead.
         device: where batches go.
     """
 
     def __init__(
         self, data: Trajectories, normalization: Normalization, held_out: Tensor, config: Config, device: torch.device
     ) -> None:
-        self.observations = torch.from_numpy(data.observations)
-        self.actions = torch.from_numpy(data.actions)
-        self.cu_seqlens = torch.from_numpy(data.cu_seqlens)
         self.normalization = normalization.to(device)
         self.device = device
-        self.complete = torch.from_numpy(data.complete)
-        returns = normalization.returns(torch.from_numpy(data.returns)).to(torch.float32)
-        self.returns = torch.where(self.complete, returns, 0.0)
-        self.weights = self.cu_seqlens.diff().to(torch.float64)
-        if config.train.sampling == "uniform":
-            self.weights.fill_(1.0)
-        self.weights[held_out] = 0.0
-        self.size = min(config.train.batch_size, int((self.weights > 0).sum()))
-        fraction = config.posterior.tau_only_fraction
-        # At least one where asked for: without any, the return model's variance is never fitted.
-        self.n_tau_only = max(1, round(fraction * self.size)) if fraction > 0 and self.size > 1 else 0
-        self.action_token_dropout = config.model.action_token_dropout
+        self._packer = p = _Packer(data, normalization, held_out, config, pin_memory=device.type == "cuda")
+        self.size = p.size
+        depth = config.train.prefetch
+        self._feeder = Feeder(p.pack, depth) if depth > 0 else None
 
-    def draw(self, generator: torch.Generator) -> tuple[Batch, Tensor]:
-        """A random batch: trajectories without repetition, drawn by their weights.
+    def draw(self, number: int) -> tuple[Batch, Tensor]:
+        """Random batch ``number``: trajectories without repetition, drawn by their weights.
+
+        Numbers that follow one another are prepared ahead; any may be asked for at any time.
 
         Returns:
             the batch, and the posterior rows of its chains, int64 [b]: row i of trajectory i given (tau, y), row
             B + i where the chain sees tau alone (a share of the batch, and every cut episode).
         """
-        ids = torch.multinomial(self.weights, self.size, generator=generator)
-        # Drawn without replacement, the last are the light ones: those that hide their return should be any.
-        ids = ids[torch.randperm(len(ids), generator=generator)]
-        has_return = self.complete[ids].clone()
-        has_return[self.size - self.n_tau_only :] = False
-        dropped = None
-        if self.action_token_dropout > 0:
-            n = int((self.cu_seqlens[ids + 1] - self.cu_seqlens[ids]).sum())
-            dropped = torch.rand(n, generator=generator) < self.action_token_dropout
-        rows = torch.where(has_return, ids, ids + len(self.complete))
-        return self.of(ids, has_return, dropped), rows.to(self.device)
+        if self._feeder is not None and works_beside():
+            packed = self._feeder.take(number)
+        else:
+            # The reference's own threads would compete with those of the update.
+            self.close()
+            packed = self._packer.pack(number)
+        x = packed.tensors
+        if self.device.type != "cpu":
+            on_device = packed.block.to(self.device, non_blocking=True)
+            packed.slot.copied = torch.cuda.Event()
+            packed.slot.copied.record(torch.cuda.current_stream(self.device))
+            x = carve(on_device, packed.layout)
+        batch = Batch(
+            self.normalization.observations(x["observations"]), self.normalization.actions(x["actions"]),
+            x["cu_seqlens"], x["positions"], x["sequence"], x["returns"], x["has_return"], x["has_label"],
+            x.get("dropped"),
+        )  # fmt: skip
+        return batch, x["rows"]
 
     def of(self, ids: Tensor, has_return: Tensor | None = None, dropped: Tensor | None = None) -> Batch:
         """The batch of given trajectories.
@@ -73,10 +86,8 @@ class Batches:
             has_return: bool [b], which chains may see the return; None hides it from all.
             dropped: bool [n], action tokens left out.
         """
-        obs, actions, cu = ops.pack_batch(self.observations, self.actions, self.cu_seqlens, ids)
-        lengths = cu.diff().to(torch.int64)
-        sequence = torch.repeat_interleave(torch.arange(len(ids)), lengths)
-        positions = torch.arange(len(obs)) - cu[:-1].to(torch.int64)[sequence]
+        p = self._packer
+        packed = ops.pack_batch(p.observations, p.actions, p.cu_seqlens, ids)
         if has_return is None:
             has_return = torch.zeros(len(ids), dtype=torch.bool)
 
@@ -84,7 +95,160 @@ class Batches:
             return x.to(self.device, non_blocking=True)
 
         return Batch(
-            self.normalization.observations(move(obs)), self.normalization.actions(move(actions)), move(cu),
-            move(positions), move(sequence), move(self.returns[ids]), move(has_return), move(self.complete[ids]),
-            None if dropped is None else move(dropped),
+            self.normalization.observations(move(packed.observations)),
+            self.normalization.actions(move(packed.actions)),
+            move(packed.cu_seqlens), move(packed.positions), move(packed.sequence),
+            move(p.returns[ids]), move(has_return), move(p.complete[ids]), None if dropped is None else move(dropped),
         )  # fmt: skip
+
+    def close(self) -> None:
+        """End the thread, if there is one; a later :meth:`draw` starts another."""
+        if self._feeder is not None:
+            self._feeder.close()
+
+
+Layout = dict[str, tuple[torch.dtype, tuple[int, ...], int]]
+"""Name -> dtype, shape and first byte of each tensor in a block."""
+
+
+class _Packed(NamedTuple):
+    """A batch in host memory, in environment units."""
+
+    slot: _Slot
+    block: Tensor  # uint8, all of it
+    layout: Layout
+    tensors: dict[str, Tensor]  # views of the block
+
+
+class _Slot:
+    """Host memory for one batch, used again once nothing reads it.
+
+    Attributes:
+        copied: passed when the copy to the device, if there was one, is done.
+    """
+
+    def __init__(self, n_bytes: int, pin_memory: bool) -> None:
+        self._memory = torch.empty(n_bytes, dtype=torch.uint8, pin_memory=pin_memory).numpy()
+        self._lent: weakref.ref[npt.NDArray[Any]] | None = None
+        self.copied: torch.cuda.Event | None = None
+
+    def lend(self, n_bytes: int) -> Tensor:
+        """The first bytes, as uint8."""
+        array = self._memory[:n_bytes]
+        # The tensor keeps this one array alive, as does every view of it and all that autograd saved: when it is gone,
+        # nobody can read the memory any more.
+        self._lent = weakref.ref(array)
+        return torch.from_numpy(array)
+
+    @property
+    def is_lent(self) -> bool:
+        return self._lent is not None and self._lent() is not None
+
+    @property
+    def is_copying(self) -> bool:
+        return self.copied is not None and not self.copied.query()
+
+    def wait(self) -> None:
+        """Until the copy to the device is done."""
+        if self.copied is not None:
+            self.copied.synchronize()
+
+
+class _Packer:
+    """Draws and packs; called by one thread at a time."""
+
+    def __init__(
+        self, data: Trajectories, normalization: Normalization, held_out: Tensor, config: Config, pin_memory: bool
+    ) -> None:
+        self.observations = torch.from_numpy(data.observations)
+        self.actions = torch.from_numpy(data.actions)
+        self.cu_seqlens = torch.from_numpy(data.cu_seqlens)
+        self.complete = torch.from_numpy(data.complete)
+        returns = normalization.returns(torch.from_numpy(data.returns)).to(torch.float32)
+        self.returns = torch.where(self.complete, returns, 0.0)
+        self.lengths = self.cu_seqlens.diff()
+        self.weights = self.lengths.to(torch.float64)
+        if config.train.sampling == "uniform":
+            self.weights.fill_(1.0)
+        self.weights[held_out] = 0.0
+        self.size = min(config.train.batch_size, int((self.weights > 0).sum()))
+        fraction = config.posterior.tau_only_fraction
+        # At least one where asked for: without any, the return model's variance is never fitted.
+        self.n_tau_only = max(1, round(fraction * self.size)) if fraction > 0 and self.size > 1 else 0
+        self.action_token_dropout = config.model.action_token_dropout
+        self.seed = (config.train.seed, KEY)
+        self.pin_memory = pin_memory
+        self.most_slots = config.train.prefetch + 2
+        self._slots: list[_Slot] = []
+
+    def pack(self, number: int) -> _Packed:
+        ids = ops.draw_trajectories(self.weights, self.size, self.seed, number)
+        n = int(self.lengths[ids].sum())
+        layout, n_bytes = self._layout(n)
+        slot = self._free_slot()
+        block = slot.lend(n_bytes)
+        x = carve(block, layout)
+        out = ops.PackedBatch(*(x[name] for name in ops.PackedBatch._fields))
+        ops.pack_batch(self.observations, self.actions, self.cu_seqlens, ids, out=out)
+        if self.action_token_dropout > 0:
+            ops.drop_steps(n, self.action_token_dropout, self.seed, number, out=x["dropped"])
+        torch.index_select(self.returns, 0, ids, out=x["returns"])
+        torch.index_select(self.complete, 0, ids, out=x["has_label"])
+        # Trajectories come in random order: those at the end, which hide their return, are any.
+        x["has_return"].copy_(x["has_label"])[self.size - self.n_tau_only :] = False
+        torch.where(x["has_return"], ids, ids + len(self.complete), out=x["rows"])
+        return _Packed(slot, block, layout, x)
+
+    def _layout(self, n: int) -> tuple[Layout, int]:
+        fields: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+            "observations": (torch.float32, (n, self.observations.shape[1])),
+            "actions": (torch.float32, (n, self.actions.shape[1])),
+            "cu_seqlens": (torch.int32, (self.size + 1,)),
+            "positions": (torch.int64, (n,)),
+            "sequence": (torch.int64, (n,)),
+            "returns": (torch.float32, (self.size,)),
+            "has_return": (torch.bool, (self.size,)),
+            "has_label": (torch.bool, (self.size,)),
+            "rows": (torch.int64, (self.size,)),
+        }
+        if self.action_token_dropout > 0:
+            fields["dropped"] = (torch.bool, (n,))
+        layout: Layout = {}
+        begin = 0
+        for name, (dtype, shape) in fields.items():
+            layout[name] = (dtype, shape, begin)
+            begin += -(-_n_bytes(dtype, shape) // ALIGNMENT) * ALIGNMENT
+        return layout, begin
+
+    def _free_slot(self) -> _Slot:
+        """A slot that nothing reads any more."""
+        free = [slot for slot in self._slots if not slot.is_lent]
+        for slot in free:
+            if not slot.is_copying:
+                return slot
+        if len(self._slots) >= self.most_slots:
+            if free:
+                # The device is that many batches behind: wait for it rather than pin more memory.
+                free[0].wait()
+                return free[0]
+            # The caller keeps all these batches: the first takes its memory with it.
+            self._slots.pop(0)
+        longest = self.lengths[self.weights > 0].topk(self.size).values
+        slot = _Slot(self._layout(int(longest.sum()))[1], self.pin_memory)
+        self._slots.append(slot)
+        return slot
+
+
+def carve(block: Tensor, layout: Layout) -> dict[str, Tensor]:
+    """The tensors of a block of bytes, as views."""
+    return {
+        name: block[begin : begin + _n_bytes(dtype, shape)].view(dtype).view(shape)
+        for name, (dtype, shape, begin) in layout.items()
+    }
+
+
+def _n_bytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+    n = dtype.itemsize
+    for size in shape:
+        n *= size
+    return n

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import math
@@ -39,6 +40,7 @@ RESUME_MAY_CHANGE = {
     "train.checkpoint_every",
     "train.keep_checkpoints",
     "train.n_threads",
+    "train.prefetch",
     "train.replay_episodes",
 }
 
@@ -108,14 +110,13 @@ class OfflineTrainer:
         self.posterior = PosteriorState(
             config.posterior, len(data), config.model.n_z, config.model.dim, t.seed, self.device
         )
-        self.generator = torch.Generator().manual_seed(t.seed)
         self.step = 0
 
     def run_update(self) -> tuple[dict[str, Tensor], int]:
         """One update: diagnostics (on the device) and the environment time steps it used."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, self.config.train)
-        batch, rows = self.batches.draw(self.generator)
+        batch, rows = self.batches.draw(self.step)
         values = update(self.model, self.optimizer, self.posterior, batch, rows, self.config)
         self.step += 1
         return values, len(batch.observations)
@@ -209,7 +210,6 @@ class OfflineTrainer:
             "data.first_observations": torch.from_numpy(self.data.observations[self.data.cu_seqlens[:-1]]),
             "data.usable": self.usable,
             "rng.torch": torch.get_rng_state(),
-            "rng.batches": self.generator.get_state(),
         }
         if self.step >= self.config.train.n_updates:
             tensors["best.ids"], tensors["best.z0"] = self.best_seeds()
@@ -233,6 +233,9 @@ class OfflineTrainer:
 
     def restore(self, path: Path) -> None:
         """Take over a checkpoint of this very configuration and data.
+
+        Batches follow from seed and step. Checkpoints from before that hold a generator's state, ``rng.batches``, which
+        is left unread: such a run goes on with other batches than it would have drawn then.
 
         Raises:
             CheckpointError: another environment, other data or another configuration, naming what differs.
@@ -271,12 +274,12 @@ class OfflineTrainer:
             self.posterior.load({name: tensors[f"posterior.{name}"] for name in self.posterior.tensors})
             self.optimizer.load_state_dict(checkpoint.unflatten(tensors, state["optimizer"]))
             self.normalization = Normalization(*(tensors[f"normalization.{name}"] for name in Normalization._fields))
-            self.generator.set_state(tensors["rng.batches"])
             torch.set_rng_state(tensors["rng.torch"])
             if self.device.type == "cuda":
                 torch.cuda.set_rng_state(tensors["rng.cuda"], self.device)
         except (KeyError, RuntimeError) as error:
             raise CheckpointError(f"{path}: {error}") from None
+        self.batches.close()
         self.batches = Batches(self.data, self.normalization, self.held_out, self.config, self.device)
         # As it was decided where the run began: "auto" may mean another thing on this machine.
         self.model.bf16 = state["bf16"]
@@ -338,6 +341,7 @@ def train(
         trainer.restore(checkpoint.latest(folder))
     run = start_run(folder, config.to_dict(), overwrite=overwrite, resume=resume)
     with (
+        contextlib.closing(trainer.batches),
         Logger(run.path, tensorboard=tensorboard) as logger,
         Progress(t.n_updates, "train", initial=trainer.step, disable=not progress) as bar,
         StopSignal() as stop,
