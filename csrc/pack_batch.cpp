@@ -6,7 +6,7 @@
 #include <string>
 #include <utility>
 
-#include "philox_normal.h"
+#include "philox.h"
 
 namespace gac_fast {
 namespace {

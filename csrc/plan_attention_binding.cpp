@@ -9,6 +9,7 @@
 
 #include "attention_views.h"
 #include "bindings.h"
+#include "gil.h"
 #include "plan_attention.h"
 
 namespace py = pybind11;

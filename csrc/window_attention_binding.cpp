@@ -9,6 +9,7 @@
 
 #include "attention_views.h"
 #include "bindings.h"
+#include "gil.h"
 #include "rotary_table.h"
 #include "window_attention.h"
 
