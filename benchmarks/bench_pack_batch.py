@@ -1,4 +1,4 @@
-"""Speed of packing 32 trajectories of the sizes of hopper-medium-replay (about 200 steps) and hopper-medium (1,000)."""
+"""Speed of drawing 32 trajectories and of packing them, in the sizes of hopper-medium-replay and hopper-medium."""
 
 from __future__ import annotations
 
@@ -35,3 +35,13 @@ def test_pack_batch(compare, tiny, mean_length):
     compare(
         case, {("reference", "float32"): under("reference", pack), ("cpp", "float32"): problem or under("cpp", pack)}
     )
+
+
+@pytest.mark.parametrize("n_trajectories", [2_000, 100_000])
+def test_draw_trajectories(benchmark, cpu_backend, n_trajectories):
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randint(1, 1000, (n_trajectories,), generator=generator).double()
+    for number in range(3):
+        ids = ops.draw_trajectories(weights, BATCH, (0, 1), number)
+        assert torch.equal(ids, reference.draw_trajectories(weights, BATCH, (0, 1), number))
+    benchmark(ops.draw_trajectories, weights, BATCH, (0, 1), 0)

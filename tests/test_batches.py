@@ -190,12 +190,15 @@ def test_a_batch_that_is_kept_is_never_written_over():
 @pytest.mark.usefixtures("cpp_engine")
 def test_memory_is_used_again():
     _, b = batches(prefetch=2)
-    addresses = {b.draw(number)[0].cu_seqlens.data_ptr() for number in range(50)}
-    assert len(addresses) <= 4
+
+    def address(number):
+        return b.draw(number)[1].untyped_storage().data_ptr()
+
+    assert len({address(number) for number in range(50)}) <= 4
     kept = [b.draw(number) for number in range(50, 80)]
-    assert len({batch.cu_seqlens.data_ptr() for batch, _ in kept}) == 30
+    assert len({rows.untyped_storage().data_ptr() for _, rows in kept}) == 30
     del kept
-    assert len({b.draw(number)[0].cu_seqlens.data_ptr() for number in range(80, 120)}) <= 5
+    assert len({address(number) for number in range(80, 120)}) <= 5
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -255,7 +258,7 @@ def test_results_come_in_order_and_a_jump_begins_anew():
     wait_until(lambda: made == [3, 4, 5, 6, 7])
     assert [feeder.take(number) for number in (5, 6, 100)] == [25, 36, 10_000]
     feeder.close()
-    assert made[5:8] == [5, 6, 7]
+    assert made[5:7] == [5, 6]
     with pytest.raises(ValueError, match="depth: expected at least 1, got 0"):
         Feeder(int, depth=0)
 
@@ -349,15 +352,17 @@ from test_batches import batches
 _, b = batches(dropout=0.3)
 parent = [b.draw(number)[1].tolist() for number in range(4)]
 _, other = batches(dropout=0.3)
-for i in range(20):
-    first = other.draw(2 * i)[1].tolist()
+for i in range(30):
+    other.draw(2 * i)
     child = os.fork()
     if not child:
         own = [b.draw(number)[1].tolist() for number in range(4)]
         assert own == parent, (own, parent)
         b.draw(4)
         other.draw(2 * i + 1)
-        sys.exit(0 if i % 2 else b.close())
+        b.close()
+        # The slow way once: with everything that is registered for the end of a process.
+        sys.exit() if i == 29 else os._exit(0)
     other.draw(2 * i + 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 assert b.draw(4)[1].tolist()

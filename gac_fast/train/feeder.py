@@ -14,6 +14,9 @@ __all__ = ["Feeder"]
 
 T = TypeVar("T")
 
+# Seconds.
+HEAD_START = 0.005
+
 
 class Feeder(Generic[T]):
     """``make(0)``, ``make(1)``, ... prepared in order by a thread, up to ``depth`` ahead of the loop that takes them.
@@ -108,6 +111,9 @@ class _Run(Generic[T]):
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._stopping or len(self._ready) < self._depth)
+                # Nothing is urgent while something is ready: whoever took the last result works with it first, and does
+                # not share the interpreter meanwhile.
+                self._changed.wait_for(lambda: self._stopping or not self._ready, timeout=HEAD_START)
                 if self._stopping:
                     return
             outcome: tuple[T, None] | tuple[None, BaseException]
