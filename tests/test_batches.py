@@ -317,7 +317,8 @@ def test_an_interrupt_while_waiting_ends_the_thread():
     with pytest.raises(KeyboardInterrupt):
         feeder.take(0)
     other.join()
-    assert not feeders()
+    # The interrupt may come while the thread is being started.
+    wait_until(lambda: not feeders())
     assert feeder.take(0) == 0
     feeder.close()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import os
 import threading
@@ -46,11 +47,13 @@ class Feeder(Generic[T]):
             what ``make(number)`` raised; the next call then tries again.
         """
         run = self._run
-        if run is None or run.pid != os.getpid() or run.next != number:
-            self.close()
-            self._run = run = _Run(self._make, number, self._depth)
-            self._stop = weakref.finalize(self, run.stop)
         try:
+            if run is None or run.pid != os.getpid() or run.next != number:
+                self.close()
+                self._run = run = _Run(self._make, number, self._depth)
+                # Before the start, which an interrupt may cut short.
+                self._stop = weakref.finalize(self, run.stop)
+                run.start()
             return run.take()
         except BaseException:
             # Interrupted or failed: what the thread was at is no longer known to be the next.
@@ -78,6 +81,8 @@ class _Run(Generic[T]):
         self._thread = threading.Thread(
             target=contextvars.copy_context().run, args=(self._work, first), name="gac_fast feeder", daemon=True
         )
+
+    def start(self) -> None:
         self._thread.start()
 
     def take(self) -> T:
@@ -104,7 +109,9 @@ class _Run(Generic[T]):
             self._changed.notify_all()
         # Garbage may be collected in any thread.
         if self._thread is not threading.current_thread():
-            self._thread.join()
+            # Not begun: a start that was cut short, whose thread ends as it begins.
+            with contextlib.suppress(RuntimeError):
+                self._thread.join()
             self._ready.clear()
 
     def _work(self, number: int) -> None:
