@@ -6,6 +6,7 @@
 namespace gac_fast {
 
 void bind_block(pybind11::module_& m);
+void bind_decode_step(pybind11::module_& m);
 void bind_gemm(pybind11::module_& m);
 void bind_pack_batch(pybind11::module_& m);
 void bind_philox_normal(pybind11::module_& m);

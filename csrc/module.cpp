@@ -20,6 +20,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("_isa_problems", &gac_fast::isa_problems);
     m.def("_use_isa", &gac_fast::use_isa, py::arg("name"));
     gac_fast::bind_block(m);
+    gac_fast::bind_decode_step(m);
     gac_fast::bind_gemm(m);
     gac_fast::bind_pack_batch(m);
     gac_fast::bind_philox_normal(m);

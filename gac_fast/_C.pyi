@@ -174,3 +174,29 @@ def _block_backward(
 ) -> None: ...
 def _draw_trajectories(seed0: int, seed1: int, number: int, weights: npt.NDArray[np.float64], out: _Ints) -> None: ...
 def _drop_steps(seed0: int, seed1: int, number: int, threshold: int, out: npt.NDArray[np.bool_]) -> None: ...
+def _same_entries(entries: list[tuple[dict[str, Any], str, Any]]) -> bool: ...
+
+class _DecodeWeights:
+    def __init__(
+        self,
+        tensors: list[Any],
+        arrays: list[npt.NDArray[Any]],
+        n_heads: int,
+        rope_base: float,
+        reads_actions: bool,
+        bf16: bool,
+    ) -> None: ...
+    def stale(self) -> bool: ...
+
+class _DecodeState:
+    def __init__(
+        self,
+        ring_k: npt.NDArray[Any],
+        ring_v: npt.NDArray[Any],
+        plan_k: _Floats,
+        plan_v: _Floats,
+        steps: _Ints,
+        last_action: _Floats,
+        units: list[npt.NDArray[Any]],
+    ) -> None: ...
+    def step(self, weights: _DecodeWeights, observations: npt.NDArray[Any], out: _Floats, n_threads: int) -> int: ...

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -11,7 +11,6 @@ from torch import Tensor
 from gac_fast import ops
 from gac_fast.model import GAC
 from gac_fast.model.normalization import Normalization
-from gac_fast.reference import DecoderWeights
 
 __all__ = ["Actor"]
 
@@ -32,12 +31,17 @@ class Actor:
     steps per layer. This equals the full banded pass over the episode so far, at a cost that does not grow with it.
 
     Args:
-        model: the joint model; its weights are read at every step, never copied.
+        model: the joint model; every step acts on its weights as they then are. (The C++ engine keeps packed copies and
+            packs again what has changed, see :func:`gac_fast.ops.decode_step`.)
         normalization: units of observations and actions.
         z0: [P, n_z, D], one plan seed per environment, P >= 1; NumPy or tensor, of any float type and device. It goes
             to the device and type of ``normalization``.
         action_noise: standard deviation of Gaussian noise on the action, in units of half the action space.
         seed: of that noise.
+        bf16: let the C++ engine run the decoder's layers in bfloat16: several times faster where the processor has
+            matrix units for it, actions to about 1%. ``"auto"`` does so where it has them and the decoder was trained
+            so (``model.bf16``), which is then how its actions were fitted; a decoder trained in float32 acts in
+            float32.
 
     Raises:
         ValueError: ``z0`` has another shape, is not of a float type, or is not finite (checked if it comes on the CPU).
@@ -50,27 +54,35 @@ class Actor:
         z0: np.ndarray | Tensor,
         action_noise: float = 0.0,
         seed: int = 0,
+        bf16: bool | Literal["auto"] = "auto",
     ) -> None:
+        if bf16 not in (True, False, "auto"):
+            raise ValueError(f"bf16: expected True, False or 'auto', got {bf16!r}")
         self.model = model
         self.normalization = normalization
         self.action_noise = action_noise
         z0 = self._seeds("z0", z0, None)
         self._generator = torch.Generator(device=z0.device).manual_seed(seed)
         config, decoder = model.config, model.decoder
-        n_rows, width = len(z0), config.dim // config.n_heads
-        ring = (config.n_layers, n_rows, decoder.window, config.n_heads, width)
-        self._ring_k = torch.zeros(ring, dtype=z0.dtype, device=z0.device)
-        self._ring_v = torch.zeros_like(self._ring_k)
-        plan = (config.n_layers, n_rows, config.n_z, config.n_heads, width)
-        self._plan_k = torch.zeros(plan, dtype=z0.dtype, device=z0.device)
-        self._plan_v = torch.zeros_like(self._plan_k)
-        self._steps = torch.zeros(n_rows, dtype=torch.int64, device=z0.device)
-        self._last_action = torch.zeros(n_rows, model.act_dim, dtype=z0.dtype, device=z0.device)
-        self._set_plans(torch.ones(n_rows, dtype=torch.bool, device=z0.device), z0)
+        if bf16 == "auto":
+            bf16 = model.bf16 and ops.has_fast_bf16(z0.device)
+        self._state = ops.DecodeState(
+            n_layers=config.n_layers, n_rows=len(z0), window=decoder.window, n_heads=config.n_heads,
+            width=config.dim // config.n_heads, n_z=config.n_z, act_dim=model.act_dim,
+            dtype=z0.dtype, device=z0.device, bf16=bf16,
+        )  # fmt: skip
+        self._weights = ops.WeightsOf(decoder)
+        self._units = _units(normalization)
+        self._set_plans(torch.ones(len(z0), dtype=torch.bool, device=z0.device), z0)
 
     def __len__(self) -> int:
         """Number of environments P."""
-        return len(self._steps)
+        return len(self._state.steps)
+
+    @property
+    def bf16(self) -> bool:
+        """Whether keys and values, and on the C++ engine the decoder's products, are in bfloat16."""
+        return self._state.bf16
 
     def __repr__(self) -> str:
         window = self.model.config.window
@@ -102,10 +114,12 @@ class Actor:
     def _set_plans(self, rows: Tensor, z0: Tensor) -> None:
         # All rows are computed and the masked ones kept: the same shapes, hence the same bits, as in a fresh actor.
         z, keep = self.model.prior(z0), rows[:, None, None, None]
-        for i, layer in enumerate(self.model.decoder.layers):
+        for layer, plan_k, plan_v in zip(
+            self.model.decoder.layers, self._state.plan_k, self._state.plan_v, strict=True
+        ):
             k, v = layer.plan_keys(z)  # type: ignore[operator]
-            self._plan_k[i] = torch.where(keep, k, self._plan_k[i])
-            self._plan_v[i] = torch.where(keep, v, self._plan_v[i])
+            plan_k.copy_(torch.where(keep, k, plan_k))
+            plan_v.copy_(torch.where(keep, v, plan_v))
 
     def reset(
         self, mask: np.ndarray | Tensor | None = None, plans: np.ndarray | Tensor | HasSeeds | None = None
@@ -120,20 +134,16 @@ class Actor:
         Raises:
             ValueError: a mask or seeds of another shape or type, or seeds that are not finite (checked on the CPU).
         """
-        rows = torch.ones_like(self._steps, dtype=torch.bool)
+        steps = self._state.steps
+        rows = torch.ones_like(steps, dtype=torch.bool)
         if mask is not None:
-            rows = torch.as_tensor(mask, device=self._steps.device)
-            if rows.dtype != torch.bool or rows.shape != self._steps.shape:
+            rows = torch.as_tensor(mask, device=steps.device)
+            if rows.dtype != torch.bool or rows.shape != steps.shape:
                 raise ValueError(f"mask: expected bool [{len(self)}], got {rows.dtype} {list(rows.shape)}")
         if plans is not None:
             z0 = plans if isinstance(plans, np.ndarray | Tensor) else plans.z0
             self._set_plans(rows, self._seeds("plans", z0, rows))
-        # A slot counts only once a token of the new episode has filled it, but weight 0 times NaN is NaN: whatever an
-        # earlier episode left must go. Filled under a mask, as rows picked by one would make the host wait.
-        for ring in (self._ring_k, self._ring_v):
-            ring.masked_fill_(rows[:, None, None, None], 0)
-        self._last_action.masked_fill_(rows[:, None], 0)
-        self._steps.masked_fill_(rows, 0)
+        self._state.reset(rows)
 
     @torch.no_grad()
     def act(self, obs: Array) -> Array:
@@ -149,34 +159,20 @@ class Actor:
             ValueError: wrong shape.
             FloatingPointError: an observation is NaN or infinite (checked in NumPy arrays and on the CPU).
         """
-        x = torch.as_tensor(obs, device=self._ring_k.device).to(self._ring_k.dtype)
-        if x.shape != (len(self), self.model.obs_dim):
-            raise ValueError(f"obs: expected shape [{len(self)}, {self.model.obs_dim}], got {list(x.shape)}")
-        # A tensor on a device goes unchecked: reading the answer back would cost a wait at every step.
-        if isinstance(obs, np.ndarray) or x.device.type == "cpu":
-            finite = torch.isfinite(x).all(dim=1)
-            if not bool(finite.all()):
-                row = int((~finite).nonzero()[0])
-                raise FloatingPointError(f"obs: expected finite values, environment {row} has {x[row].tolist()}")
-        decoder = self.model.decoder
-        weights, c = decoder.weights(), decoder.tokens_per_step
-        if c == 2:
-            token = decoder.embed_actions(self._last_action)
-            self._feed(weights, token, 2 * self._steps - 1, self._steps - 1, self._steps > 0)
-        token = decoder.embed_state(self.normalization.observations(x))
-        action = self._feed(weights, token, c * self._steps, self._steps, None)
+        if not isinstance(obs, np.ndarray | Tensor):
+            obs = torch.as_tensor(obs)
+        if self._weights.decoder is not self.model.decoder:
+            self._weights = ops.WeightsOf(self.model.decoder)
+        out = ops.decode_step(self._weights(), self._state, obs, self._units)
         if self.action_noise > 0:
+            action = self._state.last_action
             noise = torch.randn(action.shape, generator=self._generator, dtype=action.dtype, device=action.device)
-            action = (action + self.action_noise * noise).clamp(-1, 1)
-        self._last_action.copy_(action)
-        self._steps += 1
-        out = self.normalization.to_environment(action)
-        return out.cpu().numpy() if isinstance(obs, np.ndarray) else out
+            action.add_(noise, alpha=self.action_noise).clamp_(-1, 1)
+            noisy = self.normalization.to_environment(action)
+            return noisy.cpu().numpy() if isinstance(obs, np.ndarray) else noisy
+        return out
 
-    def _feed(
-        self, weights: DecoderWeights, token: Tensor, n_seen: Tensor, positions: Tensor, active: Tensor | None
-    ) -> Tensor:
-        n_seen, positions = n_seen.clamp_min(0), positions.clamp_min(0)
-        return ops.decode_token(
-            weights, token, self._ring_k, self._ring_v, self._plan_k, self._plan_v, n_seen, positions, active
-        )
+
+def _units(normalization: Normalization) -> ops.Units:
+    n = normalization
+    return ops.Units(n.obs_mean, n.obs_std, n.action_mid, n.action_half)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -143,10 +143,21 @@ class Policy:
         starts = self._per_plan(len(z0), self._starts(len(z0), obs, 0))
         return planning.predict(self.model, self.normalization, z0, starts)
 
-    def actor(self, plans: Plans | Tensor | np.ndarray, action_noise: float = 0.0, seed: int = 0) -> Actor:
-        """An :class:`Actor` for ``len(plans)`` environments, plan i acting in environment i."""
+    def actor(
+        self,
+        plans: Plans | Tensor | np.ndarray,
+        action_noise: float = 0.0,
+        seed: int = 0,
+        bf16: bool | Literal["auto"] = "auto",
+    ) -> Actor:
+        """An :class:`Actor` for ``len(plans)`` environments, plan i acting in environment i.
+
+        Args:
+            plans: or their seeds, [P, n_z, D].
+            action_noise, seed, bf16: as for :class:`Actor`.
+        """
         z0 = plans.z0 if isinstance(plans, Plans) else plans
-        return Actor(self.model, self.normalization, z0, action_noise, seed)
+        return Actor(self.model, self.normalization, z0, action_noise, seed, bf16)
 
 
 def _check_count(n: int) -> None:
@@ -205,6 +216,8 @@ def from_checkpoint(
         model = GAC(config.model, state["obs_dim"], state["act_dim"])
         weights = {key.removeprefix("model."): value for key, value in tensors.items() if key.startswith("model.")}
         model.load_state_dict(weights)
+        # How the decoder was trained, and hence how it may act.
+        model.bf16 = bool(state.get("bf16", False))
         fields = [tensors[f"normalization.{field}"] for field in Normalization._fields]
         returns = tensors["data.returns"]
         b = len(returns)

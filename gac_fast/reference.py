@@ -20,6 +20,8 @@ __all__ = [
     "PackedBatch",
     "PriorWeights",
     "ReturnWeights",
+    "StepWeights",
+    "decode_step",
     "decode_token",
     "decoder_block",
     "draw_trajectories",
@@ -299,7 +301,7 @@ class LayerWeights(NamedTuple):
 
 
 class DecoderWeights(NamedTuple):
-    """All that one environment step needs of the decoder."""
+    """All that a token needs of the decoder once it is embedded."""
 
     layers: tuple[LayerWeights, ...]
     norm_w: Tensor
@@ -308,6 +310,16 @@ class DecoderWeights(NamedTuple):
     b_head: Tensor
     n_heads: int
     rope_base: float
+
+
+class StepWeights(NamedTuple):
+    """All that one environment step needs of the decoder; without action tokens (C = 1) their embedding is None."""
+
+    embed_state_w: Tensor
+    embed_state_b: Tensor
+    embed_action_w: Tensor | None
+    embed_action_b: Tensor | None
+    decoder: DecoderWeights
 
 
 def decode_token(
@@ -325,7 +337,8 @@ def decode_token(
 
     Args:
         x: [P, D] embedded tokens.
-        ring_k, ring_v: [L, P, W, H, d], **mutated**: token i of an environment lives in slot i % W.
+        ring_k, ring_v: [L, P, W, H, d], **mutated**: token i of an environment lives in slot i % W. They may be of a
+            narrower float type than ``x``. What lies in slots not yet filled counts for nothing, but must be finite.
         plan_k, plan_v: [L, P, n_z, H, d].
         n_seen: int64 [P], tokens each environment has been fed before this one.
         positions: int64 [P], time step of the token.
@@ -348,10 +361,10 @@ def decode_token(
         if active is not None:
             k = torch.where(active[:, None, None], k, ring_k[i, rows, slot])
             v = torch.where(active[:, None, None], v, ring_v[i, rows, slot])
-        ring_k[i, rows, slot] = k
-        ring_v[i, rows, slot] = v
-        score = torch.einsum("phd,pwhd->phw", q * width**-0.5, ring_k[i]) + bias
-        out = torch.einsum("phw,pwhd->phd", torch.softmax(score, dim=-1), ring_v[i])
+        ring_k[i, rows, slot] = k.to(ring_k.dtype)
+        ring_v[i, rows, slot] = v.to(ring_v.dtype)
+        score = torch.einsum("phd,pwhd->phw", q * width**-0.5, ring_k[i].to(x.dtype)) + bias
+        out = torch.einsum("phw,pwhd->phd", torch.softmax(score, dim=-1), ring_v[i].to(x.dtype))
         x = x + F.linear(out.reshape(n_rows, dim), w.w_o, w.b_o)
         q = norm_linear(x, w.norm2_w, w.norm2_b, w.w_plan_q, w.b_plan_q).view(n_rows, heads, width)
         score = torch.einsum("phd,pzhd->phz", q * width**-0.5, plan_k[i])
@@ -359,6 +372,42 @@ def decode_token(
         x = x + F.linear(out.reshape(n_rows, dim), w.w_plan_o, w.b_plan_o)
         x = mlp_residual(x, w.norm3_w, w.norm3_b, w.w_in, w.b_in, w.w_out, w.b_out)
     return torch.tanh(norm_linear(x, weights.norm_w, weights.norm_b, weights.w_head, weights.b_head))
+
+
+def decode_step(
+    weights: StepWeights,
+    observations: Tensor,
+    ring_k: Tensor,
+    ring_v: Tensor,
+    plan_k: Tensor,
+    plan_v: Tensor,
+    steps: Tensor,
+    last_action: Tensor,
+) -> Tensor:
+    """Advance every environment by one time step: feed a_{t-1} (with C = 2, from the second step on), then s_t.
+
+    Args:
+        observations: [P, obs_dim] normalised.
+        ring_k, ring_v, plan_k, plan_v: as in :func:`decode_token`; the rings are **mutated**.
+        steps: int64 [P], time steps each environment has been fed; **mutated**, one more afterwards.
+        last_action: [P, act_dim] normalised, what each environment did last; **mutated**, the mean afterwards.
+
+    Returns:
+        [P, act_dim], the tanh mean.
+    """
+
+    def feed(token: Tensor, n_seen: Tensor, positions: Tensor, active: Tensor | None) -> Tensor:
+        n_seen, positions = n_seen.clamp_min(0), positions.clamp_min(0)
+        return decode_token(weights.decoder, token, ring_k, ring_v, plan_k, plan_v, n_seen, positions, active)
+
+    c = 1 if weights.embed_action_w is None else 2
+    if weights.embed_action_w is not None:
+        token = F.linear(last_action, weights.embed_action_w, weights.embed_action_b)
+        feed(token, 2 * steps - 1, steps - 1, steps > 0)
+    mean = feed(F.linear(observations, weights.embed_state_w, weights.embed_state_b), c * steps, steps, None)
+    last_action.copy_(mean)
+    steps += 1
+    return mean
 
 
 # ---------------------------------------------------------------------------------------------------------------------

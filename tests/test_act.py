@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
+from conftest import row_error
 from core_fixtures import ACT_DIM, OBS_DIM, make_model, make_normalization, model_config, random_seeds
 
+from gac_fast import ops
 from gac_fast.act import Actor
 from gac_fast.plan import Plans
 
 P = 4
 MASK = torch.tensor([True, False, True, False])
+
+
+@pytest.fixture(autouse=True, params=["reference", "cpp"])
+def engine(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Everything here holds for both."""
+    if request.param == "cpp":
+        request.getfixturevalue("cpp_engine")
+    with ops.backend(request.param):
+        yield request.param
+    other = {"reference": "cpp", "cpp": "reference"}[request.param]
+    assert ("decode_step", other) not in ops.dispatch_counts() or "engines" in request.node.name
 
 
 def make_actor(context="states", seed=0, **options) -> Actor:
@@ -138,6 +154,107 @@ def test_the_actor_reads_the_models_present_weights():
         actor.model.decoder.head.weight.mul_(-1)
     actor.reset()
     assert not torch.equal(actor.act(observations(1)[0]), before)
+
+
+@pytest.mark.parametrize("context", ["states", "states_actions"])
+def test_weights_may_change_within_an_episode(context):
+    """What is in the rings stays; the next step runs on the new weights."""
+    actor, other = make_actor(context), make_actor(context)
+    obs = observations(6)
+    for x in obs[:3]:
+        actor.act(x), other.act(x)
+    optimizer = torch.optim.SGD(actor.model.decoder.parameters(), lr=0.5)
+    for p in actor.model.decoder.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert not torch.equal(actor.act(obs[3]), other.act(obs[3]))
+    other.model.load_state_dict(actor.model.state_dict())
+    assert not torch.equal(actor.act(obs[4]), other.act(obs[4]))
+    # A new decoder in the model's place, on the same history.
+    one, two = make_actor(context), make_actor(context)
+    for x in obs[:3]:
+        assert torch.equal(one.act(x), two.act(x))
+    one.model.decoder = copy.deepcopy(actor.model.decoder)
+    two.model.load_state_dict(one.model.state_dict(), assign=True)
+    assert torch.equal(one.act(obs[3]), two.act(obs[3]))
+
+
+@pytest.mark.parametrize("context", ["states", "states_actions"])
+def test_a_deep_copy_goes_on_by_itself(context):
+    actor = make_actor(context, action_noise=0.2)
+    obs = observations(6)
+    for x in obs[:3]:
+        actor.act(x)
+    other = copy.deepcopy(actor)
+    # Noise included.
+    for x in obs[3:]:
+        assert torch.equal(actor.act(x), other.act(x))
+    with torch.no_grad():
+        actor.model.decoder.head.weight.mul_(-1)
+    assert not torch.equal(actor.act(obs[0]), other.act(obs[0]))
+
+
+def test_bf16_acts_close_to_float32(engine):
+    full, narrow = make_actor("states_actions", bf16=False), make_actor("states_actions", bf16=True)
+    a = torch.stack([full.act(x) for x in observations(12)])
+    b = torch.stack([narrow.act(x) for x in observations(12)])
+    assert row_error(b.flatten(1), a.flatten(1)) < 2e-2
+    assert not torch.equal(a, b)
+    assert b.dtype == torch.float32
+
+
+def test_auto_acts_as_the_decoder_was_trained(engine):
+    for trained in (False, True):
+        model = make_model()
+        model.bf16 = trained
+        actor = Actor(model, make_normalization(), random_seeds(P, model.config))
+        assert actor.bf16 == (trained and ops.has_fast_bf16(torch.device("cpu")))
+        assert Actor(model, make_normalization(), random_seeds(P, model.config), bf16=not trained).bf16 != trained
+    with pytest.raises(ValueError, match="bf16: expected True, False or 'auto', got 'on'"):
+        make_actor(bf16="on")
+
+
+class Pendulums:
+    """P damped points that every action pushes: observations depend smoothly on all actions before."""
+
+    def __init__(self, n: int) -> None:
+        self.x = torch.linspace(-1, 1, n)[:, None] * torch.tensor([1.0, 0.5, -1.0])
+
+    def step(self, action: torch.Tensor) -> None:
+        push = torch.nn.functional.pad(action, (0, 1))
+        self.x = 0.9 * self.x + 0.1 * torch.sin(3 * self.x.roll(1, dims=1)) + 0.05 * push
+
+
+def test_64_episodes_follow_the_reference_in_both_engines(cpp_engine):
+    """Whole episodes, each engine acting for itself in a world of its own."""
+    for context in ("states", "states_actions"):
+        model = make_model(model_config(context=context, window=8))
+        actors = {
+            name: Actor(model, make_normalization(), random_seeds(64, model.config), bf16=False)
+            for name in ("reference", "cpp")
+        }
+        worlds = {name: Pendulums(64) for name in actors}
+        moved = 0.0
+        for _ in range(60):
+            actions = {}
+            for name, actor in actors.items():
+                with ops.backend(name):
+                    actions[name] = actor.act(worlds[name].x)
+            torch.testing.assert_close(worlds["cpp"].x, worlds["reference"].x, rtol=0, atol=1e-4)
+            torch.testing.assert_close(actions["cpp"], actions["reference"], rtol=0, atol=1e-4)
+            before = worlds["cpp"].x
+            for name, world in worlds.items():
+                world.step(actions[name])
+            moved = max(moved, float((worlds["cpp"].x - before).abs().max()))
+        assert moved > 0.05
+
+
+def test_an_actor_in_inference_mode():
+    actor, other = make_actor("states_actions"), make_actor("states_actions")
+    for x in observations(4):
+        with torch.inference_mode():
+            out = actor.act(x.numpy())
+        np.testing.assert_array_equal(out, other.act(x).numpy())
 
 
 def test_len_and_repr():

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from gac_fast import ops, reference
 from gac_fast.config import ModelConfig
-from gac_fast.reference import BlockWeights, DecoderWeights, LayerWeights
+from gac_fast.reference import BlockWeights, DecoderWeights, LayerWeights, StepWeights
 
 __all__ = ["Decoder"]
 
@@ -101,6 +101,15 @@ class Decoder(nn.Module):
         return DecoderWeights(
             tuple(layer.weights() for layer in self.layers),  # type: ignore[operator]
             self.norm.weight, self.norm.bias, self.head.weight, self.head.bias, self.n_heads, self.rope_base,
+        )  # fmt: skip
+
+    def step_weights(self) -> StepWeights:
+        """Parameters as :func:`gac_fast.ops.decode_step` takes them."""
+        state, action = self.embed_state, self.embed_action if self.tokens_per_step == 2 else None
+        return StepWeights(
+            state.weight, state.bias,
+            None if action is None else action.weight, None if action is None else action.bias,
+            self.weights(),
         )  # fmt: skip
 
     def embed_actions(self, actions: Tensor, dropped: Tensor | None = None) -> Tensor:

@@ -2,7 +2,7 @@
 
 from gac_fast.ops._dispatch import BACKENDS, OpStatus, backend, cpu_isa, dispatch_counts, reset_dispatch_counts, status
 from gac_fast.ops.block import decoder_block
-from gac_fast.ops.decode_step import decode_token
+from gac_fast.ops.decode_step import DecodeState, Units, WeightsOf, decode_step, has_fast_bf16
 from gac_fast.ops.pack_batch import PackedBatch, draw_trajectories, drop_steps, pack_batch
 from gac_fast.ops.philox_normal import philox_normal
 from gac_fast.ops.plan_ascent import plan_ascent, plan_langevin
@@ -11,15 +11,19 @@ from gac_fast.ops.window_attention import window_attention
 
 __all__ = [
     "BACKENDS",
+    "DecodeState",
     "OpStatus",
     "PackedBatch",
+    "Units",
+    "WeightsOf",
     "backend",
     "cpu_isa",
-    "decode_token",
+    "decode_step",
     "decoder_block",
     "dispatch_counts",
     "draw_trajectories",
     "drop_steps",
+    "has_fast_bf16",
     "pack_batch",
     "philox_normal",
     "plan_ascent",

@@ -1,0 +1,549 @@
+#include "decode_step.h"
+
+#include <utility>
+
+#include "gemm.h"
+
+namespace gac_fast {
+namespace GAC_FAST_ISA {
+namespace {
+
+constexpr float kNormEps = 1e-5F;
+constexpr float kLowest = -3.4e38F;
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Packing
+
+// Hands out parts of memory that the caller owns; counts alone where there is none.
+class Taker {
+  public:
+    explicit Taker(char* base) : base_(base) {}
+
+    template <typename T>
+    T* take(std::int64_t n) {
+        T* p = base_ == nullptr ? nullptr : reinterpret_cast<T*>(base_ + used_);
+        used_ += static_cast<std::size_t>(round_up(n * static_cast<std::int64_t>(sizeof(T)), 64));
+        return p;
+    }
+
+    const float* vector(const float* x, std::int64_t n) {
+        const std::int64_t padded = round_up(n, kColumns);
+        float* p = take<float>(padded);
+        if (p == nullptr) return nullptr;
+        for (std::int64_t i = 0; i < padded; ++i) p[i] = i < n ? x[i] : 0.0F;
+        return p;
+    }
+
+    // Columns from `first` on of a linear map.
+    template <typename T>
+    PackedLinear linear(const LinearSource& source, std::int64_t first, std::int64_t n_out, std::int64_t n_in) {
+        T* w = take<T>(packed_size<T>(n_out, n_in));
+        if (w != nullptr) pack<T>(source.w + first * n_in, n_in, 1, n_out, n_in, w);
+        return {w, vector(base_ == nullptr ? nullptr : source.b + first, n_out)};
+    }
+
+    PackedNorm norm(const LinearSource& source, std::int64_t n) { return {vector(source.w, n), vector(source.b, n)}; }
+
+    std::size_t used() const { return used_; }
+
+  private:
+    char* base_;
+    std::size_t used_ = 0;
+};
+
+template <typename T>
+std::size_t pack_all(const DecoderSource& source, char* memory, PackedDecoder* packed) {
+    const DecodeSizes& s = source.sizes;
+    Taker taker(memory);
+    auto* layers = taker.take<PackedLayer>(s.n_layers);
+    for (std::int64_t i = 0; i < s.n_layers; ++i) {
+        const LayerSource& from = source.layers[i];
+        PackedLayer layer;
+        // In the order of their use.
+        layer.norm1 = taker.norm(from.norm1, s.dim);
+        layer.q = taker.linear<T>(from.qkv, 0, s.dim, s.dim);
+        layer.kv = taker.linear<T>(from.qkv, s.dim, 2 * s.dim, s.dim);
+        layer.o = taker.linear<T>(from.o, 0, s.dim, s.dim);
+        layer.norm2 = taker.norm(from.norm2, s.dim);
+        layer.plan_q = taker.linear<T>(from.plan_q, 0, s.dim, s.dim);
+        layer.plan_o = taker.linear<T>(from.plan_o, 0, s.dim, s.dim);
+        layer.norm3 = taker.norm(from.norm3, s.dim);
+        layer.in = taker.linear<T>(from.in, 0, s.hidden, s.dim);
+        layer.out = taker.linear<T>(from.out, 0, s.dim, s.hidden);
+        if (layers != nullptr) layers[i] = layer;
+    }
+    PackedDecoder all;
+    all.sizes = s;
+    all.layers = layers;
+    all.embed_state = taker.linear<float>(source.embed_state, 0, s.dim, s.obs_dim);
+    all.embed_action = {nullptr, nullptr};
+    if (s.reads_actions) all.embed_action = taker.linear<float>(source.embed_action, 0, s.dim, s.act_dim);
+    all.norm = taker.norm(source.norm, s.dim);
+    all.head = taker.linear<float>(source.head, 0, s.act_dim, s.dim);
+    if (packed != nullptr) *packed = all;
+    return taker.used();
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Rows
+
+inline Vec load_up_to(const float* p, std::int64_t n) { return n >= kLanes ? load(p) : load_first(p, n); }
+
+template <typename T>
+inline void store_up_to(T* p, Vec x, std::int64_t n) {
+    if (n >= kLanes) {
+        store(p, x);
+    } else {
+        store_first(p, x, n);
+    }
+}
+
+inline float reciprocal_root(float x) { return 1.0F / __builtin_sqrtf(x); }
+
+// y = norm(x), zeros up to ldy; then x += bias, for the product that will be added to it.
+template <typename T>
+void norm_row(std::int64_t dim, float* x, const PackedNorm& norm, const float* bias, T* y, std::int64_t ldy) {
+    Vec total{};
+    for (std::int64_t i = 0; i < dim; i += kLanes) total += load_up_to(x + i, dim - i);
+    const float mean = sum(total) / static_cast<float>(dim);
+    Vec squares{};
+    for (std::int64_t i = 0; i < dim; i += kLanes) {
+        Vec centred = load_up_to(x + i, dim - i) - mean;
+        if (dim - i < kLanes) {
+            float lanes[kLanes] = {};
+            store_first(lanes, centred, dim - i);
+            centred = load(lanes);
+        }
+        squares += centred * centred;
+    }
+    const float scale = reciprocal_root(sum(squares) / static_cast<float>(dim) + kNormEps);
+    for (std::int64_t i = 0; i < dim; i += kLanes) {
+        const Vec old = load_up_to(x + i, dim - i);
+        store_up_to(y + i, (old - mean) * scale * load(norm.w + i) + load(norm.b + i), dim - i);
+        if (bias != nullptr) store_up_to(x + i, old + load(bias + i), dim - i);
+    }
+    for (std::int64_t i = dim; i < ldy; ++i) y[i] = T{};
+}
+
+template <typename T>
+void silu_rows(std::int64_t m, std::int64_t n, const float* x, std::int64_t ldx, T* y, std::int64_t ldy) {
+    for (std::int64_t r = 0; r < m; ++r) {
+        for (std::int64_t i = 0; i < n; i += kLanes) {
+            store_up_to(y + r * ldy + i, silu(load(x + r * ldx + i)), n - i);
+        }
+        for (std::int64_t i = n; i < ldy; ++i) y[r * ldy + i] = T{};
+    }
+}
+
+// To 2e-7 of its own size: below 0.625 a polynomial (Cephes), above by the exponential.
+inline Vec tanh(Vec x) {
+    const IntVec sign = (IntVec)x & static_cast<std::int32_t>(0x80000000U);
+    const Vec size = (Vec)((IntVec)x & 0x7FFFFFFF);
+    const Vec z = x * x;
+    Vec p = z * -5.70498872745e-3F + 2.06390887954e-2F;
+    p = p * z - 5.37397155531e-2F;
+    p = p * z + 1.33314422036e-1F;
+    p = p * z - 3.33332819422e-1F;
+    const Vec small = x + x * z * p;
+    const Vec large = (Vec)((IntVec)(1.0F - 2.0F / (exp(size + size) + 1.0F)) | sign);
+    // A NaN compares false, and `small` keeps it.
+    return size > 0.625F ? large : small;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Attention of one query to n keys
+
+constexpr int kChunk = 2 * kLanes;
+
+// A chunk of a row as two vectors: halves of float, even and odd elements of Bf16.
+struct Pair {
+    Vec a, b;
+};
+
+inline Pair load_pair(const float* p) { return {load(p), load(p + kLanes)}; }
+
+inline Pair split(IntVec bits) { return {(Vec)(bits << 16), (Vec)(bits & static_cast<std::int32_t>(0xFFFF0000U))}; }
+
+inline Pair load_pair(const Bf16* p) {
+    IntVec bits;
+    std::memcpy(&bits, p, sizeof(bits));
+    return split(bits);
+}
+
+// The first n elements, 0 < n < kChunk; the others are zero.
+inline Pair load_pair_first(const float* p, std::int64_t n) {
+    if (n <= kLanes) return {load_up_to(p, n), Vec{}};
+    return {load(p), load_first(p + kLanes, n - kLanes)};
+}
+
+// n even.
+inline Pair load_pair_first(const Bf16* p, std::int64_t n) {
+    Bf16 lanes[kChunk] = {};
+    std::memcpy(lanes, p, static_cast<std::size_t>(n) * sizeof(Bf16));
+    return load_pair(lanes);
+}
+
+template <int... I>
+inline Vec even_of(Vec a, Vec b, std::integer_sequence<int, I...>) {
+    return __builtin_shufflevector(a, b, (2 * I)...);
+}
+template <int... I>
+inline Vec odd_of(Vec a, Vec b, std::integer_sequence<int, I...>) {
+    return __builtin_shufflevector(a, b, (2 * I + 1)...);
+}
+template <int FIRST, int... I>
+inline Vec interleave(Vec a, Vec b, std::integer_sequence<int, I...>) {
+    return __builtin_shufflevector(a, b, (FIRST + I / 2 + I % 2 * kLanes)...);
+}
+using Lanes = std::make_integer_sequence<int, kLanes>;
+
+// Halves of float -> as load_pair() of a row of KV has them, and back.
+template <typename KV>
+inline Pair arrange(Pair x) {
+    if constexpr (sizeof(KV) == sizeof(float)) return x;
+    return {even_of(x.a, x.b, Lanes{}), odd_of(x.a, x.b, Lanes{})};
+}
+template <typename KV>
+inline Pair restore(Pair x) {
+    if constexpr (sizeof(KV) == sizeof(float)) return x;
+    return {interleave<0>(x.a, x.b, Lanes{}), interleave<kLanes / 2>(x.a, x.b, Lanes{})};
+}
+
+// Blocks of SIZE lanes: even blocks of a and b one after the other (HIGH = 0), or odd ones (HIGH = 1).
+template <int SIZE, int HIGH, int... I>
+inline Vec blocks_of(Vec a, Vec b, std::integer_sequence<int, I...>) {
+    return __builtin_shufflevector(a, b, (I / SIZE % 2 * kLanes + I / SIZE / 2 * 2 * SIZE + HIGH * SIZE + I % SIZE)...);
+}
+
+// Lane i of the result is the sum of x[i].
+template <int N>
+inline Vec sums_of(Vec* x) {
+    if constexpr (N == 1) {
+        return x[0];
+    } else {
+        constexpr int kHalf = N / 2;
+        for (int i = 0; i < kHalf; ++i) {
+            x[i] = blocks_of<kHalf, 0>(x[i], x[i + kHalf], Lanes{}) + blocks_of<kHalf, 1>(x[i], x[i + kHalf], Lanes{});
+        }
+        return sums_of<kHalf>(x);
+    }
+}
+
+inline Vec lane_numbers() {
+    float lanes[kLanes];
+    for (int i = 0; i < kLanes; ++i) lanes[i] = static_cast<float>(i);
+    return load(lanes);
+}
+
+constexpr std::int64_t kMostWidth = 256;
+
+// One head. CHUNKS > 0: width = CHUNKS * kChunk; 0: any even width up to kMostWidth. q is scaled already.
+template <int CHUNKS, typename KV, typename Out>
+void attend_head(std::int64_t width, std::int64_t stride, const float* q, const KV* k, const KV* v, std::int64_t n,
+                 float* scores, Out* out) {
+    constexpr int kMost = CHUNKS > 0 ? CHUNKS : static_cast<int>(kMostWidth / kChunk);
+    const std::int64_t tail = CHUNKS > 0 ? 0 : width % kChunk;
+    const std::int64_t whole = CHUNKS > 0 ? CHUNKS : width / kChunk;
+    Pair query[kMost + 1];
+    for (std::int64_t c = 0; c < whole; ++c) query[c] = arrange<KV>(load_pair(q + c * kChunk));
+    if (tail > 0) query[whole] = arrange<KV>(load_pair_first(q + whole * kChunk, tail));
+
+    Vec top = broadcast(kLowest);
+    for (std::int64_t first = 0; first < n; first += kLanes) {
+        Vec dots[kLanes];
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) {
+            // Beyond n the last one again: nothing unwritten is read.
+            const KV* row = k + min_of(first + i, n - 1) * stride;
+            Vec even{};
+            Vec odd{};
+            for (std::int64_t c = 0; c < whole; ++c) {
+                const Pair key = load_pair(row + c * kChunk);
+                even += key.a * query[c].a;
+                odd += key.b * query[c].b;
+            }
+            if (tail > 0) {
+                const Pair key = load_pair_first(row + whole * kChunk, tail);
+                even += key.a * query[whole].a;
+                odd += key.b * query[whole].b;
+            }
+            dots[i] = even + odd;
+        }
+        Vec score = sums_of<kLanes>(dots);
+        if (first + kLanes > n) score = lane_numbers() < static_cast<float>(n - first) ? score : broadcast(kLowest);
+        store(scores + first, score);
+        top = max_of(top, score);
+    }
+    const float highest = max_lane(top);
+    Vec total{};
+    for (std::int64_t first = 0; first < n; first += kLanes) {
+        const Vec weight = exp(load(scores + first) - highest);
+        store(scores + first, weight);
+        total += weight;
+    }
+    const float scale = 1.0F / sum(total);
+
+    // Several slots at once hide the latency of a sum.
+    constexpr int kSlots = CHUNKS == 1 ? 4 : CHUNKS == 2 ? 2 : 1;
+    Pair sums[kSlots][kMost + 1] = {};
+    std::int64_t w = 0;
+    for (; w + kSlots <= n; w += kSlots) {
+        for (int s = 0; s < kSlots; ++s) {
+            const KV* row = v + (w + s) * stride;
+            const float weight = scores[w + s];
+            for (std::int64_t c = 0; c < whole; ++c) {
+                const Pair value = load_pair(row + c * kChunk);
+                sums[s][c].a += weight * value.a;
+                sums[s][c].b += weight * value.b;
+            }
+            if (tail > 0) {
+                const Pair value = load_pair_first(row + whole * kChunk, tail);
+                sums[s][whole].a += weight * value.a;
+                sums[s][whole].b += weight * value.b;
+            }
+        }
+    }
+    for (; w < n; ++w) {
+        for (std::int64_t c = 0; c < whole; ++c) {
+            const Pair value = load_pair(v + w * stride + c * kChunk);
+            sums[0][c].a += scores[w] * value.a;
+            sums[0][c].b += scores[w] * value.b;
+        }
+    }
+    for (std::int64_t c = 0; c < whole + (tail > 0); ++c) {
+        Pair x = sums[0][c];
+        for (int s = 1; s < kSlots; ++s) {
+            x.a += sums[s][c].a;
+            x.b += sums[s][c].b;
+        }
+        x = restore<KV>({x.a * scale, x.b * scale});
+        const std::int64_t left = width - c * kChunk;
+        store_up_to(out + c * kChunk, x.a, left);
+        if (left > kLanes) store_up_to(out + c * kChunk + kLanes, x.b, left - kLanes);
+    }
+}
+
+template <typename KV, typename Out>
+void attend(std::int64_t heads, std::int64_t width, const float* q, const KV* k, const KV* v, std::int64_t n,
+            float* scores, Out* out) {
+    const auto head = width == kChunk       ? attend_head<1, KV, Out>
+                      : width == 2 * kChunk ? attend_head<2, KV, Out>
+                      : width == 4 * kChunk ? attend_head<4, KV, Out>
+                                            : attend_head<0, KV, Out>;
+    for (std::int64_t h = 0; h < heads; ++h) {
+        head(width, heads * width, q + h * width, k + h * width, v + h * width, n, scores, out + h * width);
+    }
+}
+
+// Turns the pairs (i, i + half) of every head and scales the result.
+void rotate(std::int64_t heads, std::int64_t half, const float* cos, const float* sin, float scale, float* x) {
+    for (std::int64_t h = 0; h < heads; ++h, x += 2 * half) {
+        for (std::int64_t i = 0; i < half; i += kLanes) {
+            const std::int64_t n = half - i;
+            const Vec c = load_up_to(cos + i, n) * scale;
+            const Vec s = load_up_to(sin + i, n) * scale;
+            const Vec low = load_up_to(x + i, n);
+            const Vec high = load_up_to(x + half + i, n);
+            store_up_to(x + i, low * c - high * s, n);
+            store_up_to(x + half + i, high * c + low * s, n);
+        }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The step
+
+// Up to so many rows a bfloat16 product of gemm.h may take another path than for more, and round otherwise.
+constexpr std::int64_t kFewRows = 4;
+
+float observation(const DecodeStepArgs& a, std::int64_t row, std::int64_t i) {
+    const char* p = a.observations + row * a.row_bytes + i * a.element_bytes;
+    if (a.doubles) {
+        double x;
+        std::memcpy(&x, p, sizeof(x));
+        return static_cast<float>(x);
+    }
+    float x;
+    std::memcpy(&x, p, sizeof(x));
+    return x;
+}
+
+// Environments [first, first + n). `wide`: the whole call has more than kFewRows rows.
+template <typename T>
+void step_tile(const DecodeStepArgs& a, std::int64_t first, std::int64_t n, bool wide) {
+    const PackedDecoder& weights = *a.weights;
+    const DecodeSizes& s = weights.sizes;
+    const std::int64_t width = s.dim / s.n_heads;
+    const std::int64_t half = width / 2;
+    const std::int64_t m = s.reads_actions ? 2 * n : n;
+    const std::int64_t most = max_of(m, kFewRows + 1);
+    const std::int64_t ldx = round_up(s.dim, kColumns);
+    const std::int64_t ldkv = round_up(2 * s.dim, kColumns);
+    const std::int64_t ldh = round_up(s.hidden, kColumns);
+    const std::int64_t lda = round_up(s.act_dim, kColumns);
+    const std::int64_t ldr = round_up(half, kLanes);
+
+    Arena arena;
+    float *x = nullptr, *q = nullptr, *y = nullptr, *scores = nullptr, *turns = nullptr, *in = nullptr, *last = nullptr;
+    T *normed = nullptr, *hidden = nullptr;
+    std::int32_t* turn_of = nullptr;
+    for (int pass = 0; pass < 2; ++pass) {
+        // State tokens first, then those of actions.
+        x = arena.take<float>(most * ldx);
+        normed = arena.take<T>(most * ldx);
+        q = arena.take<float>(most * ldx);
+        y = arena.take<float>(most * max_of(max_of(ldkv, ldh), lda));
+        hidden = arena.take<T>(most * ldh);
+        scores = arena.take<float>(round_up(max_of(a.window, a.n_z), kLanes));
+        turns = arena.take<float>(2 * m * ldr);
+        turn_of = arena.take<std::int32_t>(m);
+        in = arena.take<float>(n * max_of(s.obs_dim, s.act_dim));
+        last = arena.take<float>(n * ldx);
+        if (pass == 0) arena = Arena(arena.used());
+    }
+
+    for (std::int64_t e = 0; e < n; ++e) {
+        for (std::int64_t i = 0; i < s.obs_dim; ++i) {
+            const float value = observation(a, first + e, i);
+            in[e * s.obs_dim + i] = a.obs_mean == nullptr ? value : (value - a.obs_mean[i]) / a.obs_std[i];
+        }
+    }
+    gemm<float>(n, s.dim, s.obs_dim, in, s.obs_dim, static_cast<const float*>(weights.embed_state.w), x, ldx,
+                Begin::kBias, weights.embed_state.b);
+    if (s.reads_actions) {
+        // At step 0 there is none: those rows are computed and never read.
+        gemm<float>(n, s.dim, s.act_dim, a.last_action + first * s.act_dim, s.act_dim,
+                    static_cast<const float*>(weights.embed_action.w), x + n * ldx, ldx, Begin::kBias,
+                    weights.embed_action.b);
+    }
+
+    std::int32_t n_turns = 0;
+    std::int64_t known = -1;
+    for (std::int64_t r = 0; r < m; ++r) {
+        const std::int64_t t = r < n ? a.steps[first + r] : max_of(a.steps[first + r - n] - 1, 0);
+        if (t != known) {
+            a.rotary->row(t, turns + 2 * n_turns * ldr, turns + (2 * n_turns + 1) * ldr);
+            ++n_turns;
+            known = t;
+        }
+        turn_of[r] = n_turns - 1;
+    }
+
+    const TileScope tiles;
+    const auto product = [&](std::int64_t rows, std::int64_t n_out, std::int64_t n_in, const T* from, std::int64_t ld,
+                             const PackedLinear& linear, float* to, std::int64_t ldy, Begin begin) {
+        gemm<T>(wide ? max_of(rows, kFewRows + 1) : rows, n_out, n_in, from, ld, static_cast<const T*>(linear.w), to,
+                ldy, begin, linear.b);
+    };
+    const float scale = reciprocal_root(static_cast<float>(width));
+    for (std::int64_t l = 0; l < s.n_layers; ++l) {
+        const PackedLayer& layer = weights.layers[l];
+        // Of the last layer's action tokens nothing but keys and values is ever read.
+        const std::int64_t rows = l + 1 < s.n_layers ? m : n;
+        for (std::int64_t r = 0; r < m; ++r) {
+            norm_row(s.dim, x + r * ldx, layer.norm1, layer.o.b, normed + r * ldx, ldx);
+        }
+        product(rows, s.dim, s.dim, normed, ldx, layer.q, q, ldx, Begin::kBias);
+        product(m, 2 * s.dim, s.dim, normed, ldx, layer.kv, y, ldkv, Begin::kBias);
+        for (std::int64_t e = 0; e < n; ++e) {
+            const std::int64_t t = a.steps[first + e];
+            const std::int64_t ring = (l * a.n_rows + first + e) * a.window * s.dim;
+            T* ring_k = static_cast<T*>(a.ring_k) + ring;
+            T* ring_v = static_cast<T*>(a.ring_v) + ring;
+            const auto feed = [&](std::int64_t r, std::int64_t index) {
+                const float* cos = turns + 2 * turn_of[r] * ldr;
+                float* key = y + r * ldkv;
+                const std::int64_t slot = index % a.window;
+                rotate(s.n_heads, half, cos, cos + ldr, 1.0F, key);
+                convert(key, s.dim, ring_k + slot * s.dim);
+                convert(key + s.dim, s.dim, ring_v + slot * s.dim);
+                if (r >= rows) return;
+                rotate(s.n_heads, half, cos, cos + ldr, scale, q + r * ldx);
+                attend(s.n_heads, width, q + r * ldx, ring_k, ring_v, min_of(index + 1, a.window), scores,
+                       normed + r * ldx);
+            };
+            // The older token first: s_t may overwrite the slot that a_{t-1} is the last to see.
+            if (s.reads_actions && t > 0) feed(n + e, 2 * t - 1);
+            feed(e, s.reads_actions ? 2 * t : t);
+        }
+        product(rows, s.dim, s.dim, normed, ldx, layer.o, x, ldx, Begin::kAdd);
+        for (std::int64_t r = 0; r < rows; ++r) {
+            norm_row(s.dim, x + r * ldx, layer.norm2, layer.plan_o.b, normed + r * ldx, ldx);
+        }
+        product(rows, s.dim, s.dim, normed, ldx, layer.plan_q, q, ldx, Begin::kBias);
+        for (std::int64_t r = 0; r < rows; ++r) {
+            const std::int64_t e = r < n ? r : r - n;
+            const std::int64_t plan = (l * a.n_rows + first + e) * a.n_z * s.dim;
+            for (std::int64_t i = 0; i < ldx; i += kLanes) store(q + r * ldx + i, load(q + r * ldx + i) * scale);
+            attend(s.n_heads, width, q + r * ldx, a.plan_k + plan, a.plan_v + plan, a.n_z, scores, normed + r * ldx);
+        }
+        product(rows, s.dim, s.dim, normed, ldx, layer.plan_o, x, ldx, Begin::kAdd);
+        for (std::int64_t r = 0; r < rows; ++r) {
+            norm_row(s.dim, x + r * ldx, layer.norm3, layer.out.b, normed + r * ldx, ldx);
+        }
+        product(rows, s.hidden, s.dim, normed, ldx, layer.in, y, ldh, Begin::kBias);
+        silu_rows(rows, s.hidden, y, ldh, hidden, ldh);
+        product(rows, s.dim, s.hidden, hidden, ldh, layer.out, x, ldx, Begin::kAdd);
+    }
+
+    for (std::int64_t e = 0; e < n; ++e) {
+        norm_row(s.dim, x + e * ldx, weights.norm, nullptr, last + e * ldx, ldx);
+    }
+    gemm<float>(n, s.act_dim, s.dim, last, ldx, static_cast<const float*>(weights.head.w), y, lda, Begin::kBias,
+                weights.head.b);
+    for (std::int64_t e = 0; e < n; ++e) {
+        const std::int64_t p = first + e;
+        for (std::int64_t i = 0; i < s.act_dim; i += kLanes) {
+            const std::int64_t left = s.act_dim - i;
+            const Vec mean = tanh(load(y + e * lda + i));
+            store_up_to(a.last_action + p * s.act_dim + i, mean, left);
+            Vec action = mean;
+            if (a.action_mid != nullptr) {
+                action = mean * load_up_to(a.action_half + i, left) + load_up_to(a.action_mid + i, left);
+            }
+            store_up_to(a.out + p * s.act_dim + i, action, left);
+        }
+        ++a.steps[p];
+    }
+}
+
+// Environments of one task at most: their activations stay in the second-level cache.
+template <typename T>
+constexpr std::int64_t kMostEnvironments = 64;
+
+template <typename T>
+void step_all(const DecodeStepArgs& a) {
+    const std::int64_t tokens = a.weights->sizes.reads_actions ? 2 : 1;
+    std::int64_t n_tiles = max_of(a.n_threads, (a.n_rows + kMostEnvironments<T> - 1) / kMostEnvironments<T>);
+    n_tiles = max_of(1, min_of(n_tiles, a.n_rows));
+    const bool wide = a.n_rows * tokens > kFewRows;
+    parallel_for(n_tiles, a.n_threads, [&](std::int64_t i) {
+        const std::int64_t first = a.n_rows * i / n_tiles;
+        step_tile<T>(a, first, a.n_rows * (i + 1) / n_tiles - first, wide);
+    });
+}
+
+}  // namespace
+
+std::size_t decode_step_pack(const DecoderSource& source, char* memory, PackedDecoder* packed) {
+    return source.sizes.bf16 ? pack_all<Bf16>(source, memory, packed) : pack_all<float>(source, memory, packed);
+}
+
+std::int64_t decode_step(const DecodeStepArgs& args) {
+    for (std::int64_t p = 0; p < args.n_rows; ++p) {
+        for (std::int64_t i = 0; i < args.weights->sizes.obs_dim; ++i) {
+            const float x = observation(args, p, i);
+            // Zero for finite values, NaN for others.
+            if (x - x != 0.0F) return p;
+        }
+    }
+    if (args.weights->sizes.bf16) {
+        step_all<Bf16>(args);
+    } else {
+        step_all<float>(args);
+    }
+    return -1;
+}
+
+}  // namespace GAC_FAST_ISA
+}  // namespace gac_fast
