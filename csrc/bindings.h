@@ -10,9 +10,9 @@ void bind_decode_step(pybind11::module_& m);
 void bind_gemm(pybind11::module_& m);
 void bind_pack_batch(pybind11::module_& m);
 void bind_philox_normal(pybind11::module_& m);
-void bind_thread_pool(pybind11::module_& m);
-void bind_plan_attention(pybind11::module_& m);
-void bind_window_attention(pybind11::module_& m);
 void bind_plan_ascent(pybind11::module_& m);
+void bind_plan_attention(pybind11::module_& m);
+void bind_thread_pool(pybind11::module_& m);
+void bind_window_attention(pybind11::module_& m);
 
 }  // namespace gac_fast

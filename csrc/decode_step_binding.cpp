@@ -15,6 +15,7 @@
 #include "bindings.h"
 #include "check.h"
 #include "decode_step.h"
+#include "gil.h"
 
 namespace py = pybind11;
 
@@ -152,7 +153,7 @@ class DecodeWeights {
         // Before the weights are read: a change in between is then seen.
         for (std::size_t i = 0; i < arrays.size(); ++i) watched_.emplace_back(tensors[i], arrays[i]);
         {
-            const py::gil_scoped_release release;
+            const GilRelease release;
             const std::size_t bytes = GAC_FAST_DISPATCH(isa_, decode_step_pack(source_, nullptr, nullptr));
             memory_.reset(static_cast<char*>(::operator new(bytes, std::align_val_t{64})));
             GAC_FAST_DISPATCH(isa_, decode_step_pack(source_, memory_.get(), &packed_));
@@ -246,7 +247,7 @@ class DecodeState {
         args.weights = &weights.packed();
         args.rotary = &weights.rotary();
         args.n_threads = n_threads;
-        const py::gil_scoped_release release;
+        const GilRelease release;
         return GAC_FAST_DISPATCH(weights.isa(), decode_step(args));
     }
 

@@ -24,8 +24,8 @@ PYBIND11_MODULE(_C, m) {
     gac_fast::bind_gemm(m);
     gac_fast::bind_pack_batch(m);
     gac_fast::bind_philox_normal(m);
-    gac_fast::bind_thread_pool(m);
-    gac_fast::bind_plan_attention(m);
-    gac_fast::bind_window_attention(m);
     gac_fast::bind_plan_ascent(m);
+    gac_fast::bind_plan_attention(m);
+    gac_fast::bind_thread_pool(m);
+    gac_fast::bind_window_attention(m);
 }
