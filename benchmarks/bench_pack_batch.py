@@ -38,10 +38,18 @@ def test_pack_batch(compare, tiny, mean_length):
 
 
 @pytest.mark.parametrize("n_trajectories", [2_000, 100_000])
-def test_draw_trajectories(benchmark, cpu_backend, n_trajectories):
+def test_draw_trajectories(compare, tiny, n_trajectories):
+    n, n_drawn = (50, 3) if tiny else (n_trajectories, 32)
     generator = torch.Generator().manual_seed(0)
-    weights = torch.randint(1, 1000, (n_trajectories,), generator=generator).double()
-    for number in range(3):
-        ids = ops.draw_trajectories(weights, BATCH, (0, 1), number)
-        assert torch.equal(ids, reference.draw_trajectories(weights, BATCH, (0, 1), number))
-    benchmark(ops.draw_trajectories, weights, BATCH, (0, 1), 0)
+    weights = torch.randint(1, 1000, (n,), generator=generator).double()
+
+    def draw() -> torch.Tensor:
+        return ops.draw_trajectories(weights, n_drawn, (0, 1), 7)
+
+    problem = engine_problem("pack_batch")
+    if problem is None:
+        assert torch.equal(under("cpp", draw)(), under("reference", draw)())
+    case = Case("pack_batch", "draw", f"{'tiny ' * tiny}{n_drawn} of {n_trajectories}", bytes=8 * (n + n_drawn))
+    compare(
+        case, {("reference", "float32"): under("reference", draw), ("cpp", "float32"): problem or under("cpp", draw)}
+    )
