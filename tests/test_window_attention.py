@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from conftest import row_error
@@ -161,3 +162,221 @@ def test_bad_input_is_named(change, message):
     ops.window_attention(**arguments)
     with pytest.raises(ValueError, match=message):
         ops.window_attention(**change(arguments))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The C++ engine
+
+BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+def compare(q, k, v, cu, window, positions, rope_base=10000.0) -> None:
+    """Forward and all gradients of the C++ engine against the dense mask in float64 on the same rounded inputs."""
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    exact = [x.double().requires_grad_() for x in (q, k, v)]
+    with ops.backend("cpp"):
+        out = ops.window_attention(*leaves, cu, window, positions, rope_base)
+    expected = dense(*exact, cu, window, positions, rope_base)
+    weight = torch.randn(q.shape, generator=torch.Generator().manual_seed(1)).to(q.dtype)
+    out.backward(weight)
+    expected.backward(weight.double())
+    assert out.dtype == q.dtype
+    assert row_error(out, expected) < BOUNDS[q.dtype]
+    for name, ours, theirs in zip("qkv", leaves, exact, strict=True):
+        # The gradient of a score is a small difference of large terms where one key has nearly all the weight (none at
+        # all where a token sees itself alone): rows under 0.1, of a typical 1, count by their absolute error.
+        error = (ours.grad.double() - theirs.grad).norm(dim=-1) / theirs.grad.norm(dim=-1).clamp(min=0.1)
+        assert float(error.nan_to_num(nan=1e9).max()) < BOUNDS[q.dtype], name
+
+
+@pytest.mark.usefixtures("isa", "nan_filled_empty")
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+@pytest.mark.parametrize("window", [1, 5, 16, 64, 2**62])
+def test_cpp_equals_the_dense_mask(dtype, window):
+    for lengths in ((1,), (3,), (17,), (1, 1, 1), (0, 33, 0, 100, 1), (70, 31)):
+        q, k, v, cu, positions = packed(lengths, 2, 16, dtype)
+        compare(q, k, v, cu, window, positions, 100.0)
+    assert ops.dispatch_counts() == {("window_attention", "cpp"): 6}
+
+
+@pytest.mark.usefixtures("isa", "nan_filled_empty")
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+@pytest.mark.parametrize(
+    ("heads", "width"), [(1, 8), (3, 10), (1, 12), (2, 24), (4, 32), (8, 16), (1, 48), (1, 64), (2, 96), (1, 256)]
+)
+def test_cpp_head_counts_and_widths(dtype, heads, width):
+    q, k, v, cu, positions = packed((9, 0, 70), heads, width, dtype)
+    compare(q, k, v, cu, 23, positions)
+    compare(q, k, v, cu, 40, None)
+
+
+@pytest.mark.usefixtures("isa", "nan_filled_empty")
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+@pytest.mark.parametrize("window", [3, 64])
+def test_cpp_long_sequences_are_cut_into_chunks(dtype, window):
+    q, k, v, cu, positions = packed((1030, 7, 1100), 1, 8, dtype)
+    compare(q, k, v, cu, window, positions)
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+def test_cpp_reads_strided_views(dtype):
+    q, k, v, cu, positions = packed((40, 26), 3, 16, dtype)
+    with ops.backend("cpp"):
+        expected = ops.window_attention(q.contiguous(), k.contiguous(), v.contiguous(), cu, 9, positions)
+        assert torch.equal(ops.window_attention(q, k, v, cu, 9, positions), expected)
+        by_head = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in (q, k, v)]
+        assert torch.equal(ops.window_attention(*by_head, cu, 9, positions), expected)
+        # Elements apart: copied first.
+        apart = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+        assert torch.equal(ops.window_attention(*apart, cu, 9, positions), expected)
+        wide = torch.stack((positions, positions), 1)[:, 0]
+        assert torch.equal(ops.window_attention(q, k, v, cu.long(), 9, wide), expected)
+
+
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+def test_cpp_bits_do_not_depend_on_the_threads(cpp_engine, dtype):
+    q, k, v, cu, positions = packed((1500, 3, 800), 2, 16, dtype)
+    weight = torch.randn(q.shape).to(dtype)
+
+    def run():
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        out = ops.window_attention(*leaves, cu, 20, positions)
+        return out, *torch.autograd.grad(out, leaves, weight)
+
+    was = torch.get_num_threads()
+    first = run()
+    try:
+        for n_threads in (2, 3):
+            torch.set_num_threads(n_threads)
+            assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
+    finally:
+        torch.set_num_threads(was)
+    assert ops.dispatch_counts() == {("window_attention", "cpp"): 3}
+
+
+@pytest.mark.usefixtures("isa")
+def test_cpp_positions_may_be_anything():
+    q, k, v, cu, positions = packed((30, 10), 1, 8, torch.float32)
+    near = ops.window_attention(q, k, v, cu, 8, positions)
+    # The table is shared, so the second call finds the first one's rows.
+    for shift in (100_000, -5000, 99_000, 100_000):
+        assert row_error(ops.window_attention(q, k, v, cu, 8, positions + shift), near) < 1e-5
+    for scattered in (positions * 10**6, positions * -(10**9), positions.int()):
+        compare(q, k, v, cu, 8, scattered)
+    far = torch.full_like(positions, 2**63 - 1)
+    far[::2] = -(2**63)
+    assert bool(ops.window_attention(q, k, v, cu, 8, far).isfinite().all())
+
+
+@pytest.mark.usefixtures("cpp_engine")
+def test_cpp_tables_of_several_bases_and_widths():
+    for _ in range(2):
+        for width, base in itertools.product((8, 10, 16), (10.0, 100.0, 10000.0)):
+            q, k, v, cu, positions = packed((12,), 1, width, torch.float32)
+            expected = dense(q.double(), k.double(), v.double(), cu, 4, positions, base)
+            assert row_error(ops.window_attention(q, k, v, cu, 4, positions, base), expected) < 1e-5
+
+
+@pytest.mark.usefixtures("cpp_engine")
+def test_cpp_gradients_of_one_fused_product():
+    *_, cu, positions = packed((20, 9), 2, 8, torch.float32)
+    product = torch.randn(29, 48, requires_grad=True)
+    ops.window_attention(*product.view(29, 3, 2, 8).unbind(1), cu, 5, positions).square().sum().backward()
+    exact = product.detach().double().requires_grad_()
+    dense(*exact.view(29, 3, 2, 8).unbind(1), cu, 5, positions).square().sum().backward()
+    assert row_error(product.grad, exact.grad) < 1e-5
+
+
+@pytest.mark.usefixtures("cpp_engine")
+def test_cpp_no_tokens_and_an_unused_output():
+    q, k, v, cu, positions = packed((0, 0), dtype=torch.float32)
+    q.requires_grad_()
+    ops.window_attention(q, k, v, cu, 3, positions).sum().backward()
+    assert q.grad.shape == (0, 2, 8)
+    q, k, v, cu, _ = packed((3, 4), dtype=torch.float32)
+    out = ops.window_attention(q.requires_grad_(), k, v, cu, 3)
+    (grad,) = torch.autograd.grad(out[:3].sum() * 0.0, q)
+    assert float(grad.abs().max()) == 0.0
+    assert ops.dispatch_counts() == {("window_attention", "cpp"): 2}
+
+
+BAD_OFFSETS = {
+    "start": ([1, 7], r"cu_seqlens: expected 0 at position 0, got 1"),
+    "negative": ([0, -1, 7], r"cu_seqlens: expected offsets that do not fall, got -1 at position 1 after 0"),
+    "falling": ([0, 5, 3, 7], r"cu_seqlens: expected offsets that do not fall, got 3 at position 2 after 5"),
+    "short": ([0, 3, 6], r"cu_seqlens: expected 7, the number of tokens, at position 2, got 6"),
+    "long": ([0, 3, 2**40], r"cu_seqlens: expected 7, the number of tokens, at position 2, got 1099511627776"),
+}
+
+
+@pytest.mark.usefixtures("cpp_engine")
+@pytest.mark.parametrize(("offsets", "message"), BAD_OFFSETS.values(), ids=BAD_OFFSETS.keys())
+def test_cpp_names_bad_offsets(offsets, message):
+    q, k, v, _, positions = packed((3, 4), dtype=torch.float32)
+    with pytest.raises(ValueError, match=message):
+        ops.window_attention(q, k, v, torch.tensor(offsets), 2, positions)
+    q = q.requires_grad_()
+    cu = torch.tensor([0, 3, 7])
+    out = ops.window_attention(q, k, v, cu, 2, positions)
+    cu.copy_(torch.tensor([0, 7, 3]))
+    # Autograd sees the change first.
+    with pytest.raises((ValueError, RuntimeError)):
+        out.sum().backward()
+
+
+BAD_ARRAYS = {
+    "dtype of q": ({"q": np.zeros((7, 2, 8))}, r"q: expected dtype float32 or int16 .*, got float64"),
+    "dtype of v": ({"v": np.zeros((7, 2, 8), np.int16)}, r"v: expected dtype float32 as q, got int16"),
+    "rank": ({"q": np.zeros((7, 16), np.float32)}, r"q: expected shape \(\*, \*, \*\), got \(7, 16\)"),
+    "shape": ({"k": np.zeros((7, 1, 8), np.float32)}, r"k: expected shape \(7, 2, 8\), got \(7, 1, 8\)"),
+    "stride": ({"k": np.zeros((7, 2, 16), np.float32)[..., ::2]}, r"k: expected neighbouring elements in a head"),
+    "width": (
+        {x: np.zeros((7, 2, 9), np.float32) for x in "qkv"},
+        r"q: expected an even head width of 8 to 256, got 9",
+    ),
+    "offsets": ({"cu_seqlens": np.zeros((0,), np.int64)}, r"cu_seqlens: expected at least 1 offset, got 0"),
+    "offsets' dtype": ({"cu_seqlens": np.zeros((2,))}, r"cu_seqlens: expected dtype int32 or int64, got float64"),
+    "window": ({"window": 0}, r"window: expected at least 1 token, got 0"),
+    "positions": ({"positions": np.zeros((6,), np.int64)}, r"positions: expected shape \(7\), got \(6\)"),
+    "base": ({"rope_base": float("nan")}, r"rope_base: expected a positive number, got nan"),
+    "out": ({"out": np.zeros((7, 2, 7), np.float32)}, r"out: expected shape \(7, 2, 8\), got \(7, 2, 7\)"),
+    "softmax": ({"softmax": np.zeros((2, 7, 2), np.float32)}, r"softmax: expected shape \(2, 2, 7\), got \(2, 7, 2\)"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_ARRAYS.values(), ids=BAD_ARRAYS.keys())
+def test_the_binding_names_bad_arrays(cpp_engine, change, message):
+    arguments = {x: np.zeros((7, 2, 8), np.float32) for x in ("q", "k", "v", "out")}
+    arguments |= {"cu_seqlens": np.array([0, 3, 7]), "window": 2, "positions": np.arange(7), "rope_base": 10.0}
+    arguments |= {"softmax": np.zeros((2, 2, 7), np.float32), "n_threads": 1}
+    cpp_engine._window_attention(**arguments)
+    with pytest.raises(ValueError, match=message):
+        cpp_engine._window_attention(**(arguments | change))
+
+
+@pytest.mark.usefixtures("cpp_engine")
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+def test_the_registered_ops(dtype):
+    q, k, v, cu, positions = packed((9, 6), dtype=dtype)
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    torch.library.opcheck(torch.ops.gac_fast.window_attention.default, (*leaves, cu, 4, positions, 10.0))
+    torch.library.opcheck(torch.ops.gac_fast.window_attention.default, (*leaves, cu, 4, None, 10.0))
+    out, softmax = torch.ops.gac_fast.window_attention(q, k, v, cu, 4, positions, 10.0)
+    arguments = (out, q, k, v, cu, 4, positions, 10.0, softmax)
+    torch.library.opcheck(torch.ops.gac_fast.window_attention_backward.default, arguments)
+
+
+@pytest.mark.usefixtures("cpp_engine")
+def test_compiles_into_one_graph():
+    q, k, v, cu, positions = packed((9, 6), dtype=torch.float32)
+
+    def attend(q):
+        return ops.window_attention(q, k, v, cu, 4, positions).square().sum()
+
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    plain, traced = q.clone().requires_grad_(), q.clone().requires_grad_()
+    attend(plain).backward()
+    compiled(traced).backward()
+    assert torch.equal(plain.grad, traced.grad)
+    assert float(plain.grad.abs().max()) > 0
