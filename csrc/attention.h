@@ -27,18 +27,25 @@ inline void product_block(std::int64_t depth, const float* a, const float* b, st
     constexpr std::int64_t kRowStep = LD == kDown ? 1 : LD;
     constexpr std::int64_t kDepthStep = LD == kDown ? kQueries : 1;
     Vec sums[ROWS][NV];
+#pragma GCC unroll 12
     for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 12
         for (int v = 0; v < NV; ++v) sums[r][v] = add ? load(y + r * ldy + v * kLanes) : Vec{};
     }
     for (std::int64_t k = 0; k < depth; ++k) {
         Vec w[NV];
+#pragma GCC unroll 12
         for (int v = 0; v < NV; ++v) w[v] = load(b + k * ldb + v * kLanes);
+#pragma GCC unroll 12
         for (int r = 0; r < ROWS; ++r) {
             const float x = a[r * kRowStep + k * kDepthStep];
+#pragma GCC unroll 12
             for (int v = 0; v < NV; ++v) sums[r][v] += x * w[v];
         }
     }
+#pragma GCC unroll 12
     for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 12
         for (int v = 0; v < NV; ++v) store(y + r * ldy + v * kLanes, sums[r][v]);
     }
 }
@@ -85,6 +92,15 @@ inline void scores(std::int64_t n_rows, std::int64_t width, const float* rows, c
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Rows in and out: [d] of the caller, float32 here, padded with zeros to a multiple of kLanes
+
+// Rows lie a token apart, too far for the processor to see them coming: the row that is read kAhead rows later.
+constexpr std::int64_t kAhead = kQueries;
+
+template <typename T>
+inline void prefetch_row(const T* x, std::int64_t width) {
+    constexpr std::int64_t kLine = 64 / static_cast<std::int64_t>(sizeof(T));
+    for (std::int64_t i = 0; i < width; i += kLine) __builtin_prefetch(x + i);
+}
 
 template <typename T>
 inline void load_row(const T* x, std::int64_t width, float* y) {

@@ -57,10 +57,10 @@ class Masked {
     }
 
     // What neither vector computed becomes zero, and so do the rows after the band that products take along.
-    void clear_rest(float* y) const {
+    void clear_rest(float* y, std::int64_t n_after = kRows - 1) const {
         for (std::int64_t key = band_.low[0]; key < band_.low[1]; ++key) store(at(y, 1, key), Vec{});
-        for (std::int64_t key = band_.high[0]; key < band_.high[1] + kRows - 1; ++key) store(at(y, 0, key), Vec{});
-        for (std::int64_t key = band_.high[1]; key < band_.high[1] + kRows - 1; ++key) store(at(y, 1, key), Vec{});
+        for (std::int64_t key = band_.high[0]; key < band_.high[1] + n_after; ++key) store(at(y, 0, key), Vec{});
+        for (std::int64_t key = band_.high[1]; key < band_.high[1] + n_after; ++key) store(at(y, 1, key), Vec{});
     }
 
     float* at(float* y, int v, std::int64_t key) const { return y + (key - band_.low[0]) * kQueries + v * kLanes; }
@@ -71,6 +71,60 @@ class Masked {
     std::int32_t window_;
     IntVec lanes_;
 };
+
+// The first n lanes of the panel: scores in; exponentials below the maximum out, with the maximum and the reciprocal of
+// the sum.
+[[gnu::flatten]] void soften(const Band& band, const Masked& masked, std::int64_t n, float* weights, float* maximum,
+                             float* kept, float* inverse) {
+    for (int v = 0; v < 2 && v * kLanes < n; ++v) {
+        Vec top = broadcast(-__builtin_inff());
+        for (std::int64_t key = band.low[v]; key < band.high[v]; ++key) {
+            Vec x = load(masked.at(weights, v, key));
+            if (!masked.whole(v, key)) x = masked.visible(v, key, x, -__builtin_inff());
+            top = max_of(top, x);
+        }
+        Vec total{};
+        for (std::int64_t key = band.low[v]; key < band.high[v]; ++key) {
+            Vec x = exp(load(masked.at(weights, v, key)) - top);
+            if (!masked.whole(v, key)) x = masked.visible(v, key, x, 0.0F);
+            total += x;
+            store(masked.at(weights, v, key), x);
+        }
+        const Vec reciprocal_total = 1.0F / total;
+        store(inverse + v * kLanes, reciprocal_total);
+        const std::int64_t left = n - v * kLanes;
+        if (left >= kLanes) {
+            store(maximum + v * kLanes, top);
+            store(kept + v * kLanes, reciprocal_total);
+        } else {
+            store_first(maximum + v * kLanes, top, left);
+            store_first(kept + v * kLanes, reciprocal_total, left);
+        }
+    }
+}
+
+// Scores in, weights out; gradients of the weights in, of the scores out.
+[[gnu::flatten]] void differentiate(const Band& band, const Masked& masked, std::int64_t n, const float* maximum,
+                                    const float* kept, float* weights, float* d_scores) {
+    for (int v = 0; v < 2 && v * kLanes < n; ++v) {
+        const std::int64_t left = n - v * kLanes;
+        const bool all = left >= kLanes;
+        const Vec top = all ? load(maximum + v * kLanes) : load_first(maximum + v * kLanes, left);
+        const Vec inverse = all ? load(kept + v * kLanes) : load_first(kept + v * kLanes, left);
+        // Equal to the product of the output and its gradient, but for the rounding of the output.
+        Vec delta{};
+        for (std::int64_t key = band.low[v]; key < band.high[v]; ++key) {
+            Vec x = exp(load(masked.at(weights, v, key)) - top) * inverse;
+            if (!masked.whole(v, key)) x = masked.visible(v, key, x, 0.0F);
+            delta += x * load(masked.at(d_scores, v, key));
+            store(masked.at(weights, v, key), x);
+        }
+        for (std::int64_t key = band.low[v]; key < band.high[v]; ++key) {
+            float* at = masked.at(d_scores, v, key);
+            store(at, load(masked.at(weights, v, key)) * (load(at) - delta));
+        }
+    }
+}
 
 // One task: a chunk of queries of one head.
 template <typename T>
@@ -103,7 +157,9 @@ struct Head {
     template <int LD>
     void load_keys(std::int64_t end, std::int64_t& loaded, float* keys, float* values) const {
         for (; loaded < end; ++loaded) {
-            const std::int64_t row = (loaded - first_key) * LD;
+            const std::int64_t row = (loaded - first_key) * LD, later = min_of(loaded + kAhead, op.n_tokens - 1);
+            prefetch_row(k + later * op.k.token_stride, op.width);
+            prefetch_row(v + later * op.v.token_stride, op.width);
             load_turned(k + loaded * op.k.token_stride, loaded, 1.0F, keys + row);
             load_row(v + loaded * op.v.token_stride, op.width, values + row);
         }
@@ -114,6 +170,7 @@ struct Head {
     void load_queries(std::int64_t token, float scale, float* rows, float* columns) const {
         const std::int64_t n = min_of(kQueries, tokens.end - token);
         for (std::int64_t r = 0; r < n; ++r) {
+            prefetch_row(q + min_of(token + r + kAhead, op.n_tokens - 1) * op.q.token_stride, op.width);
             load_turned(q + (token + r) * op.q.token_stride, token + r, scale, rows + r * LD);
         }
         fill_zero(rows + n * LD, (kQueries - n) * LD);
@@ -173,30 +230,7 @@ void forward(const WindowAttentionForward& call, const QueryChunk& chunk, std::i
             const std::int64_t n = min_of(kQueries, chunk.end - q);
             float* maximum = call.softmax + head * op.n_tokens + q;
             float* kept = maximum + op.n_heads * op.n_tokens;
-            for (int v = 0; v < 2 && v * kLanes < n; ++v) {
-                Vec top = broadcast(-__builtin_inff());
-                for (std::int64_t key = band.low[v]; key < band.high[v]; ++key) {
-                    Vec x = load(masked.at(weights, v, key));
-                    if (!masked.whole(v, key)) x = masked.visible(v, key, x, -__builtin_inff());
-                    top = max_of(top, x);
-                }
-                Vec total{};
-                for (std::int64_t key = band.low[v]; key < band.high[v]; ++key) {
-                    Vec x = exp(load(masked.at(weights, v, key)) - top);
-                    if (!masked.whole(v, key)) x = masked.visible(v, key, x, 0.0F);
-                    total += x;
-                    store(masked.at(weights, v, key), x);
-                }
-                store(inverse + v * kLanes, 1.0F / total);
-                const std::int64_t left = n - v * kLanes;
-                if (left >= kLanes) {
-                    store(maximum + v * kLanes, top);
-                    store(kept + v * kLanes, 1.0F / total);
-                } else {
-                    store_first(maximum + v * kLanes, top, left);
-                    store_first(kept + v * kLanes, 1.0F / total, left);
-                }
-            }
+            soften(band, masked, n, weights, maximum, kept, inverse);
             masked.clear_rest(weights);
             weighted_rows<LD>(band, q, op.window, op.width, weights, values + first, rows);
             for (std::int64_t r = 0; r < n; ++r) {
@@ -244,6 +278,8 @@ void backward(const WindowAttentionBackward& call, const QueryChunk& chunk, std:
             in.template load_queries<LD>(q, scale, rows, columns);
             const std::int64_t n = min_of(kQueries, chunk.end - q);
             for (std::int64_t r = 0; r < n; ++r) {
+                const std::int64_t later = min_of(q + r + kAhead, op.n_tokens - 1);
+                prefetch_row(d_out + later * call.d_out.token_stride, op.width);
                 load_row(d_out + (q + r) * call.d_out.token_stride, op.width, d_rows + r * LD);
             }
             fill_zero(d_rows + n * LD, (kQueries - n) * LD);
@@ -255,24 +291,7 @@ void backward(const WindowAttentionBackward& call, const QueryChunk& chunk, std:
             const Masked masked(band, q, op.window);
             const float* maximum = call.softmax + head * op.n_tokens + q;
             const float* kept = maximum + op.n_heads * op.n_tokens;
-            for (int v = 0; v < 2 && v * kLanes < n; ++v) {
-                const std::int64_t left = n - v * kLanes;
-                const bool whole = left >= kLanes;
-                const Vec top = whole ? load(maximum + v * kLanes) : load_first(maximum + v * kLanes, left);
-                const Vec inverse = whole ? load(kept + v * kLanes) : load_first(kept + v * kLanes, left);
-                // Equal to the product of the output and its gradient, but for the rounding of the output.
-                Vec delta{};
-                for (std::int64_t key = band.low[v]; key < band.high[v]; ++key) {
-                    Vec x = exp(load(masked.at(weights, v, key)) - top) * inverse;
-                    if (!masked.whole(v, key)) x = masked.visible(v, key, x, 0.0F);
-                    delta += x * load(masked.at(d_scores, v, key));
-                    store(masked.at(weights, v, key), x);
-                }
-                for (std::int64_t key = band.low[v]; key < band.high[v]; ++key) {
-                    float* at = masked.at(d_scores, v, key);
-                    store(at, load(masked.at(weights, v, key)) * (load(at) - delta));
-                }
-            }
+            differentiate(band, masked, n, maximum, kept, weights, d_scores);
             masked.clear_rest(weights);
             masked.clear_rest(d_scores);
 
