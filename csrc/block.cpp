@@ -580,6 +580,30 @@ void pack_map(const BlockLinear& map, bool transposed, void* packed) {
 
 }  // namespace
 
+void block_fingerprint(const float* x, std::int64_t n, BlockFingerprint* state) {
+    constexpr int kChains = 4;
+    IntVec sums[kChains] = {};
+    IntVec running[kChains] = {};
+    const auto add = [&](int chain, Vec words) {
+        sums[chain] += (IntVec)words;
+        running[chain] += sums[chain];
+    };
+    std::int64_t i = 0;
+    for (; i + kChains * kLanes <= n; i += kChains * kLanes) {
+        for (int c = 0; c < kChains; ++c) add(c, load(x + i + c * kLanes));
+    }
+    for (; i + kLanes <= n; i += kLanes) add(0, load(x + i));
+    if (i < n) add(1, load_first(x + i, n - i));
+    // Every lane of its own weight.
+    constexpr std::uint64_t kOdd = 0x9E3779B97F4A7C15U;
+    for (int c = 0; c < kChains; ++c) {
+        for (int lane = 0; lane < kLanes; ++lane) {
+            state->sums = (state->sums + static_cast<std::uint32_t>(sums[c][lane])) * kOdd;
+            state->running = (state->running + static_cast<std::uint32_t>(running[c][lane])) * kOdd;
+        }
+    }
+}
+
 std::size_t block_pack_bytes(bool bf16, std::int64_t n_out, std::int64_t n_in) {
     return bf16 ? static_cast<std::size_t>(packed_size<Bf16>(n_out, n_in)) * sizeof(Bf16)
                 : static_cast<std::size_t>(packed_size<float>(n_out, n_in)) * sizeof(float);

@@ -105,7 +105,13 @@ struct BlockBackward {
 // Most tokens of a tile.
 constexpr std::int64_t kBlockTile = 64;
 
-GAC_FAST_DECLARE(std::size_t block_pack_bytes(bool bf16, std::int64_t n_out, std::int64_t n_in);
+// Two sums that tell contents apart: of the 32-bit words, and of the running sums.
+struct BlockFingerprint {
+    std::uint64_t sums, running;
+};
+
+GAC_FAST_DECLARE(void block_fingerprint(const float* x, std::int64_t n, BlockFingerprint* state);
+                 std::size_t block_pack_bytes(bool bf16, std::int64_t n_out, std::int64_t n_in);
                  void block_pack(bool bf16, const BlockLinear& map, bool transposed, void* packed);
                  std::size_t block_plan_bytes(const BlockShape& shape, std::int64_t dim, bool bf16);
                  void block_forward(const BlockForward& args); void block_backward(const BlockBackward& args);)

@@ -105,6 +105,19 @@ class BlockWeights {
     std::array<std::vector<float>, kBlockMaps> bias_;
 };
 
+// Of arrays without gaps.
+std::pair<std::uint64_t, std::uint64_t> fingerprint(const std::vector<py::array>& arrays) {
+    BlockFingerprint state{0, 0};
+    const Isa isa = active_isa();
+    for (const py::array& array : arrays) {
+        check_dtype<float>(array, "arrays");
+        if (!(array.flags() & py::array::c_style)) fail("arrays", "arrays without gaps", "a strided one");
+        const auto* data = static_cast<const float*>(array.data());
+        GAC_FAST_DISPATCH(isa, block_fingerprint(data, array.size(), &state));
+    }
+    return {state.sums, state.running};
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Arguments of a call
 
@@ -346,6 +359,7 @@ void bind_block(py::module_& m) {
     py::class_<BlockWeights>(m, "_BlockWeights")
         .def(py::init<const std::vector<py::object>&, const std::vector<py::object>&, bool, bool>(), py::arg("weights"),
              py::arg("biases"), py::arg("bf16"), py::arg("backward"));
+    m.def("_block_fingerprint", &fingerprint, py::arg("arrays"));
     m.def("_block", &forward, py::arg("weights"), py::arg("x"), py::arg("attended"), py::arg("plan_k"),
           py::arg("plan_v"), py::arg("cu_seqlens"), py::arg("x_out"), py::arg("y"), py::arg("normed1"),
           py::arg("normed2"), py::arg("rstd"), py::arg("probs"), py::arg("q"), py::arg("hidden"), py::arg("n_threads"));

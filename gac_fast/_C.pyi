@@ -133,6 +133,7 @@ class _BlockWeights:
         backward: bool,
     ) -> None: ...
 
+def _block_fingerprint(arrays: Sequence[_Floats]) -> tuple[int, int]: ...
 def _block(
     weights: _BlockWeights,
     x: _Floats,
