@@ -29,7 +29,7 @@ SOURCES := setup.py pyproject.toml CMakeLists.txt gac_fast/_version.py $(wildcar
 export PIP_REQUIRE_VIRTUALENV := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint format bench clean
+.PHONY: help demo test test-all sanitize sanitize-short lint format bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -43,6 +43,12 @@ test: lint ## lint, type-check and run the tests that are not slow
 
 test-all: lint ## the same with the slow tests
 	$(PY) -m pytest
+
+sanitize: $(INSTALLED) ## tests of the ops under AddressSanitizer and UBSan, the thread pool under ThreadSanitizer
+	PY=$(PY) tests/sanitize.sh
+
+sanitize-short: $(INSTALLED) ## the same for the narrowest and the widest path alone
+	PY=$(PY) tests/sanitize.sh -k "not avx2 and not avx512"
 
 lint: $(INSTALLED) ## ruff, clang-format and mypy
 	$(PY) -m ruff check .
