@@ -46,6 +46,20 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize("n_threads", threads, ids=[f"{n}t" for n in threads], indirect=True)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A case runs at all thread counts before the next one starts: their quotient is told."""
+
+    def case(item: pytest.Item) -> tuple[str, tuple[str, ...]]:
+        params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        others = tuple(f"{name}={value}" for name, value in params.items() if name != "n_threads")
+        return item.nodeid.partition("[")[0], others
+
+    first: dict[tuple[str, tuple[str, ...]], int] = {}
+    for i, item in enumerate(items):
+        first.setdefault(case(item), i)
+    items.sort(key=lambda item: first[case(item)])
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     recorder = config.stash[RECORDER]
     if recorder.rows:

@@ -39,6 +39,7 @@ REFERENCE = ("reference", "float32")
 MATMUL_SIZE = 1536  # 512 to 2048 differ by 3% in float32; two threads are slow on bfloat16 below 1536
 COPY_BYTES = 256 * 2**20  # far beyond L2
 MAX_FLOOR_ROUNDS = 10
+MAX_STRETCH = 8  # of the seconds per case, for the sake of the least number of rounds
 
 Provider = tuple[str, str]
 """Who computes and in which dtype: ``("cpp", "bfloat16")``."""
@@ -109,6 +110,8 @@ def alternate(
     n_warm = {name: min(20, math.ceil(1e-3 / t)) if t < 1e-2 else 0 for name, t in estimate.items()}
     per_round = sum(estimate[name] * (1 + n_warm[name]) for name in runs)
     rounds = max(settings.min_rounds, min(settings.max_rounds, int(settings.seconds / per_round)))
+    # A busy machine can stretch a round a hundredfold, most of all on two threads.
+    rounds = min(rounds, max(1, int(MAX_STRETCH * settings.seconds / per_round)))
     stride = math.ceil(rounds / MAX_FLOOR_ROUNDS)
     times: dict[Any, list[float]] = {name: [] for name in estimate if name != main}
     done = 0

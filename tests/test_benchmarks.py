@@ -6,10 +6,8 @@ import csv
 import importlib
 import os
 import shutil
-import statistics
 import subprocess
 import sys
-import time
 from types import ModuleType
 
 import numpy as np
@@ -60,7 +58,7 @@ class FakeBenchmark:
 def test_providers_take_turns_with_the_main_one_last(harness):
     called: list[str] = []
     runs = {name: (lambda name=name: called.append(name)) for name in ("main", "reference", "peer")}
-    settings = harness.Settings(seconds=0.0, min_rounds=4, max_rounds=4)
+    settings = harness.Settings(seconds=1000.0, min_rounds=4, max_rounds=4)
     times, rounds = harness.alternate(runs, settings, "main", FakeBenchmark().pedantic)
     assert rounds == 4
     assert {name: len(t) for name, t in times.items()} == {"reference": 4, "peer": 4}
@@ -70,18 +68,32 @@ def test_providers_take_turns_with_the_main_one_last(harness):
     assert turns[-12:] == ["reference", "peer", "main"] * 4
 
 
-def test_floors_are_measured_in_some_rounds_and_rounds_fill_the_time(harness):
-    runs = {name: (lambda: time.sleep(2e-3)) for name in ("reference", "main")}
+@pytest.mark.parametrize(
+    ("seconds_per_call", "rounds"),
+    [
+        (2e-3, 25),
+        (0.02, 5),
+        (0.1, 3),
+        (0.4, 2),
+        (0.9, 1),
+    ],  # a warm-up call and a measured one of both, or measured ones alone
+)
+def test_rounds_fill_the_time_and_floors_are_measured_in_some(harness, monkeypatch, seconds_per_call, rounds):
+    def timed(run):
+        run()
+        return seconds_per_call
+
+    monkeypatch.setattr(harness, "_timed", timed)
+    runs = {"reference": lambda: None, "main": lambda: None}
     settings = harness.Settings(seconds=0.2, min_rounds=3, max_rounds=1000)
     floors = harness.floor_runs(tiny=True)
-    times, rounds = harness.alternate(runs, settings, "main", FakeBenchmark().pedantic, floors)
-    assert 15 <= rounds <= 30  # each round: a warm-up call and a measured one of both
-    assert len(times["reference"]) == rounds
-    assert 5 <= len(times["copy", "float32"]) <= harness.MAX_FLOOR_ROUNDS
-    assert min(times["reference"]) >= 2e-3
-    found = harness.Floors.of(times, tiny=True)
-    assert found.copy == pytest.approx(2 * 2**16 / statistics.median(times["copy", "float32"]))
-    assert found.matmul["float32"] == pytest.approx(2 * 64**3 / statistics.median(times["matmul", "float32"]))
+    times, found = harness.alternate(runs, settings, "main", FakeBenchmark().pedantic, floors)
+    assert found == rounds
+    assert times["reference"] == [seconds_per_call] * found
+    assert min(found, 5) <= len(times["copy", "float32"]) <= harness.MAX_FLOOR_ROUNDS
+    rates = harness.Floors.of(times, tiny=True)
+    assert rates.copy == pytest.approx(2 * 2**16 / seconds_per_call)
+    assert rates.matmul["float32"] == pytest.approx(2 * 64**3 / seconds_per_call)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -295,3 +307,5 @@ def test_a_plain_case_of_pytest_benchmark_is_recorded_too(tmp_path, report):
         (name, threads) for name in ("reference", "cpp") for threads in ("1", "2")
     )
     assert all(report.ratio(rows, row) for row in rows)
+    # One thread and two of a case are neighbours in time.
+    assert [row["threads"] for row in rows] == ["1", "2"] * 2
