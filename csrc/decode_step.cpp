@@ -237,37 +237,126 @@ inline Vec lane_numbers() {
 
 constexpr std::int64_t kMostWidth = 256;
 
+// Memory that is read next, fetched little by little: keys and values of many environments lie in a far cache, and a
+// head at a time is no pattern that the processor foresees.
+struct Ahead {
+    const char* next = nullptr;
+    const char* end = nullptr;
+    std::int64_t lines = 0;  // per block of kLanes slots
+
+    void fetch() {
+        for (std::int64_t i = 0; i < lines && next < end; ++i, next += 64) __builtin_prefetch(next, 0, 2);
+    }
+};
+
+// Adds to `sum` the products of a chunk of a query and of a row.
+struct FloatQuery {
+    Pair x;
+};
+inline Vec add_products(const FloatQuery& query, const float* row, Vec sum) {
+    const Pair key = load_pair(row);
+    return sum + (key.a * query.x.a + key.b * query.x.b);
+}
+inline Vec add_products(const FloatQuery& query, const Bf16* row, Vec sum) {
+    const Pair key = load_pair(row);
+    return sum + (key.a * query.x.a + key.b * query.x.b);
+}
+
+template <typename KV>
+struct QueryOf {
+    using Type = FloatQuery;
+    static Type make(Pair x) { return {arrange<KV>(x)}; }
+};
+
+#if defined(__AVX512BF16__)
+#define GAC_FAST_PAIR_PRODUCTS 1
+struct PairQuery {
+    __m512bh x;
+};
+inline Vec add_products(const PairQuery& query, const Bf16* row, Vec sum) {
+    return (Vec)_mm512_dpbf16_ps((__m512)sum, query.x, (__m512bh)_mm512_loadu_si512(row));
+}
+
+template <>
+struct QueryOf<Bf16> {
+    using Type = PairQuery;
+    static Type make(Pair x) { return {_mm512_cvtne2ps_pbh((__m512)x.b, (__m512)x.a)}; }
+};
+
+// Element i of the first 16, or of the last 16, of a row of 32 whose groups of eight were cut into `low` and `high`.
+template <int FIRST, int... I>
+inline Vec join(Vec low, Vec high, std::integer_sequence<int, I...>) {
+    return __builtin_shufflevector(low, high, (FIRST + I / 8 * 4 + I % 4 + I / 4 % 2 * kLanes)...);
+}
+
+// out = sum over slots of weight * v / total, by products of neighbouring slots. `weights` has a zero after the last.
+template <int CHUNKS, typename Out>
+inline void mix_pairs(std::int64_t stride, const Bf16* v, std::int64_t n, const Bf16* weights, float scale, Out* out) {
+    constexpr int kPairsAtOnce = CHUNKS == 1 ? 4 : CHUNKS == 2 ? 2 : 1;
+    __m512 low[kPairsAtOnce][CHUNKS] = {};
+    __m512 high[kPairsAtOnce][CHUNKS] = {};
+    const auto add = [&](std::int64_t w, int s, const Bf16* second) {
+        std::int32_t both;
+        std::memcpy(&both, weights + w, sizeof(both));
+        const __m512bh weight = (__m512bh)_mm512_set1_epi32(both);
+        for (int c = 0; c < CHUNKS; ++c) {
+            const __m512i a = _mm512_loadu_si512(v + w * stride + c * kChunk);
+            const __m512i b = _mm512_loadu_si512(second + c * kChunk);
+            low[s][c] = _mm512_dpbf16_ps(low[s][c], weight, (__m512bh)_mm512_unpacklo_epi16(a, b));
+            high[s][c] = _mm512_dpbf16_ps(high[s][c], weight, (__m512bh)_mm512_unpackhi_epi16(a, b));
+        }
+    };
+    std::int64_t w = 0;
+    for (; w + 2 * kPairsAtOnce <= n; w += 2 * kPairsAtOnce) {
+        for (int s = 0; s < kPairsAtOnce; ++s) add(w + 2 * s, s, v + (w + 2 * s + 1) * stride);
+    }
+    for (; w + 2 <= n; w += 2) add(w, 0, v + (w + 1) * stride);
+    // The last one twice, the second time with weight zero.
+    if (w < n) add(w, 0, v + w * stride);
+    for (int c = 0; c < CHUNKS; ++c) {
+        Vec x = (Vec)low[0][c];
+        Vec y = (Vec)high[0][c];
+        for (int s = 1; s < kPairsAtOnce; ++s) {
+            x += (Vec)low[s][c];
+            y += (Vec)high[s][c];
+        }
+        store(out + c * kChunk, join<0>(x, y, Lanes{}) * scale);
+        store(out + c * kChunk + kLanes, join<8>(x, y, Lanes{}) * scale);
+    }
+}
+#else
+#define GAC_FAST_PAIR_PRODUCTS 0
+#endif
+
 // One head. CHUNKS > 0: width = CHUNKS * kChunk; 0: any even width up to kMostWidth. q is scaled already.
 template <int CHUNKS, typename KV, typename Out>
 void attend_head(std::int64_t width, std::int64_t stride, const float* q, const KV* k, const KV* v, std::int64_t n,
-                 float* scores, Out* out) {
+                 float* scores, Out* out, Ahead& ahead_k, Ahead& ahead_v) {
     constexpr int kMost = CHUNKS > 0 ? CHUNKS : static_cast<int>(kMostWidth / kChunk);
     const std::int64_t tail = CHUNKS > 0 ? 0 : width % kChunk;
     const std::int64_t whole = CHUNKS > 0 ? CHUNKS : width / kChunk;
-    Pair query[kMost + 1];
-    for (std::int64_t c = 0; c < whole; ++c) query[c] = arrange<KV>(load_pair(q + c * kChunk));
-    if (tail > 0) query[whole] = arrange<KV>(load_pair_first(q + whole * kChunk, tail));
+    // Rows whose tail has to be read apart are multiplied as floats.
+    using Query = typename QueryOf<KV>::Type;
+    Query query[kMost];
+    for (std::int64_t c = 0; c < whole; ++c) query[c] = QueryOf<KV>::make(load_pair(q + c * kChunk));
+    Pair query_tail{};
+    if (tail > 0) query_tail = arrange<KV>(load_pair_first(q + whole * kChunk, tail));
 
     Vec top = broadcast(kLowest);
     for (std::int64_t first = 0; first < n; first += kLanes) {
+        ahead_k.fetch();
         Vec dots[kLanes];
 #pragma GCC unroll 16
         for (int i = 0; i < kLanes; ++i) {
             // Beyond n the last one again: nothing unwritten is read.
             const KV* row = k + min_of(first + i, n - 1) * stride;
-            Vec even{};
-            Vec odd{};
-            for (std::int64_t c = 0; c < whole; ++c) {
-                const Pair key = load_pair(row + c * kChunk);
-                even += key.a * query[c].a;
-                odd += key.b * query[c].b;
-            }
+            Vec dot{};
+            for (std::int64_t c = 0; c < whole; ++c) dot = add_products(query[c], row + c * kChunk, dot);
             if (tail > 0) {
                 const Pair key = load_pair_first(row + whole * kChunk, tail);
-                even += key.a * query[whole].a;
-                odd += key.b * query[whole].b;
+                dot += key.a * query_tail.a + key.b * query_tail.b;
             }
-            dots[i] = even + odd;
+            dots[i] = dot;
         }
         Vec score = sums_of<kLanes>(dots);
         if (first + kLanes > n) score = lane_numbers() < static_cast<float>(n - first) ? score : broadcast(kLowest);
@@ -276,7 +365,22 @@ void attend_head(std::int64_t width, std::int64_t stride, const float* q, const 
     }
     const float highest = max_lane(top);
     Vec total{};
+#if GAC_FAST_PAIR_PRODUCTS
+    if constexpr (CHUNKS > 0 && sizeof(KV) == sizeof(Bf16)) {
+        Bf16* weights = reinterpret_cast<Bf16*>(scores);
+        for (std::int64_t first = 0; first < n; first += kLanes) {
+            ahead_v.fetch();
+            // In place: what is written lies before what is read next.
+            const Vec weight = exp(load(scores + first) - highest);
+            store(weights + first, weight);
+            total += weight;
+        }
+        if (n % 2 != 0) weights[n] = {0};
+        return mix_pairs<CHUNKS>(stride, v, n, weights, 1.0F / sum(total), out);
+    }
+#endif
     for (std::int64_t first = 0; first < n; first += kLanes) {
+        ahead_v.fetch();
         const Vec weight = exp(load(scores + first) - highest);
         store(scores + first, weight);
         total += weight;
@@ -325,13 +429,61 @@ void attend_head(std::int64_t width, std::int64_t stride, const float* q, const 
 
 template <typename KV, typename Out>
 void attend(std::int64_t heads, std::int64_t width, const float* q, const KV* k, const KV* v, std::int64_t n,
-            float* scores, Out* out) {
+            float* scores, Out* out, Ahead& ahead_k, Ahead& ahead_v) {
     const auto head = width == kChunk       ? attend_head<1, KV, Out>
                       : width == 2 * kChunk ? attend_head<2, KV, Out>
                       : width == 4 * kChunk ? attend_head<4, KV, Out>
                                             : attend_head<0, KV, Out>;
     for (std::int64_t h = 0; h < heads; ++h) {
-        head(width, heads * width, q + h * width, k + h * width, v + h * width, n, scores, out + h * width);
+        head(width, heads * width, q + h * width, k + h * width, v + h * width, n, scores, out + h * width, ahead_k,
+             ahead_v);
+    }
+}
+
+// Attention of one query to few keys [n, H, d]: the products of all heads side by side. q_at and k_at [H * n] say where
+// the query and the key of product i begin, those of one head beside each other. VECS > 0: width = VECS * kLanes.
+template <int VECS, typename Out>
+void attend_few(std::int64_t heads, std::int64_t width, float scale, const float* q, const float* k, const float* v,
+                std::int64_t n, const std::int32_t* q_at, const std::int32_t* k_at, float* scores, Out* out) {
+    const std::int64_t used = VECS > 0 ? VECS * kLanes : width;
+    const std::int64_t products = heads * n;
+    for (std::int64_t first = 0; first < products; first += kLanes) {
+        Vec dots[kLanes];
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) {
+            const std::int64_t at = min_of(first + i, products - 1);
+            const float* x = q + q_at[at];
+            const float* y = k + k_at[at];
+            Vec dot{};
+            if constexpr (VECS > 0) {
+                for (std::int64_t d = 0; d < used; d += kLanes) dot += load(x + d) * load(y + d);
+            } else {
+                for (std::int64_t d = 0; d < used; d += kLanes) {
+                    dot += load_up_to(x + d, used - d) * load_up_to(y + d, used - d);
+                }
+            }
+            dots[i] = dot;
+        }
+        store(scores + first, sums_of<kLanes>(dots) * scale);
+    }
+    for (std::int64_t h = 0; h < heads; ++h) {
+        float top = scores[h * n];
+        for (std::int64_t z = 1; z < n; ++z) top = scores[h * n + z] > top ? scores[h * n + z] : top;
+        for (std::int64_t z = 0; z < n; ++z) scores[h * n + z] -= top;
+    }
+    for (std::int64_t first = 0; first < products; first += kLanes) store(scores + first, exp(load(scores + first)));
+    for (std::int64_t h = 0; h < heads; ++h) {
+        float total = 0;
+        for (std::int64_t z = 0; z < n; ++z) total += scores[h * n + z];
+        const float share = 1.0F / total;
+        for (std::int64_t d = 0; d < used; d += kLanes) {
+            const std::int64_t left = VECS > 0 ? kLanes : used - d;
+            Vec x{};
+            for (std::int64_t z = 0; z < n; ++z) {
+                x += scores[h * n + z] * load_up_to(v + (z * heads + h) * width + d, left);
+            }
+            store_up_to(out + h * width + d, x * share, left);
+        }
     }
 }
 
@@ -386,7 +538,7 @@ void step_tile(const DecodeStepArgs& a, std::int64_t first, std::int64_t n, bool
     Arena arena;
     float *x = nullptr, *q = nullptr, *y = nullptr, *scores = nullptr, *turns = nullptr, *in = nullptr, *last = nullptr;
     T *normed = nullptr, *hidden = nullptr;
-    std::int32_t* turn_of = nullptr;
+    std::int32_t *turn_of = nullptr, *q_at = nullptr, *k_at = nullptr;
     for (int pass = 0; pass < 2; ++pass) {
         // State tokens first, then those of actions.
         x = arena.take<float>(most * ldx);
@@ -394,7 +546,9 @@ void step_tile(const DecodeStepArgs& a, std::int64_t first, std::int64_t n, bool
         q = arena.take<float>(most * ldx);
         y = arena.take<float>(most * max_of(max_of(ldkv, ldh), lda));
         hidden = arena.take<T>(most * ldh);
-        scores = arena.take<float>(round_up(max_of(a.window, a.n_z), kLanes));
+        scores = arena.take<float>(round_up(max_of(a.window, s.n_heads * a.n_z), kLanes));
+        q_at = arena.take<std::int32_t>(s.n_heads * a.n_z);
+        k_at = arena.take<std::int32_t>(s.n_heads * a.n_z);
         turns = arena.take<float>(2 * m * ldr);
         turn_of = arena.take<std::int32_t>(m);
         in = arena.take<float>(n * max_of(s.obs_dim, s.act_dim));
@@ -436,6 +590,16 @@ void step_tile(const DecodeStepArgs& a, std::int64_t first, std::int64_t n, bool
                 ldy, begin, linear.b);
     };
     const float scale = reciprocal_root(static_cast<float>(width));
+    const auto attend_plan = width == kLanes       ? attend_few<1, T>
+                             : width == 2 * kLanes ? attend_few<2, T>
+                             : width == 4 * kLanes ? attend_few<4, T>
+                                                   : attend_few<0, T>;
+    for (std::int64_t h = 0; h < s.n_heads; ++h) {
+        for (std::int64_t z = 0; z < a.n_z; ++z) {
+            q_at[h * a.n_z + z] = static_cast<std::int32_t>(h * width);
+            k_at[h * a.n_z + z] = static_cast<std::int32_t>((z * s.n_heads + h) * width);
+        }
+    }
     for (std::int64_t l = 0; l < s.n_layers; ++l) {
         const PackedLayer& layer = weights.layers[l];
         // Of the last layer's action tokens nothing but keys and values is ever read.
@@ -450,6 +614,22 @@ void step_tile(const DecodeStepArgs& a, std::int64_t first, std::int64_t n, bool
             const std::int64_t ring = (l * a.n_rows + first + e) * a.window * s.dim;
             T* ring_k = static_cast<T*>(a.ring_k) + ring;
             T* ring_v = static_cast<T*>(a.ring_v) + ring;
+            // The ring that comes next: of the environment beside, or of the first one in the next layer.
+            const std::int64_t next_e = e + 1 < n ? e + 1 : 0;
+            const std::int64_t next_l = e + 1 < n ? l : l + 1;
+            Ahead ahead_k, ahead_v;
+            if (next_l < s.n_layers) {
+                const std::int64_t tokens = s.reads_actions ? 2 : 1;
+                const std::int64_t at = (next_l * a.n_rows + first + next_e) * a.window * s.dim;
+                const std::int64_t used = min_of(tokens * a.steps[first + next_e], a.window) * s.dim;
+                const std::int64_t lines = round_up(kLanes * width * static_cast<std::int64_t>(sizeof(T)) / tokens, 64);
+                const T* next_k = static_cast<const T*>(a.ring_k) + at;
+                const T* next_v = static_cast<const T*>(a.ring_v) + at;
+                ahead_k = {reinterpret_cast<const char*>(next_k), reinterpret_cast<const char*>(next_k + used),
+                           lines / 64};
+                ahead_v = {reinterpret_cast<const char*>(next_v), reinterpret_cast<const char*>(next_v + used),
+                           lines / 64};
+            }
             const auto feed = [&](std::int64_t r, std::int64_t index) {
                 const float* cos = turns + 2 * turn_of[r] * ldr;
                 float* key = y + r * ldkv;
@@ -460,7 +640,7 @@ void step_tile(const DecodeStepArgs& a, std::int64_t first, std::int64_t n, bool
                 if (r >= rows) return;
                 rotate(s.n_heads, half, cos, cos + ldr, scale, q + r * ldx);
                 attend(s.n_heads, width, q + r * ldx, ring_k, ring_v, min_of(index + 1, a.window), scores,
-                       normed + r * ldx);
+                       normed + r * ldx, ahead_k, ahead_v);
             };
             // The older token first: s_t may overwrite the slot that a_{t-1} is the last to see.
             if (s.reads_actions && t > 0) feed(n + e, 2 * t - 1);
@@ -474,8 +654,8 @@ void step_tile(const DecodeStepArgs& a, std::int64_t first, std::int64_t n, bool
         for (std::int64_t r = 0; r < rows; ++r) {
             const std::int64_t e = r < n ? r : r - n;
             const std::int64_t plan = (l * a.n_rows + first + e) * a.n_z * s.dim;
-            for (std::int64_t i = 0; i < ldx; i += kLanes) store(q + r * ldx + i, load(q + r * ldx + i) * scale);
-            attend(s.n_heads, width, q + r * ldx, a.plan_k + plan, a.plan_v + plan, a.n_z, scores, normed + r * ldx);
+            attend_plan(s.n_heads, width, scale, q + r * ldx, a.plan_k + plan, a.plan_v + plan, a.n_z, q_at, k_at,
+                        scores, normed + r * ldx);
         }
         product(rows, s.dim, s.dim, normed, ldx, layer.plan_o, x, ldx, Begin::kAdd);
         for (std::int64_t r = 0; r < rows; ++r) {
