@@ -1,6 +1,7 @@
 #include "window_attention.h"
 
 #include "attention.h"
+#include "gemm.h"
 
 namespace gac_fast {
 namespace GAC_FAST_ISA {
@@ -165,16 +166,45 @@ struct Head {
         }
     }
 
-    // Queries from `token` on, turned and scaled, as rows and as columns; zero from the end of the sequence on.
+    // Queries from `token` on, turned and scaled; zero from the end of the sequence on.
     template <int LD>
-    void load_queries(std::int64_t token, float scale, float* rows, float* columns) const {
+    void load_query_rows(std::int64_t token, float scale, float* rows) const {
         const std::int64_t n = min_of(kQueries, tokens.end - token);
         for (std::int64_t r = 0; r < n; ++r) {
             prefetch_row(q + min_of(token + r + kAhead, op.n_tokens - 1) * op.q.token_stride, op.width);
             load_turned(q + (token + r) * op.q.token_stride, token + r, scale, rows + r * LD);
         }
         fill_zero(rows + n * LD, (kQueries - n) * LD);
-        transpose_panel(rows, LD, op.width, columns);
+    }
+
+    template <int LD>
+    void store_d_queries(const WindowAttentionBackward& call, std::int64_t token, std::int64_t n, float scale,
+                         std::int64_t head, const float* rows) const {
+        auto* d_q = static_cast<T*>(call.d_q.data) + head * call.d_q.head_stride;
+        for (std::int64_t r = 0; r < n; ++r) {
+            store_turned(rows + r * LD, token + r, scale, d_q + (token + r) * call.d_q.token_stride);
+        }
+    }
+
+    // Of the chunk's own tokens. The scale is in the queries already.
+    template <int LD>
+    void store_d_keys(const WindowAttentionBackward& call, std::int64_t head, const float* d_keys,
+                      const float* d_values) const {
+        auto* d_k = static_cast<T*>(call.d_k.data) + head * call.d_k.head_stride;
+        auto* d_v = static_cast<T*>(call.d_v.data) + head * call.d_v.head_stride;
+        for (std::int64_t key = tokens.first; key < tokens.last; ++key) {
+            const std::int64_t row = (key - tokens.first) * LD;
+            store_turned(d_keys + row, key, 1.0F, d_k + key * call.d_k.token_stride);
+            store_scaled_row(d_values + row, op.width, 1.0F, d_v + key * call.d_v.token_stride);
+        }
+    }
+
+    void store_turned(const float* y, std::int64_t token, float scale, T* x) const {
+        if (op.turns != nullptr) {
+            store_turned_back(y, turn(token), op.width, scale, x);
+        } else {
+            store_scaled_row(y, op.width, scale, x);
+        }
     }
 
     const WindowAttention& op;
@@ -222,7 +252,8 @@ void forward(const WindowAttentionForward& call, const QueryChunk& chunk, std::i
         for (std::int64_t q = chunk.first; q < chunk.last; q += kQueries) {
             const Band band = band_of(q, op.window, chunk.begin, chunk.end);
             in.template load_keys<LD>(band.high[1], loaded, keys, values);
-            in.template load_queries<LD>(q, scale, rows, columns);
+            in.template load_query_rows<LD>(q, scale, rows);
+            transpose_panel(rows, LD, op.width, columns);
             const std::int64_t first = (band.low[0] - in.first_key) * LD;
             band_scores<LD>(band, op.width, keys + first, columns, weights);
 
@@ -275,7 +306,8 @@ void backward(const WindowAttentionBackward& call, const QueryChunk& chunk, std:
         for (std::int64_t q = chunk.first; q < last_query; q += kQueries) {
             const Band band = band_of(q, op.window, chunk.begin, chunk.end);
             in.template load_keys<LD>(band.high[1], loaded, keys, values);
-            in.template load_queries<LD>(q, scale, rows, columns);
+            in.template load_query_rows<LD>(q, scale, rows);
+            transpose_panel(rows, LD, op.width, columns);
             const std::int64_t n = min_of(kQueries, chunk.end - q);
             for (std::int64_t r = 0; r < n; ++r) {
                 const std::int64_t later = min_of(q + r + kAhead, op.n_tokens - 1);
@@ -311,47 +343,366 @@ void backward(const WindowAttentionBackward& call, const QueryChunk& chunk, std:
             }
             if (q >= chunk.last) continue;
             weighted_rows<LD>(band, q, op.window, op.width, d_scores, keys + first, rows);
-            auto* d_q = static_cast<T*>(call.d_q.data) + head * call.d_q.head_stride;
-            for (std::int64_t r = 0; r < n; ++r) {
-                T* to = d_q + (q + r) * call.d_q.token_stride;
-                if (op.turns != nullptr) {
-                    store_turned_back(rows + r * LD, in.turn(q + r), op.width, scale, to);
-                } else {
-                    store_scaled_row(rows + r * LD, op.width, scale, to);
-                }
-            }
+            in.template store_d_queries<LD>(call, q, n, scale, head, rows);
         }
-        auto* d_k = static_cast<T*>(call.d_k.data) + head * call.d_k.head_stride;
-        auto* d_v = static_cast<T*>(call.d_v.data) + head * call.d_v.head_stride;
-        for (std::int64_t key = chunk.first; key < chunk.last; ++key) {
-            const std::int64_t row = (key - chunk.first) * LD;
-            // The scale is in the queries already.
-            if (op.turns != nullptr) {
-                store_turned_back(d_keys + row, in.turn(key), op.width, 1.0F, d_k + key * call.d_k.token_stride);
-            } else {
-                store_scaled_row(d_keys + row, op.width, 1.0F, d_k + key * call.d_k.token_stride);
-            }
-            store_scaled_row(d_values + row, op.width, 1.0F, d_v + key * call.d_v.token_stride);
+        in.template store_d_keys<LD>(call, head, d_keys, d_values);
+    }
+}
+
+#if defined(__AMX_BF16__)
+// ---------------------------------------------------------------------------------------------------------------------
+// bfloat16 on tiles: the same panels, with every product of 16 x 16 sums over 32 bfloat16 pairs at a time
+
+static_assert(kQueries == 32, "a panel is two tiles wide and one deep");
+
+// GCC's tile intrinsics do not say that they touch memory.
+void memory_barrier() { asm volatile("" ::: "memory"); }
+
+// y[r][c] (+)= sum over k of a[r][k] * b[k / 2][c][k % 2], a of R x 16 rows and 32 * depth columns, b of C x 16
+// columns; lda and ldy count elements, ldb those of a row of pairs. Tile numbers have to be literals.
+template <int R, int C>
+void tile_block(std::int64_t depth, const Bf16* a, std::int64_t lda, const Bf16* b, std::int64_t ldb, float* y,
+                std::int64_t ldy, bool add) {
+    const auto a_bytes = static_cast<int>(lda * 2), b_bytes = static_cast<int>(ldb * 2);
+    const auto y_bytes = static_cast<int>(ldy * 4);
+    if (add) {
+        _tile_loadd(0, y, y_bytes);
+        if constexpr (C == 2) _tile_loadd(1, y + 16, y_bytes);
+        if constexpr (R == 2) _tile_loadd(2, y + 16 * ldy, y_bytes);
+        if constexpr (R == 2 && C == 2) _tile_loadd(3, y + 16 * ldy + 16, y_bytes);
+    } else {
+        _tile_zero(0);
+        if constexpr (C == 2) _tile_zero(1);
+        if constexpr (R == 2) _tile_zero(2);
+        if constexpr (R == 2 && C == 2) _tile_zero(3);
+    }
+    for (std::int64_t k = 0; k < depth; ++k) {
+        _tile_loadd(4, a + k * 32, a_bytes);
+        _tile_loadd(6, b + k * 16 * ldb, b_bytes);
+        _tile_dpbf16ps(0, 4, 6);
+        if constexpr (C == 2) {
+            _tile_loadd(7, b + k * 16 * ldb + 32, b_bytes);
+            _tile_dpbf16ps(1, 4, 7);
+        }
+        if constexpr (R == 2) {
+            _tile_loadd(5, a + 16 * lda + k * 32, a_bytes);
+            _tile_dpbf16ps(2, 5, 6);
+            if constexpr (C == 2) _tile_dpbf16ps(3, 5, 7);
         }
     }
+    _tile_stored(0, y, y_bytes);
+    if constexpr (C == 2) _tile_stored(1, y + 16, y_bytes);
+    if constexpr (R == 2) _tile_stored(2, y + 16 * ldy, y_bytes);
+    if constexpr (R == 2 && C == 2) _tile_stored(3, y + 16 * ldy + 16, y_bytes);
+}
+
+// At least n_rows rows, in whole tiles.
+template <int C>
+void tile_rows(std::int64_t n_rows, std::int64_t depth, const Bf16* a, std::int64_t lda, const Bf16* b,
+               std::int64_t ldb, float* y, std::int64_t ldy, bool add) {
+    std::int64_t r = 0;
+    for (; r + 16 < n_rows; r += 32) tile_block<2, C>(depth, a + r * lda, lda, b, ldb, y + r * ldy, ldy, add);
+    if (r < n_rows) tile_block<1, C>(depth, a + r * lda, lda, b, ldb, y + r * ldy, ldy, add);
+}
+
+// Rows that whole tiles may write, or read, past the ones they were asked for.
+constexpr std::int64_t kTileSpare = 32;
+
+template <int LD>
+void tile_band_scores(const Band& band, const Bf16* rows, const Bf16* columns, float* y) {
+    const std::int64_t both = band.low[1] - band.low[0];
+    const std::int64_t second = band.high[0] - band.low[0];
+    tile_rows<1>(both, LD / 32, rows, LD, columns, 2 * kQueries, y, kQueries, false);
+    tile_rows<2>(second - both, LD / 32, rows + both * LD, LD, columns, 2 * kQueries, y + both * kQueries, kQueries,
+                 false);
+    tile_rows<1>(band.high[1] - band.high[0], LD / 32, rows + second * LD, LD, columns + 32, 2 * kQueries,
+                 y + second * kQueries + 16, kQueries, false);
+}
+
+// y[r / 2][c][r % 2] = x[r][c]: what a product over r reads. n_rows and n_columns are even, and whole vectors.
+void pair_rows(const float* x, std::int64_t ldx, std::int64_t n_rows, std::int64_t n_columns, Bf16* y) {
+    alignas(64) std::uint16_t order[32];
+    for (int i = 0; i < 16; ++i) {
+        order[2 * i] = static_cast<std::uint16_t>(i);
+        order[2 * i + 1] = static_cast<std::uint16_t>(16 + i);
+    }
+    const __m512i interleave = _mm512_load_si512(order);
+    for (std::int64_t r = 0; r < n_rows; r += 2) {
+        for (std::int64_t c = 0; c < n_columns; c += 16) {
+            const Vec even = load(x + r * ldx + c), odd = load(x + (r + 1) * ldx + c);
+            const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
+            _mm512_storeu_si512(y + r * n_columns + 2 * c, _mm512_permutexvar_epi16(interleave, both));
+        }
+    }
+}
+
+// y[c / 2][r][c % 2] = x[r][c] of a panel: what a product over c reads.
+template <int LD>
+void pair_columns(const Bf16* x, Bf16* y) {
+    // A pair is one element of four bytes.
+    const auto* from = reinterpret_cast<const float*>(x);
+    auto* to = reinterpret_cast<float*>(y);
+    for (std::int64_t c = 0; c < LD / 2; c += kLanes) {
+        for (std::int64_t r = 0; r < kQueries; r += kLanes) {
+            transpose_square(from + r * (LD / 2) + c, LD / 2, to + c * kQueries + r, kQueries);
+        }
+    }
+}
+
+// y[c][r] = x[r][c] of a panel of rows, rows of y n_keys apart. `pairs` has room for the panel.
+template <int LD>
+void turn_down(const float* x, Bf16* pairs, std::int64_t n_keys, Bf16* y) {
+    pair_rows(x, LD, kQueries, LD, pairs);
+    // pairs[r / 2][c] of four bytes to y[c][r / 2].
+    alignas(64) float square[kLanes * kLanes];
+    for (std::int64_t c = 0; c < LD; c += kLanes) {
+        transpose_square(reinterpret_cast<const float*>(pairs) + c, LD, square, kLanes);
+        for (std::int64_t i = 0; i < kLanes; ++i) {
+            std::memcpy(y + (c + i) * n_keys, square + i * kLanes, 64);
+        }
+    }
+}
+
+template <int LD>
+void round_rows(const float* x, std::int64_t n, Bf16* y) {
+    convert(x, n * LD, y);
+}
+
+// rows[query][c] = sum over the keys of weights[key][query] * keys[c][key], from weights as pairs of rows.
+template <int LD>
+void tile_weighted_rows(std::int64_t n_deep, const Bf16* keys, std::int64_t n_keys, const Bf16* weights, float* down,
+                        float* rows) {
+    memory_barrier();
+    tile_rows<2>(LD, n_deep, keys, n_keys, weights, 2 * kQueries, down, kQueries, false);
+    memory_barrier();
+    for (std::int64_t c = 0; c < LD; c += kLanes) {
+        for (std::int64_t r = 0; r < kQueries; r += kLanes) {
+            transpose_square(down + c * kQueries + r, kQueries, rows + r * LD + c, LD);
+        }
+    }
+}
+
+// Keys in panels from first_key on: as rows, and down; `loaded` counts whole panels.
+template <int LD>
+struct TileKeys {
+    const Head<Bf16>& in;
+    std::int64_t n_keys;  // columns of what lies down
+    float* panel;         // [kQueries][LD]
+    Bf16* pairs;          // [kQueries][LD]
+
+    // `down` null: not needed. turned: k, else v.
+    void load(bool turned, std::int64_t first, Bf16* rows, Bf16* down) const {
+        const WindowAttention& op = in.op;
+        const HeadsView& view = turned ? op.k : op.v;
+        const Bf16* x = turned ? in.k : in.v;
+        const std::int64_t n = min_of(kQueries, in.tokens.end - first);
+        for (std::int64_t r = 0; r < n; ++r) {
+            prefetch_row(x + min_of(first + r + kAhead, op.n_tokens - 1) * view.token_stride, op.width);
+            const Bf16* from = x + (first + r) * view.token_stride;
+            if (turned) {
+                in.load_turned(from, first + r, 1.0F, panel + r * LD);
+            } else {
+                load_row(from, op.width, panel + r * LD);
+            }
+        }
+        fill_zero(panel + n * LD, (kQueries - n) * LD);
+        const std::int64_t at = first - in.first_key;
+        if (rows != nullptr) round_rows<LD>(panel, kQueries, rows + at * LD);
+        if (down != nullptr) turn_down<LD>(panel, pairs, n_keys, down + at);
+    }
+};
+
+template <int LD>
+void forward_tiles(const WindowAttentionForward& call, const QueryChunk& chunk, std::int64_t head) {
+    const WindowAttention& op = call.in;
+    const Head<Bf16> in(op, chunk, head);
+    const float scale = scale_of(op.width);
+    const std::int64_t n_keys = round_up(chunk.last - in.first_key, kQueries) + kTileSpare;
+    const std::int64_t n_band = most_band_rows(op, n_keys) + kTileSpare;
+    const TileScope scope;
+    Arena arena;
+    for (int pass = 0; pass < 2; ++pass) {
+        Bf16* keys = arena.take<Bf16>((n_keys + kTileSpare) * LD);
+        Bf16* values = arena.take<Bf16>((n_keys + kTileSpare) * LD);  // [LD][n_keys]
+        float* rows = arena.take<float>(kQueries * LD);
+        Bf16* rounded = arena.take<Bf16>(kQueries * LD);
+        Bf16* columns = arena.take<Bf16>(kQueries * LD);
+        float* down = arena.take<float>(kQueries * LD);
+        float* weights = arena.take<float>(n_band * kQueries);
+        Bf16* weight_pairs = arena.take<Bf16>(n_band * kQueries);
+        float* inverse = arena.take<float>(kQueries);
+        if (pass == 0) {
+            arena = Arena(arena.used());
+            continue;
+        }
+        // Tiles take the columns past the head's width along, and multiply what has no key yet by zero.
+        fill_zero(rows, kQueries * LD);
+        std::memset(values, 0, static_cast<std::size_t>((n_keys + kTileSpare) * LD) * sizeof(Bf16));
+        const TileKeys<LD> load_keys{in, n_keys, rows, rounded};
+        auto* out = static_cast<Bf16*>(call.out.data) + head * call.out.head_stride;
+        std::int64_t loaded = in.first_key;
+        for (std::int64_t q = chunk.first; q < chunk.last; q += kQueries) {
+            const Band band = band_of(q, op.window, chunk.begin, chunk.end);
+            for (; loaded < band.high[1]; loaded += kQueries) {
+                load_keys.load(true, loaded, keys, nullptr);
+                load_keys.load(false, loaded, nullptr, values);
+            }
+            in.template load_query_rows<LD>(q, scale, rows);
+            round_rows<LD>(rows, kQueries, rounded);
+            pair_columns<LD>(rounded, columns);
+            const std::int64_t first = band.low[0] - in.first_key;
+            memory_barrier();
+            tile_band_scores<LD>(band, keys + first * LD, columns, weights);
+            memory_barrier();
+
+            const Masked masked(band, q, op.window);
+            const std::int64_t n = min_of(kQueries, chunk.end - q);
+            float* maximum = call.softmax + head * op.n_tokens + q;
+            soften(band, masked, n, weights, maximum, maximum + op.n_heads * op.n_tokens, inverse);
+            const std::int64_t n_deep = (band.high[1] - band.low[0] + 31) / 32;
+            masked.clear_rest(weights, n_deep * 32 - (band.high[1] - band.low[0]));
+            pair_rows(weights, kQueries, n_deep * 32, kQueries, weight_pairs);
+            tile_weighted_rows<LD>(n_deep, values + first, n_keys, weight_pairs, down, rows);
+            for (std::int64_t r = 0; r < n; ++r) {
+                store_scaled_row(rows + r * LD, op.width, inverse[r], out + (q + r) * call.out.token_stride);
+            }
+        }
+    }
+}
+
+template <int LD>
+void backward_tiles(const WindowAttentionBackward& call, const QueryChunk& chunk, std::int64_t head) {
+    const WindowAttention& op = call.in;
+    const Head<Bf16> in(op, chunk, head);
+    const float scale = scale_of(op.width);
+    const std::int64_t last_query = min_of(chunk.end, chunk.last + op.window - 1);
+    const std::int64_t n_own = chunk.last - chunk.first;
+    const std::int64_t n_keys =
+        round_up(min_of(chunk.end, round_up(last_query - chunk.first, kQueries) + chunk.first) - in.first_key,
+                 kQueries) +
+        kTileSpare;
+    const std::int64_t n_band = most_band_rows(op, n_keys) + kTileSpare;
+    const TileScope scope;
+    Arena arena;
+    for (int pass = 0; pass < 2; ++pass) {
+        Bf16* keys = arena.take<Bf16>((n_keys + kTileSpare) * LD);
+        Bf16* keys_down = arena.take<Bf16>((n_keys + kTileSpare) * LD);
+        Bf16* values = arena.take<Bf16>((n_keys + kTileSpare) * LD);
+        float* d_keys = arena.take<float>((n_own + kTileSpare) * LD);
+        float* d_values = arena.take<float>((n_own + kTileSpare) * LD);
+        float* rows = arena.take<float>(kQueries * LD);
+        Bf16* rounded = arena.take<Bf16>(kQueries * LD);
+        Bf16* columns = arena.take<Bf16>(kQueries * LD);
+        Bf16* row_pairs = arena.take<Bf16>(kQueries * LD);
+        Bf16* d_columns = arena.take<Bf16>(kQueries * LD);
+        Bf16* d_row_pairs = arena.take<Bf16>(kQueries * LD);
+        float* down = arena.take<float>(kQueries * LD);
+        float* weights = arena.take<float>(n_band * kQueries);
+        float* d_scores = arena.take<float>(n_band * kQueries);
+        Bf16* rounded_weights = arena.take<Bf16>(n_band * kQueries);
+        Bf16* rounded_scores = arena.take<Bf16>(n_band * kQueries);
+        if (pass == 0) {
+            arena = Arena(arena.used());
+            continue;
+        }
+        fill_zero(d_keys, (n_own + kTileSpare) * LD);
+        fill_zero(d_values, (n_own + kTileSpare) * LD);
+        // Tiles take the columns past the head's width along, and multiply what has no key yet by zero.
+        fill_zero(rows, kQueries * LD);
+        std::memset(keys_down, 0, static_cast<std::size_t>((n_keys + kTileSpare) * LD) * sizeof(Bf16));
+        const TileKeys<LD> load_keys{in, n_keys, rows, rounded};
+        const Bf16* d_out = Head<Bf16>::start(call.d_out, head);
+        std::int64_t loaded = in.first_key;
+        for (std::int64_t q = chunk.first; q < last_query; q += kQueries) {
+            const Band band = band_of(q, op.window, chunk.begin, chunk.end);
+            for (; loaded < band.high[1]; loaded += kQueries) {
+                load_keys.load(true, loaded, keys, keys_down);
+                load_keys.load(false, loaded, values, nullptr);
+            }
+            const std::int64_t n = min_of(kQueries, chunk.end - q);
+            for (std::int64_t r = 0; r < n; ++r) {
+                const std::int64_t later = min_of(q + r + kAhead, op.n_tokens - 1);
+                prefetch_row(d_out + later * call.d_out.token_stride, op.width);
+                load_row(d_out + (q + r) * call.d_out.token_stride, op.width, rows + r * LD);
+            }
+            fill_zero(rows + n * LD, (kQueries - n) * LD);
+            round_rows<LD>(rows, kQueries, rounded);
+            pair_columns<LD>(rounded, d_columns);
+            pair_rows(rows, LD, kQueries, LD, d_row_pairs);
+            in.template load_query_rows<LD>(q, scale, rows);
+            round_rows<LD>(rows, kQueries, rounded);
+            pair_columns<LD>(rounded, columns);
+            pair_rows(rows, LD, kQueries, LD, row_pairs);
+            const std::int64_t first = band.low[0] - in.first_key;
+            memory_barrier();
+            tile_band_scores<LD>(band, keys + first * LD, columns, weights);
+            tile_band_scores<LD>(band, values + first * LD, d_columns, d_scores);
+            memory_barrier();
+
+            const Masked masked(band, q, op.window);
+            const float* maximum = call.softmax + head * op.n_tokens + q;
+            differentiate(band, masked, n, maximum, maximum + op.n_heads * op.n_tokens, weights, d_scores);
+            const std::int64_t n_deep = (band.high[1] - band.low[0] + 31) / 32;
+            const std::int64_t n_rest = n_deep * 32 - (band.high[1] - band.low[0]);
+            masked.clear_rest(weights, n_rest);
+            masked.clear_rest(d_scores, n_rest);
+            convert(weights, n_deep * 32 * kQueries, rounded_weights);
+            convert(d_scores, n_deep * 32 * kQueries, rounded_scores);
+
+            const std::int64_t key = max_of(band.low[0], chunk.first);
+            const std::int64_t n_rows = min_of(band.high[1], chunk.last) - key;
+            const std::int64_t at = (key - band.low[0]) * kQueries, to = (key - chunk.first) * LD;
+            // Rows past those of the band are taken along only at the end of the chunk: they fall into spare rows.
+            memory_barrier();
+            for (std::int64_t c = 0; c < LD; c += 32) {
+                tile_rows<2>(n_rows, 1, rounded_weights + at, kQueries, d_row_pairs + 2 * c, 2 * LD, d_values + to + c,
+                             LD, true);
+                tile_rows<2>(n_rows, 1, rounded_scores + at, kQueries, row_pairs + 2 * c, 2 * LD, d_keys + to + c, LD,
+                             true);
+            }
+            memory_barrier();
+            if (q >= chunk.last) continue;
+            pair_rows(d_scores, kQueries, n_deep * 32, kQueries, rounded_scores);
+            tile_weighted_rows<LD>(n_deep, keys_down + first, n_keys, rounded_scores, down, rows);
+            in.template store_d_queries<LD>(call, q, n, scale, head, rows);
+        }
+        in.template store_d_keys<LD>(call, head, d_keys, d_values);
+    }
+}
+#endif
+
+template <typename T, int LD>
+void forward_at(const WindowAttentionForward& call, const QueryChunk& chunk, std::int64_t head) {
+#if defined(__AMX_BF16__)
+    if constexpr (sizeof(T) == sizeof(Bf16)) return forward_tiles<LD>(call, chunk, head);
+#endif
+    forward<T, LD>(call, chunk, head);
 }
 
 template <typename T>
 void forward_any(const WindowAttentionForward& call, const QueryChunk& chunk, std::int64_t head) {
     const std::int64_t width = call.in.width;
-    if (width <= 32) return forward<T, 32>(call, chunk, head);
-    if (width <= 64) return forward<T, 64>(call, chunk, head);
-    if (width <= 128) return forward<T, 128>(call, chunk, head);
-    forward<T, 256>(call, chunk, head);
+    if (width <= 32) return forward_at<T, 32>(call, chunk, head);
+    if (width <= 64) return forward_at<T, 64>(call, chunk, head);
+    if (width <= 128) return forward_at<T, 128>(call, chunk, head);
+    forward_at<T, 256>(call, chunk, head);
+}
+
+template <typename T, int LD>
+void backward_at(const WindowAttentionBackward& call, const QueryChunk& chunk, std::int64_t head) {
+#if defined(__AMX_BF16__)
+    if constexpr (sizeof(T) == sizeof(Bf16)) return backward_tiles<LD>(call, chunk, head);
+#endif
+    backward<T, LD>(call, chunk, head);
 }
 
 template <typename T>
 void backward_any(const WindowAttentionBackward& call, const QueryChunk& chunk, std::int64_t head) {
     const std::int64_t width = call.in.width;
-    if (width <= 32) return backward<T, 32>(call, chunk, head);
-    if (width <= 64) return backward<T, 64>(call, chunk, head);
-    if (width <= 128) return backward<T, 128>(call, chunk, head);
-    backward<T, 256>(call, chunk, head);
+    if (width <= 32) return backward_at<T, 32>(call, chunk, head);
+    if (width <= 64) return backward_at<T, 64>(call, chunk, head);
+    if (width <= 128) return backward_at<T, 128>(call, chunk, head);
+    backward_at<T, 256>(call, chunk, head);
 }
 
 }  // namespace

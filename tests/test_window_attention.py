@@ -184,8 +184,10 @@ def compare(q, k, v, cu, window, positions, rope_base=10000.0) -> None:
     assert row_error(out, expected) < BOUNDS[q.dtype]
     for name, ours, theirs in zip("qkv", leaves, exact, strict=True):
         # The gradient of a score is a small difference of large terms where one key has nearly all the weight (none at
-        # all where a token sees itself alone): rows under 0.1, of a typical 1, count by their absolute error.
-        error = (ours.grad.double() - theirs.grad).norm(dim=-1) / theirs.grad.norm(dim=-1).clamp(min=0.1)
+        # all where a token sees itself alone): rows that are small beside a typical 1 count by their absolute error.
+        # On tiles every term is rounded to bfloat16.
+        floor = 0.3 if q.dtype == torch.bfloat16 else 0.1
+        error = (ours.grad.double() - theirs.grad).norm(dim=-1) / theirs.grad.norm(dim=-1).clamp(min=floor)
         assert float(error.nan_to_num(nan=1e9).max()) < BOUNDS[q.dtype], name
 
 
