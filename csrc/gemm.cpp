@@ -245,6 +245,23 @@ void rows_bf16(std::int64_t n_panels, std::int64_t n_pairs, const Bf16* x, std::
 }
 #endif
 
+// first[0], second[0], first[1], ...
+void store_pairs(Bf16* p, Vec first, Vec second) {
+    Bf16 halves[2 * kLanes];
+    store(halves, first);
+    store(halves + kLanes, second);
+#if defined(__AVX512F__)
+    const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(halves)));
+    const __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(halves + kLanes)));
+    _mm512_storeu_si512(p, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+#else
+    for (int i = 0; i < kLanes; ++i) {
+        p[2 * i] = halves[i];
+        p[2 * i + 1] = halves[kLanes + i];
+    }
+#endif
+}
+
 #if defined(__AVX512F__)
 // Swaps the blocks of S x S that lie across the diagonal.
 template <int S>
@@ -326,13 +343,9 @@ void pack<Bf16>(const float* w, std::int64_t stride_out, std::int64_t stride_in,
         std::int64_t k = 0;
         if (stride_out == 1) {
             for (; k + 2 <= n_in && n_columns == kTileColumns; k += 2) {
-                Bf16 even[kTileColumns];
-                Bf16 odd[kTileColumns];
-                convert(columns + k * stride_in, kTileColumns, even);
-                convert(columns + (k + 1) * stride_in, kTileColumns, odd);
-                for (std::int64_t c = 0; c < kTileColumns; ++c) {
-                    packed[k * kTileColumns + 2 * c] = even[c];
-                    packed[k * kTileColumns + 2 * c + 1] = odd[c];
+                const float* inputs = columns + k * stride_in;
+                for (std::int64_t c = 0; c < kTileColumns; c += kLanes) {
+                    store_pairs(packed + (k * kTileColumns + 2 * c), load(inputs + c), load(inputs + stride_in + c));
                 }
             }
         }
