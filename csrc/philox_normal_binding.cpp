@@ -28,6 +28,7 @@ Philox<T> checked(std::uint32_t seed0, std::uint32_t seed1, const py::array& pla
     const RowsView<T> rows = writeable_rows_view<T>(out, kAny, kAny, "out");
     const auto plans_view = vector_view<std::int64_t>(plans, rows.rows, "plans");
     const auto steps_view = vector_view<std::int64_t>(step, rows.rows, "step");
+    if (n_threads < 1) fail("n_threads", "at least 1", std::to_string(n_threads));
     // Every id is checked before the first write: bad input leaves the output as it was.
     check_counter_words(plans_view, "plans");
     check_counter_words(steps_view, "step");

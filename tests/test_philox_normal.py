@@ -89,15 +89,17 @@ def test_reference_normals_have_the_moments_of_a_standard_normal():
 # The C++ engine
 
 
-@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("n", [*SIZES, 4096 * 2 + 6])
 def test_cpp_words_are_bit_equal(cpp_engine, n):
     plans, steps = ids(5)
-    out = torch.full((5, n), -1)
-    cpp_engine._philox_words(*SEED, plans.numpy(), steps.numpy(), out.numpy())
-    assert torch.equal(out, reference_words(SEED, plans, steps, n))
+    for n_threads in (1, 3):
+        out = torch.full((5, n), -1)
+        cpp_engine._philox_words(*SEED, plans.numpy(), steps.numpy(), out.numpy(), n_threads)
+        assert torch.equal(out, reference_words(SEED, plans, steps, n))
 
 
-@pytest.mark.usefixtures("cpp_engine", "nan_filled_empty")
+@pytest.mark.usefixtures("isa", "nan_filled_empty")
 @pytest.mark.parametrize("n", SIZES)
 def test_cpp_normals_equal_the_reference(n):
     plans, steps = ids(5)
@@ -105,6 +107,25 @@ def test_cpp_normals_equal_the_reference(n):
         actual = ops.philox_normal(SEED, plans, steps, n)
     torch.testing.assert_close(actual, reference.philox_normal(SEED, plans, steps, n), rtol=0, atol=1e-6)
     assert ops.dispatch_counts() == {("philox_normal", "cpp"): 1}
+
+
+@pytest.mark.usefixtures("isa")
+def test_cpp_normals_of_a_million_words_stay_close(cpp_engine):
+    plans = torch.arange(250)
+    out = torch.empty(250, 4096)
+    cpp_engine._philox_normal(*SEED, plans.numpy(), plans.numpy(), out.numpy())
+    expected = reference.philox_normal(SEED, plans, plans, 4096)
+    assert float(expected.abs().max()) > 5  # the tail is there
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-6)
+
+
+def test_cpp_normals_do_not_depend_on_the_threads(cpp_engine):
+    plans, steps = ids(37)
+    for n in (5, 1027, 9001):
+        single, several = torch.empty(2, 37, n).unbind(0)
+        cpp_engine._philox_normal(*SEED, plans.numpy(), steps.numpy(), single.numpy(), 1)
+        cpp_engine._philox_normal(*SEED, plans.numpy(), steps.numpy(), several.numpy(), 3)
+        assert torch.equal(single, several)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
