@@ -33,6 +33,41 @@ void zero_pad(T* row, std::int64_t n, std::int64_t ld) {
     for (; n < ld; ++n) row[n] = T{};
 }
 
+// The products of bfloat16 start from zero, and whoever reads them next adds the bias: starting from it would write
+// and read all of y once more. float has it in registers.
+template <typename T>
+constexpr Begin kMapBegin = kIsFloat<T> ? Begin::kBias : Begin::kZero;
+
+// to[rows][ldt] = from[rows][ldf] of a map of T, with its bias, pads zero.
+template <typename T>
+void finish_rows(std::int64_t rows, std::int64_t n, const float* from, std::int64_t ldf, const float* bias, T* to,
+                 std::int64_t ldt, bool pads) {
+    for (std::int64_t r = 0; r < rows; ++r) {
+        for_vectors(n, [&](auto get, auto put) {
+            put(to + r * ldt, kIsFloat<T> ? get(from + r * ldf) : get(from + r * ldf) + get(bias));
+        });
+        if (pads) zero_pad(to + r * ldt, n, padded(n));
+    }
+}
+
+// A sigmoid as exact as T: for bfloat16 within 1e-4, by fewer steps where the processor scales by powers of two.
+template <typename T>
+inline Vec gate(Vec x) {
+#if defined(__AVX512F__)
+    if constexpr (!kIsFloat<T>) {
+        const Vec t = x * -1.44269504F;
+        const Vec n = (Vec)_mm512_roundscale_ps((__m512)t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+        const Vec r = t - n;
+        Vec p = r * 9.618129e-3F + 5.550411e-2F;
+        p = p * r + 2.4022651e-1F;
+        p = p * r + 6.9314718e-1F;
+        p = p * r + 1.0F;
+        return (Vec)_mm512_rcp14_ps((__m512)(1.0F + (Vec)_mm512_scalef_ps((__m512)p, (__m512)n)));
+    }
+#endif
+    return sigmoid(x);
+}
+
 // to[rows][ldt] = from[rows][ldf], pads zero.
 template <typename To, typename From>
 void copy_rows(std::int64_t rows, std::int64_t n, const From* from, std::int64_t ldf, To* to, std::int64_t ldt) {
@@ -54,22 +89,21 @@ const T* operand(std::int64_t rows, std::int64_t n, const T* x, std::int64_t ldx
     return space;
 }
 
-// x[rows][ldx] += bias
-void add_bias(std::int64_t rows, std::int64_t n, const float* bias, float* x, std::int64_t ldx) {
+// x += bias (null for none), then out = (x - mean) / std over each row, pads zero; 1 / std to rstd[r * rstd_stride].
+template <typename T>
+void normalise(std::int64_t rows, std::int64_t n, const float* bias, float* x, std::int64_t ldx, T* out,
+               std::int64_t ldo, float* rstd, std::int64_t rstd_stride) {
     for (std::int64_t r = 0; r < rows; ++r) {
         float* row = x + r * ldx;
-        for_vectors(n, [&](auto get, auto put) { put(row, get(row) + get(bias)); });
-    }
-}
-
-// out = (x - mean) / std over each row, pads zero; 1 / std to rstd[r * rstd_stride].
-template <typename T>
-void normalise(std::int64_t rows, std::int64_t n, const float* x, std::int64_t ldx, T* out, std::int64_t ldo,
-               float* rstd, std::int64_t rstd_stride) {
-    for (std::int64_t r = 0; r < rows; ++r) {
-        const float* row = x + r * ldx;
         Vec total{};
-        for_vectors(n, [&](auto get, auto) { total += get(row); });
+        for_vectors(n, [&](auto get, auto put) {
+            Vec v = get(row);
+            if (bias != nullptr) {
+                v += get(bias);
+                put(row, v);
+            }
+            total += v;
+        });
         const float mean = sum(total) / static_cast<float>(n);
         Vec squares{};
         std::int64_t i = 0;
@@ -342,21 +376,20 @@ void forward_tile(const BlockForward& f, const BlockTile& t) {
         std::int64_t lda;
         const T* attended =
             operand(rows, p.dim, at<T>(f.attended, t.first * f.attended_stride), f.attended_stride, b.space, &lda);
-        add_bias(rows, p.dim, p.bias[kBlockO], b.x, ld);
         maps.apply(kBlockO, rows, attended, lda, b.x, ld, Begin::kAdd);
     }
 
     T* normed = saves ? at<T>(f.normed1, t.first * ld) : b.normed;
     float* rstd = saves ? f.rstd + 2 * t.first : b.rstd;
     const std::int64_t rstd_stride = saves ? 2 : 1;
-    normalise(rows, p.dim, b.x, ld, normed, ld, rstd, rstd_stride);
+    normalise(rows, p.dim, p.has_o ? p.bias[kBlockO] : nullptr, b.x, ld, normed, ld, rstd, rstd_stride);
     float* q = f.q != nullptr ? f.q + t.first * ld : b.narrow;
-    maps.apply(kBlockPlanQ, rows, normed, ld, q, ld, Begin::kBias);
+    maps.apply(kBlockPlanQ, rows, normed, ld, q, ld, kMapBegin<T>);
     const T* q_operand;
     if constexpr (kIsFloat<T>) {
         q_operand = q;
     } else {
-        copy_rows(rows, p.dim, q, ld, b.narrow_operand, ld);
+        finish_rows(rows, p.dim, q, ld, p.bias[kBlockPlanQ], b.narrow_operand, ld, true);
         q_operand = b.narrow_operand;
     }
     gemm<T>(rows, n_plan, p.dim, q_operand, ld, plan.keys, b.scores, ld_plan, Begin::kZero);
@@ -374,24 +407,25 @@ void forward_tile(const BlockForward& f, const BlockTile& t) {
         copy_rows(rows, p.dim, b.narrow, ld, b.narrow_operand, ld);
         read = b.narrow_operand;
     }
-    add_bias(rows, p.dim, p.bias[kBlockPlanO], b.x, ld);
     maps.apply(kBlockPlanO, rows, read, ld, b.x, ld, Begin::kAdd);
 
     normed = saves ? at<T>(f.normed2, t.first * ld) : b.normed;
-    normalise(rows, p.dim, b.x, ld, normed, ld, rstd + (saves ? 1 : 0), rstd_stride);
+    normalise(rows, p.dim, p.bias[kBlockPlanO], b.x, ld, normed, ld, rstd + (saves ? 1 : 0), rstd_stride);
     float* hidden = f.hidden != nullptr ? f.hidden + t.first * ld_hidden : b.wide;
-    maps.apply(kBlockIn, rows, normed, ld, hidden, ld_hidden, Begin::kBias);
+    maps.apply(kBlockIn, rows, normed, ld, hidden, ld_hidden, kMapBegin<T>);
     for (std::int64_t r = 0; r < rows; ++r) {
         T* out = b.wide_operand + r * ld_hidden;
         const float* row = hidden + r * ld_hidden;
-        for_vectors(p.hidden, [&](auto get, auto put) { put(out, silu(get(row))); });
+        for_vectors(p.hidden, [&](auto get, auto put) {
+            const Vec x = kIsFloat<T> ? get(row) : get(row) + get(p.bias[kBlockIn]);
+            put(out, x * gate<T>(x));
+        });
         zero_pad(out, p.hidden, ld_hidden);
     }
-    add_bias(rows, p.dim, p.bias[kBlockOut], b.x, ld);
     maps.apply(kBlockOut, rows, b.wide_operand, ld_hidden, b.x, ld, Begin::kAdd);
-    for (std::int64_t r = 0; r < rows; ++r) convert(b.x + r * ld, p.dim, f.x_out + (t.first + r) * p.dim);
 
-    normalise(rows, p.dim, b.x, ld, b.normed, ld, b.rstd, 1);
+    normalise(rows, p.dim, p.bias[kBlockOut], b.x, ld, b.normed, ld, b.rstd, 1);
+    for (std::int64_t r = 0; r < rows; ++r) convert(b.x + r * ld, p.dim, f.x_out + (t.first + r) * p.dim);
     T* y = at<T>(f.y, t.first * p.n_next);
     if constexpr (kIsFloat<T>) {
         if (p.n_next % kColumns == 0) {
@@ -400,8 +434,8 @@ void forward_tile(const BlockForward& f, const BlockTile& t) {
         }
     }
     const std::int64_t ld_next = padded(p.n_next);
-    maps.apply(kBlockNext, rows, b.normed, ld, b.wide, ld_next, Begin::kBias);
-    for (std::int64_t r = 0; r < rows; ++r) convert(b.wide + r * ld_next, p.n_next, y + r * p.n_next);
+    maps.apply(kBlockNext, rows, b.normed, ld, b.wide, ld_next, kMapBegin<T>);
+    finish_rows(rows, p.n_next, b.wide, ld_next, p.bias[kBlockNext], y, p.n_next, false);
 }
 
 template <typename T>
@@ -450,7 +484,8 @@ void backward_tile(const BlockBackward& f, std::int64_t i_tile) {
         const T* dy = operand(rows, p.n_next, at<T>(f.dy, t.first * f.dy_stride), f.dy_stride, b.space, &ldy);
         maps.apply_transposed(kBlockNext, rows, dy, ldy, b.narrow, ld);
         T* normed3 = kept(out != nullptr ? out->normed3 : nullptr, ld, b.normed);
-        normalise(rows, p.dim, f.x_out + t.first * p.dim, p.dim, normed3, ld, b.rstd, 1);
+        copy_rows(rows, p.dim, f.x_out + t.first * p.dim, p.dim, b.wide, ld);
+        normalise<T>(rows, p.dim, nullptr, b.wide, ld, normed3, ld, b.rstd, 1);
         if (out != nullptr) sum_columns(rows, p.n_next, dy, ldy, dbias[kBlockNext]);
         add_norm_gradient(rows, p.dim, b.narrow, ld, normed3, ld, b.rstd, 1, dx, ld, dx_operand, ld);
     } else {
@@ -467,8 +502,8 @@ void backward_tile(const BlockBackward& f, std::int64_t i_tile) {
     const float* hidden = f.hidden != nullptr ? f.hidden + t.first * ld_hidden : nullptr;
     T* pre = b.space;
     if (hidden == nullptr) {
-        maps.apply(kBlockIn, rows, normed2, ld, b.wide, ld_hidden, Begin::kBias);
-        for (std::int64_t r = 0; r < rows; ++r) convert(b.wide + r * ld_hidden, p.hidden, pre + r * ld_hidden);
+        maps.apply(kBlockIn, rows, normed2, ld, b.wide, ld_hidden, kMapBegin<T>);
+        finish_rows(rows, p.hidden, b.wide, ld_hidden, p.bias[kBlockIn], pre, ld_hidden, false);
     }
     maps.apply_transposed(kBlockOut, rows, dx_operand, ld, b.wide, ld_hidden);
     T* dhidden = kept(out != nullptr ? out->dhidden : nullptr, ld_hidden, b.wide_operand);
@@ -478,9 +513,9 @@ void backward_tile(const BlockBackward& f, std::int64_t i_tile) {
             const std::int64_t o = r * ld_hidden;
             for_vectors(p.hidden, [&](auto get, auto put) {
                 const Vec x = get(before + o);
-                const Vec gate = sigmoid(x);
-                put(dhidden + o, get(b.wide + o) * (gate * (1.0F + x * (1.0F - gate))));
-                if (activated != nullptr) put(activated + o, x * gate);
+                const Vec g = gate<T>(x);
+                put(dhidden + o, get(b.wide + o) * (g * (1.0F + x * (1.0F - g))));
+                if (activated != nullptr) put(activated + o, x * g);
             });
             zero_pad(dhidden + o, p.hidden, ld_hidden);
             if (activated != nullptr) zero_pad(activated + o, p.hidden, ld_hidden);
