@@ -54,6 +54,11 @@ std::int64_t axis(const py::array& array, py::ssize_t i, const std::string& name
 class Watched {
   public:
     Watched(py::object tensor, py::array array) : tensor_(std::move(tensor)), array_(std::move(array)) {
+        // Looked up once: of the 60 tensors of a decoder each is asked at every step.
+        const py::type type = py::type::of(tensor_);
+        version_of_ = type.attr("_version");
+        data_ptr_of_ = type.attr("data_ptr");
+        if (Py_TYPE(version_of_.ptr())->tp_descr_get == nullptr) fail("tensors", "torch tensors", "another kind");
         version_ = version();
         auto bytes = static_cast<std::size_t>(array_.nbytes());
         // Tensors made in inference mode count nothing: all of their bytes are compared.
@@ -63,9 +68,8 @@ class Watched {
     }
 
     bool changed() const {
-        static PyObject* const data_ptr = PyUnicode_InternFromString("data_ptr");
         if (version() != version_) return true;
-        const auto address = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor_.ptr(), data_ptr));
+        const auto address = py::reinterpret_steal<py::object>(PyObject_CallOneArg(data_ptr_of_.ptr(), tensor_.ptr()));
         if (!address) throw py::error_already_set();
         if (PyLong_AsVoidPtr(address.ptr()) != array_.data()) return true;
         return std::memcmp(array_.data(), sample_.data(), sample_.size()) != 0;
@@ -73,8 +77,10 @@ class Watched {
 
   private:
     std::int64_t version() const {
-        static PyObject* const name = PyUnicode_InternFromString("_version");
-        const auto value = py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor_.ptr(), name));
+        PyObject* const descriptor = version_of_.ptr();
+        PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(tensor_.ptr()));
+        const auto value =
+            py::reinterpret_steal<py::object>(Py_TYPE(descriptor)->tp_descr_get(descriptor, tensor_.ptr(), type));
         if (!value) {
             if (!PyErr_ExceptionMatches(PyExc_RuntimeError)) throw py::error_already_set();
             PyErr_Clear();
@@ -83,9 +89,9 @@ class Watched {
         return PyLong_AsLongLong(value.ptr());
     }
 
-    py::object tensor_;
+    py::object tensor_, version_of_, data_ptr_of_;
     py::array array_;
-    std::int64_t version_;
+    std::int64_t version_ = -1;
     std::vector<char> sample_;
 };
 

@@ -145,7 +145,6 @@ class Actor:
             self._set_plans(rows, self._seeds("plans", z0, rows))
         self._state.reset(rows)
 
-    @torch.no_grad()
     def act(self, obs: Array) -> Array:
         """Mean actions (plus noise, if any) for the current observations.
 
@@ -164,13 +163,16 @@ class Actor:
         if self._weights.decoder is not self.model.decoder:
             self._weights = ops.WeightsOf(self.model.decoder)
         out = ops.decode_step(self._weights(), self._state, obs, self._units)
-        if self.action_noise > 0:
-            action = self._state.last_action
-            noise = torch.randn(action.shape, generator=self._generator, dtype=action.dtype, device=action.device)
-            action.add_(noise, alpha=self.action_noise).clamp_(-1, 1)
-            noisy = self.normalization.to_environment(action)
-            return noisy.cpu().numpy() if isinstance(obs, np.ndarray) else noisy
-        return out
+        return out if self.action_noise <= 0 else self._add_noise(out)
+
+    @torch.no_grad()
+    def _add_noise(self, out: Array) -> Array:
+        """The same actions with noise, of the same kind; it is what the decoder will read back."""
+        action = self._state.last_action
+        noise = torch.randn(action.shape, generator=self._generator, dtype=action.dtype, device=action.device)
+        action.add_(noise, alpha=self.action_noise).clamp_(-1, 1)
+        noisy = self.normalization.to_environment(action)
+        return noisy.cpu().numpy() if isinstance(out, np.ndarray) else noisy
 
 
 def _units(normalization: Normalization) -> ops.Units:

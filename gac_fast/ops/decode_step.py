@@ -140,7 +140,7 @@ class WeightsOf:
 def decode_step(weights: StepWeights, state: DecodeState, observations: Array, units: Units | None = None) -> Array:
     """Feed a_{t-1} (with C = 2, from the second step on) and s_t of every environment, and read the mean action.
 
-    The per-step path of the actor: no registered op of torch. Rows may be at different steps. Afterwards
+    The per-step path of the actor: no registered op of torch, no gradients. Rows may be at different steps. Afterwards
     ``state.steps`` is one more and ``state.last_action`` the normalised mean action; with action noise, overwrite it.
 
     The C++ engine packs the weights once, and again when they changed: in place, by ``.data``, or by other tensors in
@@ -172,6 +172,11 @@ def decode_step(weights: StepWeights, state: DecodeState, observations: Array, u
         if x.dtype not in (torch.float32, torch.float64):
             x = x.to(torch.float32)
         return torch.from_numpy(_decode_step_cpp(weights, state, x.numpy(), units))
+    return _decode_step_reference(weights, state, observations, units)
+
+
+@torch.no_grad()
+def _decode_step_reference(weights: StepWeights, state: DecodeState, observations: Array, units: Units | None) -> Array:
     ring = state.ring_k
     x = torch.as_tensor(observations, device=ring.device).to(state.last_action.dtype)
     # A tensor on a device goes unchecked: reading the answer back would cost a wait at every step.
