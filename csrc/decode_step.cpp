@@ -505,9 +505,6 @@ void rotate(std::int64_t heads, std::int64_t half, const float* cos, const float
 // ---------------------------------------------------------------------------------------------------------------------
 // The step
 
-// Up to so many rows a bfloat16 product of gemm.h may take another path than for more, and round otherwise.
-constexpr std::int64_t kFewRows = 4;
-
 float observation(const DecodeStepArgs& a, std::int64_t row, std::int64_t i) {
     const char* p = a.observations + row * a.row_bytes + i * a.element_bytes;
     if (a.doubles) {
@@ -520,15 +517,14 @@ float observation(const DecodeStepArgs& a, std::int64_t row, std::int64_t i) {
     return x;
 }
 
-// Environments [first, first + n). `wide`: the whole call has more than kFewRows rows.
+// Environments [first, first + n).
 template <typename T>
-void step_tile(const DecodeStepArgs& a, std::int64_t first, std::int64_t n, bool wide) {
+void step_tile(const DecodeStepArgs& a, std::int64_t first, std::int64_t n) {
     const PackedDecoder& weights = *a.weights;
     const DecodeSizes& s = weights.sizes;
     const std::int64_t width = s.dim / s.n_heads;
     const std::int64_t half = width / 2;
     const std::int64_t m = s.reads_actions ? 2 * n : n;
-    const std::int64_t most = max_of(m, kFewRows + 1);
     const std::int64_t ldx = round_up(s.dim, kColumns);
     const std::int64_t ldkv = round_up(2 * s.dim, kColumns);
     const std::int64_t ldh = round_up(s.hidden, kColumns);
@@ -541,11 +537,11 @@ void step_tile(const DecodeStepArgs& a, std::int64_t first, std::int64_t n, bool
     std::int32_t *turn_of = nullptr, *q_at = nullptr, *k_at = nullptr;
     for (int pass = 0; pass < 2; ++pass) {
         // State tokens first, then those of actions.
-        x = arena.take<float>(most * ldx);
-        normed = arena.take<T>(most * ldx);
-        q = arena.take<float>(most * ldx);
-        y = arena.take<float>(most * max_of(max_of(ldkv, ldh), lda));
-        hidden = arena.take<T>(most * ldh);
+        x = arena.take<float>(m * ldx);
+        normed = arena.take<T>(m * ldx);
+        q = arena.take<float>(m * ldx);
+        y = arena.take<float>(m * max_of(max_of(ldkv, ldh), lda));
+        hidden = arena.take<T>(m * ldh);
         scores = arena.take<float>(round_up(max_of(a.window, s.n_heads * a.n_z), kLanes));
         q_at = arena.take<std::int32_t>(s.n_heads * a.n_z);
         k_at = arena.take<std::int32_t>(s.n_heads * a.n_z);
@@ -586,8 +582,7 @@ void step_tile(const DecodeStepArgs& a, std::int64_t first, std::int64_t n, bool
     const TileScope tiles;
     const auto product = [&](std::int64_t rows, std::int64_t n_out, std::int64_t n_in, const T* from, std::int64_t ld,
                              const PackedLinear& linear, float* to, std::int64_t ldy, Begin begin) {
-        gemm<T>(wide ? max_of(rows, kFewRows + 1) : rows, n_out, n_in, from, ld, static_cast<const T*>(linear.w), to,
-                ldy, begin, linear.b);
+        gemm<T>(rows, n_out, n_in, from, ld, static_cast<const T*>(linear.w), to, ldy, begin, linear.b);
     };
     const float scale = reciprocal_root(static_cast<float>(width));
     const auto attend_plan = width == kLanes       ? attend_few<1, T>
@@ -693,13 +688,11 @@ constexpr std::int64_t kMostEnvironments = 64;
 
 template <typename T>
 void step_all(const DecodeStepArgs& a) {
-    const std::int64_t tokens = a.weights->sizes.reads_actions ? 2 : 1;
     std::int64_t n_tiles = max_of(a.n_threads, (a.n_rows + kMostEnvironments<T> - 1) / kMostEnvironments<T>);
     n_tiles = max_of(1, min_of(n_tiles, a.n_rows));
-    const bool wide = a.n_rows * tokens > kFewRows;
     parallel_for(n_tiles, a.n_threads, [&](std::int64_t i) {
         const std::int64_t first = a.n_rows * i / n_tiles;
-        step_tile<T>(a, first, a.n_rows * (i + 1) / n_tiles - first, wide);
+        step_tile<T>(a, first, a.n_rows * (i + 1) / n_tiles - first);
     });
 }
 

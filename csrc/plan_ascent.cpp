@@ -15,8 +15,6 @@ constexpr float kMostLogVariance = 4.0F;
 // Up to this many rows a float32 product reads the caller's matrix in both directions: no packing, and one copy of
 // the weights stays in the nearest caches where two would not.
 constexpr std::int64_t kDirectRows = 4;
-// Up to this many rows a bfloat16 product may add in another order (tiles or vectors).
-constexpr std::int64_t kFewRows = 4;
 // Plans of a task, and rows of (plan, start) whose activations a task keeps at once.
 template <typename T>
 constexpr std::int64_t kMostPlans = sizeof(T) == 2 ? 32 : 48;
@@ -137,7 +135,7 @@ void direct(const Matrix<float>& a, std::int64_t m, const float* x, std::int64_t
 }
 
 // `m` rows of the `total` that all tasks have of this product. Rows of y and bias have room for whole vectors.
-inline void multiply(const Matrix<float>& a, std::int64_t m, std::int64_t, const float* x, std::int64_t ldx, float* y,
+inline void multiply(const Matrix<float>& a, std::int64_t m, const float* x, std::int64_t ldx, float* y,
                      std::int64_t ldy, Begin begin, const float* bias = nullptr) {
     if (a.packed == nullptr) {
         direct(a, m, x, ldx, y, ldy, begin, bias);
@@ -146,11 +144,9 @@ inline void multiply(const Matrix<float>& a, std::int64_t m, std::int64_t, const
     }
 }
 
-inline void multiply(const Matrix<Bf16>& a, std::int64_t m, std::int64_t total, const Bf16* x, std::int64_t ldx,
-                     float* y, std::int64_t ldy, Begin begin, const float* bias = nullptr) {
-    // A small last tile must add in the order of the others; buffers have the room.
-    const std::int64_t rows = total > kFewRows ? max_of(m, kFewRows + 1) : m;
-    gemm<Bf16>(rows, a.n_out, a.n_in, x, ldx, a.packed, y, ldy, begin, bias);
+inline void multiply(const Matrix<Bf16>& a, std::int64_t m, const Bf16* x, std::int64_t ldx, float* y, std::int64_t ldy,
+                     Begin begin, const float* bias = nullptr) {
+    gemm<Bf16>(m, a.n_out, a.n_in, x, ldx, a.packed, y, ldy, begin, bias);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -292,7 +288,7 @@ Model<T> prepare_model(const PlanAscent& args, Block& block) {
         const TileScope tiles;
         for (std::int64_t g = 0; g < args.n_starts; ++g) start_operands(args, 0, g, x + g * room);
         for (std::int64_t e = 0; e < m.n_first; ++e) {
-            multiply(m.r1_starts[e], args.n_starts, args.n_starts, x, room, starts + e * m.h1, m.room1(), Begin::kZero);
+            multiply(m.r1_starts[e], args.n_starts, x, room, starts + e * m.h1, m.room1(), Begin::kZero);
         }
     }
     return m;
@@ -407,30 +403,28 @@ class Tile {
     static constexpr bool kIsFloat = sizeof(T) == sizeof(float);
 
     void take_buffers(std::int64_t most_plans) {
-        const std::int64_t plans = max_of(most_plans, kFewRows + 1);
-        const std::int64_t rows = max_of(chunk_, kFewRows + 1);
         const std::int64_t start_rows = most_plans * m_.n_starts * m_.n_members;
-        z0_ = arena_.take<float>(plans * m_.d_room);
-        start_ = arena_.take<float>(plans * m_.d_room);
-        g_ = arena_.take<float>(plans * m_.d_room);
-        x_ = arena_.take<T>(plans * m_.x_room);
+        z0_ = arena_.take<float>(most_plans * m_.d_room);
+        start_ = arena_.take<float>(most_plans * m_.d_room);
+        g_ = arena_.take<float>(most_plans * m_.d_room);
+        x_ = arena_.take<T>(most_plans * m_.x_room);
         // A float operand is the value itself.
-        z0_operand_ = kIsFloat ? as_operand(z0_) : arena_.take<T>(plans * m_.d_room);
+        z0_operand_ = kIsFloat ? as_operand(z0_) : arena_.take<T>(most_plans * m_.d_room);
         g_operand_ = kIsFloat ? as_operand(g_) : z0_operand_;
-        z_ = kIsFloat ? as_float(x_) : arena_.take<float>(plans * m_.d_room);
+        z_ = kIsFloat ? as_float(x_) : arena_.take<float>(most_plans * m_.d_room);
         ldz_ = kIsFloat ? m_.x_room : m_.d_room;
         rms_ = arena_.take<float>(most_plans * args_.n_z);
-        slope_u_ = arena_.take<float>(plans * m_.hidden_u);
-        active_u_ = arena_.take<T>(plans * m_.hidden_u);
-        slope1_ = arena_.take<float>(rows * m_.room1());
-        active1_ = arena_.take<T>(rows * m_.room1());
-        slope2_ = arena_.take<float>(rows * m_.room2());
-        g2_ = arena_.take<T>(rows * m_.h2);
-        back_ = arena_.take<float>(max_of(rows * m_.h1, plans * m_.hidden_u));
+        slope_u_ = arena_.take<float>(most_plans * m_.hidden_u);
+        active_u_ = arena_.take<T>(most_plans * m_.hidden_u);
+        slope1_ = arena_.take<float>(chunk_ * m_.room1());
+        active1_ = arena_.take<T>(chunk_ * m_.room1());
+        slope2_ = arena_.take<float>(chunk_ * m_.room2());
+        g2_ = arena_.take<T>(chunk_ * m_.h2);
+        back_ = arena_.take<float>(max_of(chunk_ * m_.h1, most_plans * m_.hidden_u));
         if (m_.starts_apart) {
-            plan_part_ = arena_.take<float>(plans * m_.room1());
+            plan_part_ = arena_.take<float>(most_plans * m_.room1());
             g1_ = arena_.take<float>(most_plans * m_.room1());
-            if (m_.shared_starts == nullptr) starts_ = arena_.take<T>(rows * round_up(args_.n_obs, kPairs));
+            if (m_.shared_starts == nullptr) starts_ = arena_.take<T>(chunk_ * round_up(args_.n_obs, kPairs));
         }
         const std::int64_t entries = round_up(start_rows, kLanes);
         means_ = arena_.take<float>(entries);
@@ -467,18 +461,17 @@ class Tile {
 
     void forward() {
         if (m_.has_prior) {
-            multiply(m_.u1.forward, n_, args_.n_plans, z0_operand_, m_.d_room, slope_u_, m_.hidden_u, Begin::kBias,
-                     m_.u1_bias);
+            multiply(m_.u1.forward, n_, z0_operand_, m_.d_room, slope_u_, m_.hidden_u, Begin::kBias, m_.u1_bias);
             for (std::int64_t p = 0; p < n_; ++p) {
                 float* h = slope_u_ + p * m_.hidden_u;
                 activate(args_.prior_hidden, h, nullptr, h, active_u_ + p * m_.hidden_u);
             }
-            multiply(m_.u2.forward, n_, args_.n_plans, active_u_, m_.hidden_u, g_, m_.d_room, Begin::kBias, m_.u2_bias);
+            multiply(m_.u2.forward, n_, active_u_, m_.hidden_u, g_, m_.d_room, Begin::kBias, m_.u2_bias);
         }
         for (std::int64_t p = 0; p < n_; ++p) normalise(p);
         float* first = m_.starts_apart ? plan_part_ : slope1_;
         for (std::int64_t e = 0; e < m_.n_first; ++e) {
-            multiply(m_.r1[e].forward, n_, args_.n_plans, x_, m_.x_room, first + e * m_.h1, m_.room1(), Begin::kBias,
+            multiply(m_.r1[e].forward, n_, x_, m_.x_room, first + e * m_.h1, m_.room1(), Begin::kBias,
                      m_.r1_bias + e * m_.h1);
         }
         const std::int64_t rows = n_ * m_.n_starts;
@@ -512,7 +505,6 @@ class Tile {
 
     // Layers one (its activation), two and three of `n` rows of (plan, start).
     void read_starts(std::int64_t row, std::int64_t n) {
-        const std::int64_t total = args_.n_plans * m_.n_starts;
         const std::int64_t room1 = m_.room1();
         const std::int64_t room2 = m_.room2();
         if (starts_ != nullptr) {
@@ -521,7 +513,7 @@ class Tile {
                 start_operands(args_, first_ + (row + i) / m_.n_starts, (row + i) % m_.n_starts, starts_ + i * room);
             }
             for (std::int64_t e = 0; e < m_.n_first; ++e) {
-                multiply(m_.r1_starts[e], n, total, starts_, room, slope1_ + e * m_.h1, room1, Begin::kZero);
+                multiply(m_.r1_starts[e], n, starts_, room, slope1_ + e * m_.h1, room1, Begin::kZero);
             }
         }
         for (std::int64_t i = 0; i < n; ++i) {
@@ -538,7 +530,7 @@ class Tile {
             }
         }
         for (std::int64_t e = 0; e < m_.n_members; ++e) {
-            multiply(m_.r2[e].forward, n, total, active1_ + e * m_.h1, room1, slope2_ + e * m_.h2, room2, Begin::kBias,
+            multiply(m_.r2[e].forward, n, active1_ + e * m_.h1, room1, slope2_ + e * m_.h2, room2, Begin::kBias,
                      m_.r2_bias + e * m_.h2);
             const float* w = m_.w3 + 2 * e * m_.h2;
             for (std::int64_t i = 0; i < n; ++i) {
@@ -612,22 +604,21 @@ class Tile {
             }
         }
         for (std::int64_t e = 0; e < m_.n_first; ++e) {
-            multiply(m_.r1[e].back, n_, args_.n_plans, active1_ + e * m_.h1, m_.room1(), g_, m_.d_room,
+            multiply(m_.r1[e].back, n_, active1_ + e * m_.h1, m_.room1(), g_, m_.d_room,
                      e == 0 ? Begin::kZero : Begin::kAdd);
         }
         for (std::int64_t p = 0; p < n_; ++p) return_through_norm(p);
         if (!m_.has_prior) return;
-        multiply(m_.u2.back, n_, args_.n_plans, g_operand_, m_.d_room, back_, m_.hidden_u, Begin::kZero);
+        multiply(m_.u2.back, n_, g_operand_, m_.d_room, back_, m_.hidden_u, Begin::kZero);
         for (std::int64_t p = 0; p < n_; ++p) {
             scale_by_slope(args_.prior_hidden, back_ + p * m_.hidden_u, slope_u_ + p * m_.hidden_u,
                            active_u_ + p * m_.hidden_u);
         }
-        multiply(m_.u1.back, n_, args_.n_plans, active_u_, m_.hidden_u, g_, m_.d_room, Begin::kAdd);
+        multiply(m_.u1.back, n_, active_u_, m_.hidden_u, g_, m_.d_room, Begin::kAdd);
     }
 
     // From the heads back to the first layers' inputs, summed over the starts of a plan where there are several.
     void return_from_starts(std::int64_t row, std::int64_t n) {
-        const std::int64_t total = args_.n_plans * m_.n_starts;
         for (std::int64_t e = 0; e < m_.n_members; ++e) {
             const float* w_mean = m_.w3 + 2 * e * m_.h2;
             const float* w_variance = w_mean + m_.h2;
@@ -642,7 +633,7 @@ class Tile {
                 const std::int64_t done = round_up(args_.hidden2, kLanes);
                 zero(g2 + done, m_.h2 - done);
             }
-            multiply(m_.r2[e].back, n, total, g2_, m_.h2, back_, m_.h1, Begin::kZero);
+            multiply(m_.r2[e].back, n, g2_, m_.h2, back_, m_.h1, Begin::kZero);
             for (std::int64_t i = 0; i < n; ++i) {
                 const float* back = back_ + i * m_.h1;
                 const float* slope = slope1_ + i * m_.room1() + e * m_.h1;

@@ -27,7 +27,8 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
         is_matrix = p.ndim >= 2 and name.rpartition(".")[2].startswith("w")
         (decayed if is_matrix else plain).append(p)
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98))
+    # One pass over memory for each parameter, where the plain one makes a dozen.
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98), fused=True)
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
