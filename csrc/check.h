@@ -55,6 +55,27 @@ inline void check_rows_contiguous(const pybind11::array& array, const char* name
     }
 }
 
+// Whole elements at addresses of elements, as the pointers of a view take for granted.
+inline void check_aligned(const pybind11::array& array, const char* name) {
+    if (array.size() == 0) return;
+    for (pybind11::ssize_t i = 0; i < array.ndim(); ++i) {
+        if (array.shape(i) > 1 && array.strides(i) % array.itemsize() != 0) {
+            fail(name, "strides of whole elements", std::to_string(array.strides(i)) + " bytes");
+        }
+    }
+    if (reinterpret_cast<std::uintptr_t>(array.data()) % static_cast<std::uintptr_t>(array.itemsize()) != 0) {
+        fail(name, "aligned elements", "some between two addresses");
+    }
+}
+
+// An argument that may be None, where it is not.
+inline pybind11::array array_of(const pybind11::object& object, const char* name) {
+    if (!pybind11::isinstance<pybind11::array>(object)) {
+        fail(name, "an array", std::string(pybind11::str(pybind11::type::handle_of(object))));
+    }
+    return pybind11::reinterpret_borrow<pybind11::array>(object);
+}
+
 inline void check_writeable(const pybind11::array& array, const char* name) {
     if (!array.writeable()) fail(name, "a writeable array", "a read-only one");
 }
@@ -84,6 +105,7 @@ template <typename T>
 VectorView<T> vector_view(const pybind11::array& array, std::int64_t size, const char* name) {
     check_dtype<T>(array, name);
     check_shape(array, {size}, name);
+    check_aligned(array, name);
     const auto itemsize = static_cast<std::int64_t>(sizeof(T));
     return {static_cast<const T*>(array.data()), array.shape(0), array.strides(0) / itemsize};
 }
@@ -93,6 +115,7 @@ RowsView<const T> rows_view(const pybind11::array& array, std::int64_t rows, std
     check_dtype<T>(array, name);
     check_shape(array, {rows, columns}, name);
     check_rows_contiguous(array, name);
+    check_aligned(array, name);
     const auto itemsize = static_cast<std::int64_t>(sizeof(T));
     return {static_cast<const T*>(array.data()), array.shape(0), array.shape(1), array.strides(0) / itemsize};
 }
@@ -102,6 +125,7 @@ RowsView<T> writeable_rows_view(pybind11::array& array, std::int64_t rows, std::
     check_dtype<T>(array, name);
     check_shape(array, {rows, columns}, name);
     check_rows_contiguous(array, name);
+    check_aligned(array, name);
     check_writeable(array, name);
     const auto itemsize = static_cast<std::int64_t>(sizeof(T));
     return {static_cast<T*>(array.mutable_data()), array.shape(0), array.shape(1), array.strides(0) / itemsize};

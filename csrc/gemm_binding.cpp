@@ -20,7 +20,7 @@ void run(const py::array& x, const py::array& w, const py::object& bias, py::arr
     const auto w_view = transposed ? rows_view<float>(w, x_view.columns, y_view.columns, "w")
                                    : rows_view<float>(w, y_view.columns, x_view.columns, "w");
     VectorView<float> bias_view{nullptr, 0, 0};
-    if (!bias.is_none()) bias_view = vector_view<float>(py::cast<py::array>(bias), y_view.columns, "bias");
+    if (!bias.is_none()) bias_view = vector_view<float>(array_of(bias, "bias"), y_view.columns, "bias");
     GemmTest test{};
     test.m = x_view.rows;
     test.n_out = y_view.columns;

@@ -9,6 +9,8 @@ INTEGERS = (torch.int32, torch.int64)
 
 
 def dtype(name: str, x: Tensor, *expected: torch.dtype) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
     if x.dtype not in expected:
         names = " or ".join(_name(dtype) for dtype in expected)
         raise ValueError(f"{name}: expected dtype {names}, got {_name(x.dtype)}")
