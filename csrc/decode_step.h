@@ -5,8 +5,8 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "decode_step_rotary.h"
 #include "isa.h"
+#include "rotary_table.h"
 
 namespace gac_fast {
 

@@ -8,6 +8,9 @@
 namespace gac_fast {
 namespace {
 
+// Positions of each of the two small tables.
+constexpr std::int64_t kBase = 256;
+
 constexpr std::size_t kKept = 4;
 // Steps that a table is made longer than asked for, so that batches of slightly longer episodes find it ready.
 constexpr std::uint64_t kSlack = 1024;
@@ -68,6 +71,31 @@ Table table_of(std::int64_t width, double base, std::int64_t first, std::uint64_
 }
 
 }  // namespace
+
+RotaryTable::RotaryTable(std::int64_t half, double base) : half_(half), frequency_(frequencies(2 * half, base)) {
+    for (std::int64_t t = 0; t < kBase; ++t) {
+        for (std::int64_t i = 0; i < half; ++i) {
+            fine_.push_back(turn(t, i));
+            coarse_.push_back(turn(t * kBase, i));
+        }
+    }
+}
+
+RotaryTable::Turn RotaryTable::turn(std::int64_t position, std::int64_t i) const {
+    const double angle = static_cast<double>(position) * frequency_[static_cast<std::size_t>(i)];
+    return {std::cos(angle), std::sin(angle)};
+}
+
+void RotaryTable::row(std::int64_t position, float* cos, float* sin) const {
+    const Turn* low = fine_.data() + position % kBase * half_;
+    const std::int64_t high = position / kBase;
+    for (std::int64_t i = 0; i < half_; ++i) {
+        const Turn a = low[i];
+        const Turn b = high < kBase ? coarse_[static_cast<std::size_t>(high * half_ + i)] : turn(high * kBase, i);
+        cos[i] = static_cast<float>(a.cos * b.cos - a.sin * b.sin);
+        sin[i] = static_cast<float>(a.sin * b.cos + a.cos * b.sin);
+    }
+}
 
 RotaryRows rotary_rows(const std::vector<std::int64_t>& positions, std::int64_t width, double base) {
     RotaryRows result;
