@@ -32,11 +32,7 @@ inline void check_heads(const pybind11::array& array, bool bf16, const std::vect
         fail(name, "neighbouring elements in a head",
              "an element stride of " + std::to_string(array.strides(last)) + " bytes");
     }
-    for (pybind11::ssize_t i = 0; i < last; ++i) {
-        if (array.strides(i) % array.itemsize() != 0) {
-            fail(name, "strides of whole elements", std::to_string(array.strides(i)) + " bytes");
-        }
-    }
+    check_aligned(array, name);
 }
 
 inline void check_width(std::int64_t width) {
@@ -63,6 +59,7 @@ inline std::vector<std::int64_t> integers(const pybind11::array& array, std::int
         fail(name, "dtype int32 or int64", std::string(pybind11::str(array.dtype())));
     }
     check_shape(array, {size}, name);
+    check_aligned(array, name);
     std::vector<std::int64_t> values(static_cast<std::size_t>(array.shape(0)));
     const auto* data = static_cast<const char*>(array.data());
     for (std::size_t i = 0; i < values.size(); ++i) {

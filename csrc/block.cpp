@@ -616,11 +616,13 @@ void pack_map(const BlockLinear& map, bool transposed, void* packed) {
 }  // namespace
 
 void block_fingerprint(const float* x, std::int64_t n, BlockFingerprint* state) {
+    // Sums modulo 2^32.
+    typedef std::uint32_t WordVec __attribute__((vector_size(kLanes * 4)));
     constexpr int kChains = 4;
-    IntVec sums[kChains] = {};
-    IntVec running[kChains] = {};
+    WordVec sums[kChains] = {};
+    WordVec running[kChains] = {};
     const auto add = [&](int chain, Vec words) {
-        sums[chain] += (IntVec)words;
+        sums[chain] += (WordVec)words;
         running[chain] += sums[chain];
     };
     std::int64_t i = 0;
@@ -633,8 +635,8 @@ void block_fingerprint(const float* x, std::int64_t n, BlockFingerprint* state) 
     constexpr std::uint64_t kOdd = 0x9E3779B97F4A7C15U;
     for (int c = 0; c < kChains; ++c) {
         for (int lane = 0; lane < kLanes; ++lane) {
-            state->sums = (state->sums + static_cast<std::uint32_t>(sums[c][lane])) * kOdd;
-            state->running = (state->running + static_cast<std::uint32_t>(running[c][lane])) * kOdd;
+            state->sums = (state->sums + sums[c][lane]) * kOdd;
+            state->running = (state->running + running[c][lane]) * kOdd;
         }
     }
 }

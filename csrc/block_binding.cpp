@@ -48,8 +48,8 @@ class BlockWeights {
         }
         packs.bf16 = bf16;
         packs.has_o = !weights[kBlockO].is_none();
-        const py::array in = py::cast<py::array>(weights[kBlockIn]);
-        const py::array next = py::cast<py::array>(weights[kBlockNext]);
+        const py::array in = array_of(weights[kBlockIn], "weights.in");
+        const py::array next = array_of(weights[kBlockNext], "weights.next");
         check_shape(in, {kAny, kAny}, "weights.in");
         check_shape(next, {kAny, in.shape(1)}, "weights.next");
         packs.dim = in.shape(1);
@@ -64,8 +64,8 @@ class BlockWeights {
             const std::int64_t n_in = i == kBlockOut ? packs.hidden : packs.dim;
             const std::string name = std::string("weights.") + kMapNames[i];
             const std::string bias_name = std::string("biases.") + kMapNames[i];
-            const auto w = rows_view<float>(py::cast<py::array>(weights[i]), n_out, n_in, name.c_str());
-            const auto b = vector_view<float>(py::cast<py::array>(biases[i]), n_out, bias_name.c_str());
+            const auto w = rows_view<float>(array_of(weights[i], name.c_str()), n_out, n_in, name.c_str());
+            const auto b = vector_view<float>(array_of(biases[i], bias_name.c_str()), n_out, bias_name.c_str());
             if (b.stride != 1 && n_out > 1) fail(bias_name, "neighbouring elements", "a strided array");
             maps[i] = {w.data, w.stride, b.data, n_out, n_in};
         }
@@ -112,6 +112,7 @@ std::pair<std::uint64_t, std::uint64_t> fingerprint(const std::vector<py::array>
     for (const py::array& array : arrays) {
         check_dtype<float>(array, "arrays");
         if (!(array.flags() & py::array::c_style)) fail("arrays", "arrays without gaps", "a strided one");
+        check_aligned(array, "arrays");
         const auto* data = static_cast<const float*>(array.data());
         GAC_FAST_DISPATCH(isa, block_fingerprint(data, array.size(), &state));
     }
@@ -131,7 +132,7 @@ struct AnyRows {
 AnyRows<const void*> rows_of(const py::object& object, bool bf16, std::int64_t rows, std::int64_t columns,
                              const char* name) {
     if (object.is_none()) return {nullptr, 0};
-    const auto array = py::cast<py::array>(object);
+    const py::array array = array_of(object, name);
     if (bf16) {
         const auto view = rows_view<std::int16_t>(array, rows, columns, name);
         return {view.data, view.stride};
@@ -144,7 +145,7 @@ AnyRows<const void*> rows_of(const py::object& object, bool bf16, std::int64_t r
 template <typename T>
 T* dense_rows(const py::object& object, std::int64_t rows, std::int64_t columns, const char* name) {
     if (object.is_none()) return nullptr;
-    auto array = py::cast<py::array>(object);
+    py::array array = array_of(object, name);
     const auto view = writeable_rows_view<T>(array, rows, columns, name);
     if (rows > 1 && view.stride != columns) {
         fail(name, "rows without gaps", "a row stride of " + std::to_string(view.stride));
@@ -170,6 +171,7 @@ BlockPlan plan_of(const py::array& array, std::int64_t n_sequences, std::int64_t
     if (array.size() > 0 && width > 1 && array.strides(3) != item) {
         fail(name, "neighbouring elements within a head", "a stride of " + std::to_string(array.strides(3)) + " bytes");
     }
+    check_aligned(array, name);
     return {array.data(), bf16, array.strides(0) / item, array.strides(1) / item, array.strides(2) / item};
 }
 
@@ -338,7 +340,7 @@ void backward(const BlockWeights& weights, const py::object& dx_out, const py::o
         }
         need(dx, "dx");
         need(dbias, "dbias");
-        auto array = py::cast<py::array>(dbias);
+        py::array array = array_of(dbias, "dbias");
         check_writeable(array, "dbias");
         const auto view = vector_view<float>(array, weights.n_bias(), "dbias");
         if (view.stride != 1 && view.size > 1) fail("dbias", "neighbouring elements", "a strided array");

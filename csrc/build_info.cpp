@@ -19,8 +19,8 @@ std::string compiler() {
 
 std::string compiled_isas() {
     std::string names;
-    for (const auto& [name, problem] : isa_problems()) {
-        if (GAC_FAST_X86 || name == isa_name(Isa::kPortable)) names += (names.empty() ? "" : " ") + name;
+    for (const Isa isa : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512, Isa::kAmx}) {
+        if (isa_compiled(isa)) names += (names.empty() ? "" : " ") + std::string(isa_name(isa));
     }
     return names;
 }

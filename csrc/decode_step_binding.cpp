@@ -32,6 +32,7 @@ const float* contiguous(const py::array& array, const std::vector<std::int64_t>&
     check_dtype<float>(array, name.c_str());
     check_shape(array, shape, name.c_str());
     if ((array.flags() & py::array::c_style) == 0) fail(name, "a contiguous array", "a strided one");
+    check_aligned(array, name.c_str());
     return static_cast<const float*>(array.data());
 }
 
@@ -56,6 +57,9 @@ class Watched {
     Watched(py::object tensor, py::array array) : tensor_(std::move(tensor)), array_(std::move(array)) {
         // Looked up once: of the 60 tensors of a decoder each is asked at every step.
         const py::type type = py::type::of(tensor_);
+        if (!py::hasattr(type, "_version") || !py::hasattr(type, "data_ptr")) {
+            fail("tensors", "torch tensors", std::string(py::str(type)));
+        }
         version_of_ = type.attr("_version");
         data_ptr_of_ = type.attr("data_ptr");
         if (Py_TYPE(version_of_.ptr())->tp_descr_get == nullptr) fail("tensors", "torch tensors", "another kind");
@@ -262,6 +266,7 @@ class DecodeState {
         check_shape(array, shape, name);
         check_writeable(array, name);
         if ((array.flags() & py::array::c_style) == 0) fail(name, "a contiguous array", "a strided one");
+        check_aligned(array, name);
         return array.mutable_data();
     }
 

@@ -135,7 +135,34 @@ const char* isa_name(Isa isa) {
     return "";
 }
 
+bool isa_compiled(Isa isa) {
+    switch (isa) {
+        case Isa::kPortable:
+            break;
+        case Isa::kAvx2:
+#if !GAC_FAST_X86 || defined(GAC_FAST_WITHOUT_AVX2)
+            return false;
+#else
+            break;
+#endif
+        case Isa::kAvx512:
+#if !GAC_FAST_X86 || defined(GAC_FAST_WITHOUT_AVX512)
+            return false;
+#else
+            break;
+#endif
+        case Isa::kAmx:
+#if !GAC_FAST_X86 || defined(GAC_FAST_WITHOUT_AMX)
+            return false;
+#else
+            break;
+#endif
+    }
+    return true;
+}
+
 std::string isa_problem(Isa isa) {
+    if (GAC_FAST_X86 && !isa_compiled(isa)) return "this build leaves it out (GAC_FAST_ISAS)";
     static const std::string problems[] = {find_problem(Isa::kPortable), find_problem(Isa::kAvx2),
                                            find_problem(Isa::kAvx512), find_problem(Isa::kAmx)};
     return problems[static_cast<int>(isa)];

@@ -22,7 +22,10 @@ enum class Isa { kPortable, kAvx2, kAvx512, kAmx };
 
 const char* isa_name(Isa isa);
 
-// Why this processor (or its system) cannot run a path; empty where it can.
+// Whether this build holds a path.
+bool isa_compiled(Isa isa);
+
+// Why this build, this processor or its system cannot run a path; empty where it can.
 std::string isa_problem(Isa isa);
 
 // The best path that runs here, or the one that GAC_FAST_CPU_ISA (read at the first call) or use_isa() names. Throws
@@ -58,10 +61,26 @@ std::vector<std::pair<std::string, std::string>> isa_problems();
     namespace amx {           \
     __VA_ARGS__               \
     }
-#define GAC_FAST_DISPATCH(isa, ...)                            \
-    ((isa) == ::gac_fast::Isa::kAmx      ? amx::__VA_ARGS__    \
-     : (isa) == ::gac_fast::Isa::kAvx512 ? avx512::__VA_ARGS__ \
-     : (isa) == ::gac_fast::Isa::kAvx2   ? avx2::__VA_ARGS__   \
+// A path that the build leaves out is never active: its name stands for another here.
+#if defined(GAC_FAST_WITHOUT_AVX2)
+#define GAC_FAST_PATH_AVX2 portable
+#else
+#define GAC_FAST_PATH_AVX2 avx2
+#endif
+#if defined(GAC_FAST_WITHOUT_AVX512)
+#define GAC_FAST_PATH_AVX512 portable
+#else
+#define GAC_FAST_PATH_AVX512 avx512
+#endif
+#if defined(GAC_FAST_WITHOUT_AMX)
+#define GAC_FAST_PATH_AMX portable
+#else
+#define GAC_FAST_PATH_AMX amx
+#endif
+#define GAC_FAST_DISPATCH(isa, ...)                                          \
+    ((isa) == ::gac_fast::Isa::kAmx      ? GAC_FAST_PATH_AMX::__VA_ARGS__    \
+     : (isa) == ::gac_fast::Isa::kAvx512 ? GAC_FAST_PATH_AVX512::__VA_ARGS__ \
+     : (isa) == ::gac_fast::Isa::kAvx2   ? GAC_FAST_PATH_AVX2::__VA_ARGS__   \
                                          : portable::__VA_ARGS__)
 #else
 #define GAC_FAST_DECLARE(...) \

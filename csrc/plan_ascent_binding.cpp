@@ -6,6 +6,7 @@
 #include <memory>
 #include <new>
 #include <string>
+#include <vector>
 
 #include "bindings.h"
 #include "check.h"
@@ -27,6 +28,10 @@ struct Release {
 void* shared_memory(std::size_t bytes) {
     thread_local std::unique_ptr<void, Release> buffer;
     thread_local std::size_t size = 0;
+#if defined(GAC_FAST_ASAN)
+    // Anew and exact every time, as in scratch.cpp.
+    size = 0;
+#endif
     if (bytes > size) {
         buffer.reset();
         size = 0;
@@ -41,6 +46,7 @@ const float* dense(const py::array& array, const std::vector<std::int64_t>& shap
     check_dtype<float>(array, name);
     check_shape(array, shape, name);
     if (!(array.flags() & py::array::c_style)) fail(name, "a contiguous array", "a strided one");
+    check_aligned(array, name);
     return static_cast<const float*>(array.data());
 }
 
@@ -50,7 +56,17 @@ float* dense_output(py::array& array, const std::vector<std::int64_t>& shape, co
     return const_cast<float*>(data);
 }
 
-py::array item(const py::sequence& arrays, std::size_t i) { return py::cast<py::array>(arrays[i]); }
+// The arrays that pointers go into, held for the call: a sequence may make them on demand, or be changed meanwhile.
+using Held = std::vector<py::array>;
+
+Held items(const py::sequence& arrays, const char* name) {
+    Held held;
+    for (std::size_t i = 0; i < arrays.size(); ++i) {
+        const py::object item = arrays[i];
+        held.push_back(array_of(item, (std::string(name) + "[" + std::to_string(i) + "]").c_str()));
+    }
+    return held;
+}
 
 void check_number(double value, bool may_be_infinite, bool may_be_negative, const char* name) {
     if (std::isnan(value) || (std::isinf(value) && !may_be_infinite) || (value < 0 && !may_be_negative)) {
@@ -58,46 +74,46 @@ void check_number(double value, bool may_be_infinite, bool may_be_negative, cons
     }
 }
 
-void take_prior(const py::sequence& weights, PlanAscent& args) {
+void take_prior(const Held& weights, PlanAscent& args) {
     const std::int64_t d = args.n_z * args.dim;
     if (weights.size() == 0) return;
     if (weights.size() != 4) {
         fail("prior_weights", "w1, b1, w2, b2 or nothing", std::to_string(weights.size()) + " arrays");
     }
-    const py::array w1 = item(weights, 0);
+    const py::array& w1 = weights[0];
     args.prior_w1 = dense(w1, {kAny, d}, "prior_weights.w1");
     args.prior_hidden = w1.shape(0);
     if (args.prior_hidden == 0) fail("prior_weights.w1", "at least 1 hidden unit", "0");
-    args.prior_b1 = dense(item(weights, 1), {args.prior_hidden}, "prior_weights.b1");
-    args.prior_w2 = dense(item(weights, 2), {d, args.prior_hidden}, "prior_weights.w2");
-    args.prior_b2 = dense(item(weights, 3), {d}, "prior_weights.b2");
+    args.prior_b1 = dense(weights[1], {args.prior_hidden}, "prior_weights.b1");
+    args.prior_w2 = dense(weights[2], {d, args.prior_hidden}, "prior_weights.w2");
+    args.prior_b2 = dense(weights[3], {d}, "prior_weights.b2");
 }
 
-void take_returns(const py::sequence& weights, PlanAscent& args) {
+void take_returns(const Held& weights, PlanAscent& args) {
     if (weights.size() != 6) {
         fail("return_weights", "w1, b1, w2, b2, w3, b3", std::to_string(weights.size()) + " arrays");
     }
-    const py::array w1 = item(weights, 0);
+    const py::array& w1 = weights[0];
     args.w1 = dense(w1, {kAny, kAny, args.n_z * args.dim + args.n_obs}, "return_weights.w1");
     const std::int64_t e = args.n_members = w1.shape(0);
     args.hidden1 = w1.shape(1);
-    const py::array w2 = item(weights, 2);
+    const py::array& w2 = weights[2];
     args.w2 = dense(w2, {e, kAny, args.hidden1}, "return_weights.w2");
     args.hidden2 = w2.shape(1);
     if (e == 0 || args.hidden1 == 0 || args.hidden2 == 0) {
         fail("return_weights", "at least 1 member and 1 hidden unit in each layer",
              shape_text({e, args.hidden1, args.hidden2}));
     }
-    args.b1 = dense(item(weights, 1), {e, args.hidden1}, "return_weights.b1");
-    args.b2 = dense(item(weights, 3), {e, args.hidden2}, "return_weights.b2");
-    args.w3 = dense(item(weights, 4), {e, 2, args.hidden2}, "return_weights.w3");
-    args.b3 = dense(item(weights, 5), {e, 2}, "return_weights.b3");
+    args.b1 = dense(weights[1], {e, args.hidden1}, "return_weights.b1");
+    args.b2 = dense(weights[3], {e, args.hidden2}, "return_weights.b2");
+    args.w3 = dense(weights[4], {e, 2, args.hidden2}, "return_weights.w3");
+    args.b3 = dense(weights[5], {e, 2}, "return_weights.b3");
 }
 
 void take_context(const py::object& context, PlanAscent& args) {
     args.n_starts = 1;
     if (context.is_none()) return;
-    const auto array = py::cast<py::array>(context);
+    const py::array array = array_of(context, "context");
     check_dtype<float>(array, "context");
     check_shape(array, {args.n_plans, kAny, kAny}, "context");
     if (array.shape(1) == 0 || array.shape(2) == 0)
@@ -106,6 +122,7 @@ void take_context(const py::object& context, PlanAscent& args) {
         fail("context", "rows of neighbouring elements",
              "an element stride of " + std::to_string(array.strides(2)) + " bytes");
     }
+    check_aligned(array, "context");
     const auto itemsize = static_cast<std::int64_t>(sizeof(float));
     args.n_starts = array.shape(1);
     args.n_obs = array.shape(2);
@@ -115,9 +132,9 @@ void take_context(const py::object& context, PlanAscent& args) {
 }
 
 // Checks all that ascent and Langevin steps have in common.
-PlanAscent common(const py::sequence& prior_weights, const py::sequence& return_weights, const py::array& z0,
-                  const py::object& context, py::array& seeds, py::array& mean, py::array& std, std::int64_t dim,
-                  std::int64_t n_steps, double step_size, bool bf16, int n_threads, std::int64_t tile) {
+PlanAscent common(const Held& prior_weights, const Held& return_weights, const py::array& z0, const py::object& context,
+                  py::array& seeds, py::array& mean, py::array& std, std::int64_t dim, std::int64_t n_steps,
+                  double step_size, bool bf16, int n_threads, std::int64_t tile) {
     PlanAscent args{};
     const auto rows = rows_view<float>(z0, kAny, kAny, "z0");
     if (dim < 1 || rows.columns < 1 || rows.columns % dim != 0) {
@@ -157,8 +174,9 @@ void ascent(const py::sequence& prior_weights, const py::sequence& return_weight
             const py::object& context, py::array seeds, py::array mean, py::array std, std::int64_t dim,
             std::int64_t n_steps, double step_size, double kappa, double prior_weight, double radius, double max_norm,
             bool bf16, int n_threads, std::int64_t tile) {
-    PlanAscent args = common(prior_weights, return_weights, z0, context, seeds, mean, std, dim, n_steps, step_size,
-                             bf16, n_threads, tile);
+    const Held prior = items(prior_weights, "prior_weights"), returns = items(return_weights, "return_weights");
+    PlanAscent args =
+        common(prior, returns, z0, context, seeds, mean, std, dim, n_steps, step_size, bf16, n_threads, tile);
     check_number(kappa, false, true, "kappa");
     check_number(prior_weight, false, true, "prior_weight");
     check_number(radius, true, false, "radius");
@@ -175,8 +193,9 @@ void langevin(const py::sequence& prior_weights, const py::sequence& return_weig
               std::int64_t n_steps, double step_size, const py::array& target, double max_drift_ratio,
               std::uint32_t seed0, std::uint32_t seed1, const py::array& plans, std::uint32_t first_step, bool bf16,
               int n_threads, std::int64_t tile) {
-    PlanAscent args = common(prior_weights, return_weights, z0, context, seeds, mean, std, dim, n_steps, step_size,
-                             bf16, n_threads, tile);
+    const Held prior = items(prior_weights, "prior_weights"), returns = items(return_weights, "return_weights");
+    PlanAscent args =
+        common(prior, returns, z0, context, seeds, mean, std, dim, n_steps, step_size, bf16, n_threads, tile);
     args.langevin = true;
     args.target = dense(target, {args.n_plans}, "target");
     check_number(max_drift_ratio, true, false, "max_drift_ratio");

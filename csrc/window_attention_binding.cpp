@@ -56,7 +56,7 @@ Arguments arguments(const py::array& q, const py::array& k, const py::array& v, 
             fail("rope_base", "a positive number", std::to_string(rope_base));
         }
         args.rotary =
-            rotary_rows(integers(py::cast<py::array>(positions), in.n_tokens, "positions"), in.width, rope_base);
+            rotary_rows(integers(array_of(positions, "positions"), in.n_tokens, "positions"), in.width, rope_base);
     }
     in.n_threads = std::max(1, n_threads);
     return args;
@@ -74,6 +74,7 @@ auto softmax_view(Array& softmax, const WindowAttention& in) {
     check_dtype<float>(softmax, "softmax");
     check_shape(softmax, {2, in.n_heads, in.n_tokens}, "softmax");
     if (!(softmax.flags() & py::array::c_style)) fail("softmax", "a contiguous array", "a strided one");
+    check_aligned(softmax, "softmax");
     return static_cast<const float*>(softmax.data());
 }
 
