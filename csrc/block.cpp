@@ -616,27 +616,33 @@ void pack_map(const BlockLinear& map, bool transposed, void* packed) {
 }  // namespace
 
 void block_fingerprint(const float* x, std::int64_t n, BlockFingerprint* state) {
-    // Sums modulo 2^32.
+    // Each word is mixed in by a bijection of its lane's state, so that one changed word always shows; rotation and
+    // exclusive or beside the product keep sign flips and powers of two from cancelling, as they would in a sum.
     typedef std::uint32_t WordVec __attribute__((vector_size(kLanes * 4)));
     constexpr int kChains = 4;
-    WordVec sums[kChains] = {};
-    WordVec running[kChains] = {};
-    const auto add = [&](int chain, Vec words) {
-        sums[chain] += (WordVec)words;
-        running[chain] += sums[chain];
+    WordVec first[kChains] = {};
+    WordVec second[kChains] = {};
+    const auto mix = [&](int chain, Vec words) {
+        const WordVec w = (WordVec)words;
+        const WordVec a = first[chain] ^ w;
+        first[chain] = (a << 13 | a >> 19) * 0x9E3779B1U;
+        const WordVec b = second[chain] + w;
+        second[chain] = (b << 17 | b >> 15) * 0x85EBCA77U;
     };
     std::int64_t i = 0;
     for (; i + kChains * kLanes <= n; i += kChains * kLanes) {
-        for (int c = 0; c < kChains; ++c) add(c, load(x + i + c * kLanes));
+        for (int c = 0; c < kChains; ++c) mix(c, load(x + i + c * kLanes));
     }
-    for (; i + kLanes <= n; i += kLanes) add(0, load(x + i));
-    if (i < n) add(1, load_first(x + i, n - i));
-    // Every lane of its own weight.
-    constexpr std::uint64_t kOdd = 0x9E3779B97F4A7C15U;
+    for (; i + kLanes <= n; i += kLanes) mix(0, load(x + i));
+    if (i < n) mix(1, load_first(x + i, n - i));
+    const auto join = [](std::uint64_t h, std::uint32_t word) {
+        h = (h ^ word) * 0x9E3779B97F4A7C15U;
+        return h ^ h >> 29;
+    };
     for (int c = 0; c < kChains; ++c) {
         for (int lane = 0; lane < kLanes; ++lane) {
-            state->sums = (state->sums + sums[c][lane]) * kOdd;
-            state->running = (state->running + running[c][lane]) * kOdd;
+            state->first = join(state->first, first[c][lane]);
+            state->second = join(state->second, second[c][lane]);
         }
     }
 }

@@ -105,9 +105,9 @@ struct BlockBackward {
 // Most tokens of a tile.
 constexpr std::int64_t kBlockTile = 64;
 
-// Two sums that tell contents apart: of the 32-bit words, and of the running sums.
+// Two hashes that tell contents apart; they depend on the path that made them.
 struct BlockFingerprint {
-    std::uint64_t sums, running;
+    std::uint64_t first, second;
 };
 
 GAC_FAST_DECLARE(void block_fingerprint(const float* x, std::int64_t n, BlockFingerprint* state);

@@ -107,16 +107,18 @@ class BlockWeights {
 
 // Of arrays without gaps.
 std::pair<std::uint64_t, std::uint64_t> fingerprint(const std::vector<py::array>& arrays) {
-    BlockFingerprint state{0, 0};
-    const Isa isa = active_isa();
+    std::vector<std::pair<const float*, std::int64_t>> contents;
     for (const py::array& array : arrays) {
         check_dtype<float>(array, "arrays");
         if (!(array.flags() & py::array::c_style)) fail("arrays", "arrays without gaps", "a strided one");
         check_aligned(array, "arrays");
-        const auto* data = static_cast<const float*>(array.data());
-        GAC_FAST_DISPATCH(isa, block_fingerprint(data, array.size(), &state));
+        contents.emplace_back(static_cast<const float*>(array.data()), array.size());
     }
-    return {state.sums, state.running};
+    BlockFingerprint state{0, 0};
+    const Isa isa = active_isa();
+    const GilRelease release;
+    for (const auto& [data, n] : contents) GAC_FAST_DISPATCH(isa, block_fingerprint(data, n, &state));
+    return {state.first, state.second};
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

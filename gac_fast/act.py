@@ -32,7 +32,8 @@ class Actor:
 
     Args:
         model: the joint model; every step acts on its weights as they then are. (The C++ engine keeps packed copies and
-            packs again what has changed, see :func:`gac_fast.ops.decode_step`.)
+            packs again what has changed; :func:`gac_fast.ops.decode_step` says what it sees at once, and what at the
+            next reset.)
         normalization: units of observations and actions.
         z0: [P, n_z, D], one plan seed per environment, P >= 1; NumPy or tensor, of any float type and device. It goes
             to the device and type of ``normalization``.

@@ -249,6 +249,46 @@ def test_packed_weights_follow_the_parameters(cpp_engine):
         assert error() < 1e-5
 
 
+STRUCTURED = {
+    "negated": lambda w: w.neg_(),
+    "doubled": lambda w: w.mul_(2),
+    "fourfold": lambda w: w.mul_(4),
+    "a negated row": lambda w: w[3].neg_(),
+    "a negated column": lambda w: w[:, 5].neg_(),
+    "rows exchanged": lambda w: w.copy_(w.roll(1, 0)),
+    "columns exchanged": lambda w: w.copy_(w.roll(16, 1)),
+    "two signs": lambda w: w[0, :2].neg_(),
+    "reversed": lambda w: w.copy_(w.flip(0)),
+}
+
+
+@pytest.mark.parametrize("change", STRUCTURED.values(), ids=STRUCTURED.keys())
+@pytest.mark.parametrize("shape", [(64, 64), (128, 512), (7, 96)], ids=str)
+@pytest.mark.usefixtures("isa")
+def test_structured_changes_of_weights_show_in_the_fingerprint(cpp_engine, shape, change):
+    # A sum of bit patterns would miss sign flips and powers of two: they add multiples of 2^31 and 2^23.
+    w = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    before = cpp_engine._block_fingerprint([w.numpy()])
+    assert cpp_engine._block_fingerprint([w.clone().numpy()]) == before
+    change(w)
+    after = cpp_engine._block_fingerprint([w.numpy()])
+    assert after[0] != before[0]
+    assert after[1] != before[1]
+
+
+@pytest.mark.parametrize("name", ["w_o", "w_plan_o", "w_in", "w_out", "w_next"])
+def test_negated_and_doubled_weights_are_packed_anew(cpp_engine, name):
+    x, attended, plan, cu, weights, _ = block_inputs((20,))
+    weight = getattr(weights, name)
+    for factor in (-1, 2):
+        ops.decoder_block(x, attended, *plan.unbind(2), cu, weights)
+        weight.mul_(factor)
+        found = ops.decoder_block(x, attended, *plan.unbind(2), cu, weights)[1]
+        with ops.backend("reference"):
+            expected = ops.decoder_block(x, attended, *plan.unbind(2), cu, weights)[1]
+        assert row_error(found, expected) < 1e-5
+
+
 def test_float64_takes_the_reference(cpp_engine):
     inputs = block_inputs((3, 4), dim=16, heads=2, hidden=8, n_next=5)
     run_block(inputs, dtype=torch.float64)

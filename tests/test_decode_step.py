@@ -331,7 +331,36 @@ def replace_data(model):
     model.decoder.embed_state.weight.data = model.decoder.embed_state.weight.data * 2
 
 
+def fused_step(model):
+    """Of a part of one matrix: a fused optimiser counts no version."""
+    optimizer = torch.optim.AdamW(model.decoder.parameters(), lr=0.05, weight_decay=0.0, fused=True)
+    grad = torch.zeros_like(model.decoder.head.weight)
+    grad[1:] = 1.0
+    model.decoder.head.weight.grad = grad
+    optimizer.step()
+
+
+def write_a_part_by_data(model):
+    model.decoder.layers[0].mlp_out.weight.data[1:].mul_(3)
+
+
 CHANGES = [optimizer_step, load_state, load_state_by_assignment, write_one_value, write_by_data, replace_data]
+
+
+@pytest.mark.parametrize("change", [*CHANGES, fused_step, write_a_part_by_data])
+def test_weights_changed_in_any_way_act_after_a_reset(cpp_engine, change):
+    model = make_model(model_config(context="states_actions"))
+    z0, x = random_seeds(2, model.config), torch.randn(2, OBS_DIM)
+    state = make_state(model, z0)
+    weights_of = ops.WeightsOf(model.decoder)
+    ops.decode_step(weights_of(), state, x)
+    change(model)
+    state.reset(torch.ones(2, dtype=torch.bool))
+    found = ops.decode_step(weights_of(), state, x)
+    fresh = make_state(model, z0)
+    fresh.plan_k.copy_(state.plan_k)
+    fresh.plan_v.copy_(state.plan_v)
+    assert torch.equal(found, ops.decode_step(ops.WeightsOf(model.decoder)(), fresh, x))
 
 
 @pytest.mark.parametrize("bf16", [False, True])

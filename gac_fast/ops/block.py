@@ -49,8 +49,8 @@ def _rows(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 # Packed weights, kept by content: version counters miss what fused optimisers and ``p.data`` do, and reading the
 # weights takes about a hundredth of the time of the pass that uses them.
 
-# The layers of a few models.
-_MOST_PACKS = 32
+# The layers of a model or two; while one trains, most of them are packs of weights gone by.
+_MOST_PACKS = 16
 _packs: OrderedDict[Any, Any] = OrderedDict()
 _packs_lock = threading.Lock()
 
@@ -81,17 +81,24 @@ def _pack(weights: Sequence[Tensor], bf16: bool, backward: bool) -> Any:
 def _packed(weights: Sequence[Tensor], bf16: bool, backward: bool) -> Any:
     """The engine's form of the weights."""
     engine = _dispatch.cpp_engine()
-    content = engine._block_fingerprint([_array(w.contiguous()) for w in weights])
-    key = engine._isa(), bf16, backward, len(weights), weights[-2].shape, weights[-6].shape, content
+    arrays = [_array(w.contiguous()) for w in weights]
+
+    def content() -> Any:
+        sizes = len(weights), weights[-2].shape, weights[-6].shape
+        return engine._isa(), bf16, backward, sizes, engine._block_fingerprint(arrays)
+
+    key = content()
     with _packs_lock:
         if key in _packs:
             _packs.move_to_end(key)
             return _packs[key]
     packs = _pack(weights, bf16, backward)
-    with _packs_lock:
-        _packs[key] = packs
-        while len(_packs) > _MOST_PACKS:
-            _packs.popitem(last=False)
+    # Another thread may have written to the weights meanwhile.
+    if content() == key:
+        with _packs_lock:
+            _packs[key] = packs
+            while len(_packs) > _MOST_PACKS:
+                _packs.popitem(last=False)
     return packs
 
 

@@ -74,6 +74,7 @@ class DecodeState:
         self.last_action.masked_fill_(rows[:, None], 0)
         self.steps.masked_fill_(rows, 0)
         self._stale = True
+        self._unsure = True
 
     def _forget(self) -> None:
         self._packed: Any = None
@@ -81,6 +82,9 @@ class DecodeState:
         self._weights: StepWeights | None = None
         self._memory: Any = None
         self._units: Units | None = None
+        self._content: Any = None
+        # Whether all of the weights are to be compared before the next step.
+        self._unsure = False
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: None if name in _ENGINE_PARTS else value for name, value in self.__dict__.items()}
@@ -97,7 +101,7 @@ class DecodeState:
             self._stale = False
 
 
-_ENGINE_PARTS = frozenset(("_packed", "_tensors", "_weights", "_memory", "_units"))
+_ENGINE_PARTS = frozenset(("_packed", "_tensors", "_weights", "_memory", "_units", "_content"))
 
 
 def has_fast_bf16(device: torch.device) -> bool:
@@ -143,8 +147,10 @@ def decode_step(weights: StepWeights, state: DecodeState, observations: Array, u
     The per-step path of the actor: no registered op of torch, no gradients. Rows may be at different steps. Afterwards
     ``state.steps`` is one more and ``state.last_action`` the normalised mean action; with action noise, overwrite it.
 
-    The C++ engine packs the weights once, and again when they changed: in place, by ``.data``, or by other tensors in
-    ``weights``. (It compares version counters, addresses and the first 64 bytes of each tensor.)
+    The C++ engine packs the weights once, and again when they changed. At every step it compares version counters,
+    addresses and the first 64 bytes of each tensor, which a training step changes one and all; at the first step after
+    ``state.reset`` all bytes. Only a write to a part of a tensor through ``.data``, or by a fused optimiser, none of
+    which count as versions, may thus go unseen until then.
 
     Args:
         weights: of the decoder; float32 or float64, on the device of ``state``.
@@ -201,7 +207,7 @@ def _raise_not_finite(row: int, values: list[float]) -> None:
 
 
 def _decode_step_cpp(weights: StepWeights, state: DecodeState, x: np.ndarray, units: Units | None) -> np.ndarray:
-    if weights is not state._weights or state._packed.stale():
+    if weights is not state._weights or state._unsure or state._packed.stale():
         _pack(weights, state)
     if state._memory is None or units is not state._units:
         _bind(state, units)
@@ -226,16 +232,19 @@ def _flat(weights: StepWeights) -> list[Tensor]:
 
 
 def _pack(weights: StepWeights, state: DecodeState) -> None:
+    engine = _dispatch.cpp_engine()
     tensors, old = _flat(weights), state._tensors or []
     same = len(tensors) == len(old) and all(a is b for a, b in zip(tensors, old, strict=True))
-    if not same or state._packed is None or state._packed.stale():
-        arrays = [x.detach().contiguous().numpy() for x in tensors]
+    fresh = not same or state._packed is None or state._packed.stale()
+    arrays = [x.detach().contiguous().numpy() for x in tensors]
+    content = engine._block_fingerprint(arrays)
+    if fresh or content != state._content:
         decoder = weights.decoder
-        state._packed = _dispatch.cpp_engine()._DecodeWeights(
+        state._packed = engine._DecodeWeights(
             tensors, arrays, decoder.n_heads, decoder.rope_base, weights.embed_action_w is not None, state.bf16
         )
-        state._tensors = tensors
-    state._weights = weights
+        state._tensors, state._content = tensors, content
+    state._weights, state._unsure = weights, False
 
 
 def _bind(state: DecodeState, units: Units | None) -> None:
