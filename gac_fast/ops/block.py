@@ -350,6 +350,8 @@ def decoder_block(
     if heads * width != dim:
         raise ValueError(f"plan_k: expected H * d = {dim}, the width of x, got {heads} * {width}")
     _check.shape("plan_v", plan_v, *plan_k.shape)
+    for name in ("w_in", "w_next"):
+        _check.shape(f"weights.{name}", getattr(weights, name), "out", "in")
     hidden, n_next = weights.w_in.shape[0], weights.w_next.shape[0]
     sizes = {
         "w_in": (hidden, dim),

@@ -169,8 +169,9 @@ def decode_step(weights: StepWeights, state: DecodeState, observations: Array, u
     """
     backend = _dispatch.choose(OP, state.steps.device, _dispatch.refusal(weights.embed_state_w))
     shape = (state.steps.shape[0], weights.embed_state_w.shape[1])
-    if observations.shape != shape:
-        raise ValueError(f"obs: expected shape {list(shape)}, got {list(observations.shape)}")
+    if getattr(observations, "shape", None) != shape:
+        got = list(observations.shape) if hasattr(observations, "shape") else type(observations).__name__
+        raise ValueError(f"obs: expected shape {list(shape)}, got {got}")
     if backend == "cpp":
         if isinstance(observations, np.ndarray):
             return _decode_step_cpp(weights, state, observations, units)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gac_fast import reference
-from gac_fast.ops import _check, _dispatch
+from gac_fast.ops import _arrays, _check, _dispatch
 from gac_fast.reference import PackedBatch
 
 __all__ = ["PackedBatch", "draw_trajectories", "drop_steps", "pack_batch"]
@@ -66,7 +66,9 @@ def pack_batch(
 
     is_cpp = _dispatch.choose(OP, _CPU) == "cpp"
     if is_cpp:
-        n = _dispatch.cpp_engine()._packed_length(cu_seqlens.numpy(), indices.numpy(), observations.shape[0])
+        n = _dispatch.cpp_engine()._packed_length(
+            _arrays.integers(cu_seqlens), _arrays.integers(indices), observations.shape[0]
+        )
     else:
         _check_indices(indices, cu_seqlens.shape[0] - 1)
         n = int((cu_seqlens[indices + 1] - cu_seqlens[indices]).sum())
@@ -94,8 +96,8 @@ def pack_batch(
     # Row-contiguous sources are read in place.
     obs_in, act_in = (x if x.stride(1) == 1 or x.shape[1] < 2 else x.contiguous() for x in (observations, actions))
     _dispatch.cpp_engine()._pack_batch(
-        observations=obs_in.numpy(),
-        actions=act_in.numpy(),
+        observations=obs_in.detach().numpy(),
+        actions=act_in.detach().numpy(),
         cu_seqlens=cu_seqlens.numpy(),
         indices=indices.numpy(),
         **{f"out_{name}": x.numpy() for name, x in out._asdict().items()},
@@ -130,7 +132,7 @@ def draw_trajectories(weights: Tensor, n: int, seed: tuple[int, int], number: in
         raise ValueError(f"n: expected 0 to {weights.shape[0]} trajectories, got {n}")
     if _dispatch.choose(OP, _CPU) == "cpp":
         ids = torch.empty(n, dtype=torch.int64)
-        _dispatch.cpp_engine()._draw_trajectories(*seed, number, weights.numpy(), ids.numpy())
+        _dispatch.cpp_engine()._draw_trajectories(*seed, number, weights.detach().numpy(), ids.numpy())
         return ids
     wrong = ~(weights.isfinite() & (weights >= 0))
     if bool(wrong.any()):
@@ -193,6 +195,7 @@ def _check_out(name: str, x: Tensor, dtype: torch.dtype, *shape: int) -> None:
     _check.dtype(name, x, dtype)
     _on_cpu(name, x)
     _check.shape(name, x, *shape)
+    _check.no_gradient(name, x)
     if not x.is_contiguous():
         raise ValueError(f"{name}: expected a contiguous tensor, got strides {list(x.stride())}")
 

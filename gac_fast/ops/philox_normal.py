@@ -88,5 +88,6 @@ def philox_normal(
         _check.dtype("out", out, torch.float32)
         _check.device("out", out, "plans", plans)
         _check.shape("out", out, n_rows, n)
+        _check.no_gradient("out", out)
     _philox_normal(out, plans, step, *seed)
     return out

@@ -64,8 +64,8 @@ def _plan_langevin(
 ) -> tuple[Tensor, Tensor, Tensor]:
     out = _outputs(z0)
     _dispatch.cpp_engine()._plan_langevin(
-        *_inputs(prior_weights, return_weights, z0, context, out), n_steps, step_size, target.contiguous().numpy(),
-        max_drift_ratio, seed0, seed1, plans.numpy(), first_step, bf16, torch.get_num_threads(),
+        *_inputs(prior_weights, return_weights, z0, context, out), n_steps, step_size,
+        target.detach().contiguous().numpy(), max_drift_ratio, seed0, seed1, plans.numpy(), first_step, bf16, torch.get_num_threads(),
     )  # fmt: skip
     return out
 
@@ -251,7 +251,9 @@ def _check_inputs(
         )
     for name, shape in (("b1", (hidden1,)), ("b2", (hidden2,)), ("w3", (2, hidden2)), ("b3", (2,))):
         _check.shape(f"return_weights.{name}", getattr(return_weights, name), members, *shape)
-    got = 0 if context is None else context.shape[-1]
+    if context is not None:
+        _check.tensor("context", context)
+    got = 0 if context is None or context.ndim == 0 else context.shape[-1]
     if got != n_inputs - d:
         raise ValueError(f"context: expected {n_inputs - d} features for this return model, got {got}")
     if context is not None:
