@@ -229,8 +229,8 @@ struct Call {
     }
 };
 
-std::int64_t n_rows(const py::array& x) {
-    check_shape(x, {kAny, kAny}, "x");
+std::int64_t n_rows(const py::array& x, const char* name) {
+    check_shape(x, {kAny, kAny}, name);
     return x.shape(0);
 }
 
@@ -240,7 +240,7 @@ void forward(const BlockWeights& weights, const py::array& x, const py::object& 
              const py::object& q, const py::object& hidden, int n_threads) {
     weights.check(false);
     const BlockPacks& p = weights.packs;
-    const std::int64_t n = n_rows(x);
+    const std::int64_t n = n_rows(x, "x");
     const Call call(weights, n, plan_k, plan_v, cu_seqlens, n_threads);
     BlockForward f{};
     f.shape = call.shape;
@@ -287,7 +287,7 @@ void backward(const BlockWeights& weights, const py::object& dx_out, const py::o
               int n_threads) {
     weights.check(true);
     const BlockPacks& p = weights.packs;
-    const std::int64_t n = n_rows(x_out);
+    const std::int64_t n = n_rows(x_out, "x_out");
     const std::int64_t ld = padded(p.dim);
     const Call call(weights, n, plan_k, plan_v, cu_seqlens, n_threads);
     const BlockShape& s = call.shape;

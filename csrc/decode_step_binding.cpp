@@ -294,19 +294,22 @@ void bind_decode_step(py::module_& m) {
         .def("step", &DecodeState::step, py::arg("weights"), py::arg("observations"), py::arg("out"),
              py::arg("n_threads"));
     // Whether each entry (dictionary, key, value) still holds that very value.
-    m.def("_same_entries", [](const py::list& entries) {
-        for (const py::handle entry : entries) {
-            if (!PyTuple_Check(entry.ptr()) || PyTuple_GET_SIZE(entry.ptr()) != 3 ||
-                !PyDict_Check(PyTuple_GET_ITEM(entry.ptr(), 0))) {
-                throw std::invalid_argument("entries: expected tuples (dict, key, value), got another object");
+    m.def(
+        "_same_entries",
+        [](const py::list& entries) {
+            for (const py::handle entry : entries) {
+                if (!PyTuple_Check(entry.ptr()) || PyTuple_GET_SIZE(entry.ptr()) != 3 ||
+                    !PyDict_Check(PyTuple_GET_ITEM(entry.ptr(), 0))) {
+                    throw std::invalid_argument("entries: expected tuples (dict, key, value), got another object");
+                }
+                PyObject* value =
+                    PyDict_GetItemWithError(PyTuple_GET_ITEM(entry.ptr(), 0), PyTuple_GET_ITEM(entry.ptr(), 1));
+                if (value == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
+                if (value != PyTuple_GET_ITEM(entry.ptr(), 2)) return false;
             }
-            PyObject* value =
-                PyDict_GetItemWithError(PyTuple_GET_ITEM(entry.ptr(), 0), PyTuple_GET_ITEM(entry.ptr(), 1));
-            if (value == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
-            if (value != PyTuple_GET_ITEM(entry.ptr(), 2)) return false;
-        }
-        return true;
-    });
+            return true;
+        },
+        py::arg("entries"));
 }
 
 }  // namespace gac_fast

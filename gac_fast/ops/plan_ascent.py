@@ -65,7 +65,8 @@ def _plan_langevin(
     out = _outputs(z0)
     _dispatch.cpp_engine()._plan_langevin(
         *_inputs(prior_weights, return_weights, z0, context, out), n_steps, step_size,
-        target.detach().contiguous().numpy(), max_drift_ratio, seed0, seed1, plans.numpy(), first_step, bf16, torch.get_num_threads(),
+        target.detach().contiguous().numpy(), max_drift_ratio, seed0, seed1, plans.numpy(), first_step, bf16,
+        torch.get_num_threads(),
     )  # fmt: skip
     return out
 
@@ -237,6 +238,7 @@ def _check_inputs(
     _check_weights("prior_weights", prior_weights, z0)
     _check_weights("return_weights", return_weights, z0)
     if prior_weights.w1 is not None:
+        _check.shape("prior_weights.w1", prior_weights.w1, "hidden", d)
         hidden = prior_weights.w1.shape[0]
         for name, shape in (("w1", (hidden, d)), ("b1", (hidden,)), ("w2", (d, hidden)), ("b2", (d,))):
             _check.shape(f"prior_weights.{name}", getattr(prior_weights, name), *shape)
