@@ -166,8 +166,12 @@ class PlanConfig:
     """Candidates raised for each start, the most promising ones, when starts are given."""
     explore_step_size: float = 0.3
     """Langevin step of explore."""
+    bf16: Literal["off", "on"] = "off"
+    """Round the operands of the C++ engine's products to bfloat16: several times faster on CPUs with AMX, gradients to
+    about 1%."""
 
     def __post_init__(self) -> None:
+        _check(self.bf16 in ("off", "on"), "plan.bf16", "off or on", self.bf16)
         _check(self.n_steps >= 0, "plan.n_steps", "at least 0", self.n_steps)
         for name in ("step_size", "radius", "max_norm", "explore_step_size"):
             _check(getattr(self, name) > 0, f"plan.{name}", "greater than 0", getattr(self, name))

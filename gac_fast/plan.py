@@ -103,6 +103,7 @@ def exploit(
         radius=config.radius,
         max_norm=config.max_norm,
         context=context,
+        bf16=config.bf16 == "on",
     )
     bound = _bound(mean, std, z0, config)
     rows = torch.arange(n, device=z0.device)
@@ -155,6 +156,7 @@ def explore(
         first_step=1,
         max_drift_ratio=0.5,
         context=first_states if model.returns.uses_first_state else None,
+        bf16=config.bf16 == "on",
     )
     return _plans(normalization, z0, mean, std)
 

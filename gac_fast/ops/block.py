@@ -320,7 +320,8 @@ def decoder_block(
         plan_k, plan_v: [B, n_z, H, d], float32 or bfloat16.
         cu_seqlens: int32 or int64 [B + 1], token offsets of the packed trajectories, rising from 0 to N.
         weights: of dtype and device of x. The C++ engine packs them once and keeps that while they stay as they are.
-        bf16: round the operands of products to bfloat16; sums, norms and the stream stay as they are.
+        bf16: round the operands of products to bfloat16; sums, norms and the stream stay as they are. (Gradients of
+            matrices come out rounded to it, as under autocast.)
 
     Returns:
         x_out [N, D] and y [N, n_next]; y in bfloat16 where ``bf16``.
