@@ -104,11 +104,15 @@ def ratio(rows: Sequence[Row], row: Row, against: str = "reference") -> float | 
 
 
 def over_fastest_peer(rows: Sequence[Row], row: Row) -> float | None:
-    """Time of the fastest in float32 that is not the engine, over that of ``row``; None for peers."""
+    """Time of the fastest that is not the engine over that of ``row``; None for peers.
+
+    A float32 row meets peers in float32 alone; a bfloat16 row, whose user accepts either, the fastest of all.
+    """
     if row["provider"] != "cpp":
         return None
     peers = [other for other in rows if case_of(other) == case_of(row) and other["date"] == row["date"]]
-    times = [float(peer["p50_us"]) for peer in peers if peer["provider"] != "cpp" and peer["dtype"] == "float32"]
+    allowed = {"float32", row["dtype"]}
+    times = [float(peer["p50_us"]) for peer in peers if peer["provider"] != "cpp" and peer["dtype"] in allowed]
     return min(times) / float(row["p50_us"]) if times else None
 
 

@@ -202,10 +202,13 @@ def test_a_bar_against_a_peer(report):
     assert "at least 2x over sdpa banded: 1.80x, NOT MET" in text
 
 
-def test_the_fastest_peer_in_float32_is_named_beside_the_reference(report):
+def test_the_fastest_peer_is_named_beside_the_reference(report):
     rows = [make_row("reference", 100.0), make_row("eager torch", 60.0), make_row("eager torch", 5.0, dtype="bfloat16")]
-    rows += [make_row("cpp", 20.0)]
-    assert report.over_fastest_peer(rows, rows[3]) == 3.0
+    rows += [make_row("cpp", 20.0), make_row("cpp", 4.0, dtype="bfloat16")]
+    assert report.over_fastest_peer(rows, rows[3]) == 3.0  # float32 against float32
+    assert report.over_fastest_peer(rows, rows[4]) == 1.25  # bfloat16 against bfloat16 too
+    rows[2] = make_row("eager torch", 80.0, dtype="bfloat16")
+    assert report.over_fastest_peer(rows, rows[4]) == 15.0  # whose fastest peer may be in float32
     assert report.over_fastest_peer(rows, rows[1]) is None
 
 
