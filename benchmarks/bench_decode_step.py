@@ -22,7 +22,8 @@ from gac_fast.model.normalization import Normalization
 
 OBS_DIM, ACT_DIM = 11, 3  # hopper
 
-# Of the actions over two windows of steps. With C = 2 an actor reads its own actions, and errors feed themselves.
+# Of the actions over two windows of steps and a little, which is twice round every ring. With C = 2 an actor reads its
+# own actions, and errors feed themselves.
 BOUNDS = {"float32": 1e-4, "bfloat16": 5e-2}
 
 
@@ -47,53 +48,73 @@ def units(dtype: torch.dtype) -> Normalization:
 class EagerActor:
     """Acting in eager PyTorch written for speed: both tokens of a step in one pass, torch's SDPA on the ring.
 
-    Less than an :class:`Actor`: all environments start together, and there is nothing to reset.
+    Less than an :class:`Actor`: all environments start together, there is nothing to reset, and no units are changed.
+    So a step has one place in the ring, one mask and one rotation for all rows, the latter two made beforehand.
     """
 
+    @torch.inference_mode()
     def __init__(self, model: GAC, z0: Tensor) -> None:
         decoder, m = model.decoder, model.config
-        self.decoder, self.heads, self.c = decoder, m.n_heads, m.tokens_per_step
+        self.decoder, self.weights = decoder, decoder.weights()
+        self.heads, self.width, self.c = m.n_heads, m.dim // m.n_heads, m.tokens_per_step
         z = model.prior(z0)
         self.plans = [tuple(x.transpose(1, 2).contiguous() for x in layer.plan_keys(z)) for layer in decoder.layers]
-        # With C = 2 one slot more than the window: the newest token may not replace what the one before still sees.
-        self.slots = decoder.window + self.c - 1
-        shape = (len(z0), m.n_heads, self.slots, m.dim // m.n_heads)
+        # The tokens of a step lie side by side. With C = 2 one step more than the window: the action token still sees
+        # what the state token after it does not.
+        self.period = m.window + self.c - 1
+        shape = (len(z0), m.n_heads, self.c * self.period, self.width)
         self.rings = [(torch.zeros(shape), torch.zeros(shape)) for _ in decoder.layers]
-        self.held = torch.full((self.slots,), -decoder.window - 1)  # the token in each slot
+        # First the steps that fill the ring, then one round of it, which repeats.
+        self.biases = [self.bias(step) for step in range(2 * self.period)]
+        self.rotate_until(1024)
         self.step = 0
         self.last_action = torch.zeros(len(z0), model.act_dim)
 
-    @torch.no_grad()
+    def bias(self, step: int) -> Tensor | None:
+        """What a step's tokens (rows) add to the scores of the slots; None where they see them all."""
+        in_step = torch.arange(1 - self.c, 1)
+        tokens = (self.c * step + in_step)[:, None]
+        steps = step - (step - torch.arange(self.period)) % self.period  # the last one written to each place
+        held = (self.c * steps[:, None] + in_step).flatten()
+        visible = (held <= tokens) & (held > tokens - self.decoder.window) & (held >= 0)
+        visible |= held == tokens  # the first step has no action token; what stands in for it needs something to see
+        return None if visible.all() else torch.zeros(visible.shape).masked_fill_(~visible, -torch.inf)
+
+    def rotate_until(self, n_steps: int) -> None:
+        """Rotary table of the first steps; rows step to step + C - 1 are those of a step's tokens."""
+        positions = torch.arange(1 - self.c, n_steps)
+        cos, sin = reference._rotary_table(positions, self.width, self.decoder.rope_base, torch.float32)
+        self.cos, self.sin = torch.cat((cos, cos), -1)[:, None], torch.cat((-sin, sin), -1)[:, None]
+        self.n_steps = n_steps
+
+    @torch.inference_mode()
     def act(self, obs: Tensor) -> Tensor:
-        decoder = self.decoder
-        x = decoder.embed_state(obs)[:, None]  # [N, tokens, D]
-        positions = [self.step]
-        if self.c == 2 and self.step > 0:
-            x = torch.cat((decoder.embed_action(self.last_action)[:, None], x), dim=1)
-            positions = [self.step - 1, self.step]
-        n, n_tokens, dim = x.shape
-        last = self.c * self.step
-        tokens = torch.arange(last - n_tokens + 1, last + 1)
-        slots = tokens % self.slots
-        self.held[slots] = tokens
-        mask = (self.held <= tokens[:, None]) & (self.held > tokens[:, None] - decoder.window) & (self.held >= 0)
-        width = dim // self.heads
-        cos, sin = reference._rotary_table(torch.tensor(positions), width, decoder.rope_base, x.dtype)
-
-        def heads(y: Tensor) -> Tensor:
-            return y.view(n, n_tokens, self.heads, width)
-
-        for layer, (ring_k, ring_v), (plan_k, plan_v) in zip(decoder.layers, self.rings, self.plans, strict=True):
-            q, k, v = (heads(y) for y in layer.qkv(layer.norm1(x)).chunk(3, dim=-1))
-            q, k = reference._rotate(q, cos, sin), reference._rotate(k, cos, sin)
-            ring_k[:, :, slots], ring_v[:, :, slots] = k.transpose(1, 2), v.transpose(1, 2)
-            out = F.scaled_dot_product_attention(q.transpose(1, 2), ring_k, ring_v, attn_mask=mask)
-            x = x + layer.out(out.transpose(1, 2).reshape(n, n_tokens, dim))
-            q = heads(layer.plan_q(layer.norm2(x))).transpose(1, 2)
-            out = F.scaled_dot_product_attention(q, plan_k, plan_v)
-            x = x + layer.plan_out(out.transpose(1, 2).reshape(n, n_tokens, dim))
-            x = x + layer.mlp_out(F.silu(layer.mlp_in(layer.norm3(x))))
-        self.last_action = torch.tanh(decoder.head(decoder.norm(x[:, -1])))
+        if self.step == self.n_steps:
+            self.rotate_until(2 * self.n_steps)
+        decoder, heads, width = self.decoder, self.heads, self.width
+        x = decoder.embed_state(obs)
+        x = x[:, None] if self.c == 1 else torch.stack((decoder.embed_action(self.last_action), x), dim=1)
+        n = x.shape[0]  # of [N, C, D]
+        round_step = self.step % self.period
+        new = slice(self.c * round_step, self.c * (round_step + 1))
+        bias = self.biases[self.step if self.step < self.period else self.period + round_step]
+        cos, sin = self.cos[self.step : self.step + self.c], self.sin[self.step : self.step + self.c]
+        for w, (ring_k, ring_v), (plan_k, plan_v) in zip(self.weights.layers, self.rings, self.plans, strict=True):
+            qkv = reference.norm_linear(x, w.norm1_w, w.norm1_b, w.w_qkv, w.b_qkv).view(n, self.c, 3, heads, width)
+            qk = qkv[:, :, :2]
+            q, k = torch.addcmul(qk * cos, qk.roll(width // 2, -1), sin).transpose(1, 3).unbind(2)
+            ring_k[:, :, new], ring_v[:, :, new] = k, qkv[:, :, 2].transpose(1, 2)
+            if self.c == 2 and w is self.weights.layers[-1]:
+                # The action is read at the state token, and nothing else reads what this layer makes of the other.
+                q, x, bias = q[:, :, -1:], x[:, -1:], None if bias is None else bias[-1:]
+            out = F.scaled_dot_product_attention(q, ring_k, ring_v, attn_mask=bias)
+            x = x + F.linear(out.transpose(1, 2).flatten(2), w.w_o, w.b_o)
+            q = reference.norm_linear(x, w.norm2_w, w.norm2_b, w.w_plan_q, w.b_plan_q)
+            out = F.scaled_dot_product_attention(q.view(n, -1, heads, width).transpose(1, 2), plan_k, plan_v)
+            x = x + F.linear(out.transpose(1, 2).flatten(2), w.w_plan_o, w.b_plan_o)
+            x = reference.mlp_residual(x, w.norm3_w, w.norm3_b, w.w_in, w.b_in, w.w_out, w.b_out)
+        w = self.weights
+        self.last_action = reference.norm_linear(x[:, -1], w.norm_w, w.norm_b, w.w_head, w.b_head).tanh_()
         self.step += 1
         return self.last_action
 
@@ -106,7 +127,7 @@ def test_decode_step(compare, tiny, n, context):
     torch.manual_seed(0)
     model = GAC(config.model, OBS_DIM, ACT_DIM)
     z0 = torch.randn(n, config.model.n_z, config.model.dim)
-    observations = torch.randn(2 * config.model.window, n, OBS_DIM)
+    observations = torch.randn(2 * config.model.window + 4, n, OBS_DIM)
 
     def actor(dtype: str, **options: object) -> Actor:
         of_dtype = getattr(torch, dtype)
