@@ -25,6 +25,7 @@ if [ "${1:-}" = --short ]; then
   if grep -qw amx_bf16 /proc/cpuinfo 2>/dev/null; then widest=amx; fi
   isas=$widest
   # No process of its own, no compiler of torch and no long run: they take most of the time and show nothing here.
+  export GAC_FAST_FUZZ_EXAMPLES=${GAC_FAST_FUZZ_EXAMPLES:-10}
   select=(-m "not slow" -k "not compile and not opcheck and not gradcheck")
 else
   export GAC_FAST_FUZZ_EXAMPLES=${GAC_FAST_FUZZ_EXAMPLES:-200}

@@ -238,7 +238,7 @@ def _check_inputs(
     _check_weights("prior_weights", prior_weights, z0)
     _check_weights("return_weights", return_weights, z0)
     if prior_weights.w1 is not None:
-        _check.shape("prior_weights.w1", prior_weights.w1, "hidden", d)
+        _check.shape("prior_weights.w1", prior_weights.w1, "hidden", "inputs")
         hidden = prior_weights.w1.shape[0]
         for name, shape in (("w1", (hidden, d)), ("b1", (hidden,)), ("w2", (d, hidden)), ("b2", (d,))):
             _check.shape(f"prior_weights.{name}", getattr(prior_weights, name), *shape)
