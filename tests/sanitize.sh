@@ -96,6 +96,7 @@ import gac_fast._C as engine
 assert engine.__file__.startswith('$build'), engine.__file__
 assert '__asan_init' in open(engine.__file__, 'rb').read().decode('latin1')
 "
+# A finding ends the process: pytest's own capture of file descriptors would take the report along.
 # Words split on purpose.
 # shellcheck disable=SC2086
-exec $run python -m pytest -q -p no:cacheprovider "${select[@]}" $tests "$@"
+exec $run python -m pytest -q --capture=sys -p no:cacheprovider "${select[@]}" $tests "$@"

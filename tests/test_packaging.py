@@ -283,7 +283,8 @@ def test_ci_takes_the_full_data_from_the_variable_before_the_shared_folder(given
     if given is not None:
         variables["GAC_FAST_DATA"] = given
     done = subprocess.run([script], env=variables, capture_output=True, text=True, check=True)
-    assert done.stdout == f"test {given or root / '..' / 'shared' / 'data'}\n"
+    data = given or root / ".." / "shared" / "data"
+    assert done.stdout == f"sanitize-short {data}\ntest {data}\n"
 
 
 def test_make_help_lists_the_targets(make):
