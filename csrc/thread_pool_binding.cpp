@@ -36,7 +36,9 @@ struct Row {
 
 void count(void* context, std::int64_t j) {
     const Row& row = *static_cast<Row*>(context);
-    row.loop->counts.row(row.i)[j] += 1;
+    std::int64_t& n = row.loop->counts.row(row.i)[j];
+    // Whatever the array held: modulo 2^64.
+    n = static_cast<std::int64_t>(static_cast<std::uint64_t>(n) + 1U);
 }
 
 void count_row(void* context, std::int64_t i) {
