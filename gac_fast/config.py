@@ -299,6 +299,7 @@ PRESETS: dict[str, Config] = {
     # the variance of the controller's own noise.
     "pointmaze-umaze": Config(
         model=ModelConfig(
+            dim=64,
             n_layers=2,
             window=4,
             n_z=2,
