@@ -107,7 +107,7 @@ def alternate(
         run()
         estimate[name] = _timed(run)
     # Runs in between leave the caches cold: short calls are repeated unmeasured before the measured one.
-    n_warm = {name: min(20, math.ceil(1e-3 / t)) if t < 1e-2 else 0 for name, t in estimate.items()}
+    n_warm = {name: min(20, max(3, math.ceil(1e-3 / t))) if t < 2e-2 else 0 for name, t in estimate.items()}
     per_round = sum(estimate[name] * (1 + n_warm[name]) for name in runs)
     rounds = max(settings.min_rounds, min(settings.max_rounds, int(settings.seconds / per_round)))
     # A busy machine can stretch a round a hundredfold, most of all on two threads.
