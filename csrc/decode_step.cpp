@@ -686,10 +686,15 @@ void step_tile(const DecodeStepArgs& a, std::int64_t first, std::int64_t n) {
 template <typename T>
 constexpr std::int64_t kMostEnvironments = 64;
 
+// And at least, about 200 us of work: waking another thread takes a quarter of that, and with 8 environments in all two
+// threads were slower than one.
+template <typename T>
+constexpr std::int64_t kFewestEnvironments = sizeof(T) == sizeof(float) ? 8 : 16;
+
 template <typename T>
 void step_all(const DecodeStepArgs& a) {
-    std::int64_t n_tiles = max_of(a.n_threads, (a.n_rows + kMostEnvironments<T> - 1) / kMostEnvironments<T>);
-    n_tiles = max_of(1, min_of(n_tiles, a.n_rows));
+    const std::int64_t at_least = (a.n_rows + kMostEnvironments<T> - 1) / kMostEnvironments<T>;
+    const std::int64_t n_tiles = max_of(1, max_of(at_least, min_of(a.n_threads, a.n_rows / kFewestEnvironments<T>)));
     parallel_for(n_tiles, a.n_threads, [&](std::int64_t i) {
         const std::int64_t first = a.n_rows * i / n_tiles;
         step_tile<T>(a, first, a.n_rows * (i + 1) / n_tiles - first);
