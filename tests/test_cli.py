@@ -524,10 +524,7 @@ def test_info(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
 def test_info_where_a_forced_backend_cannot_run(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("GAC_FAST_BACKEND", "cpp")
-    (status,) = (status for status in ops.status("cpu") if status.op == "plan_ascent")
-    if status.active:
-        pytest.skip("plan_ascent has a C++ engine")
+    monkeypatch.setenv("GAC_FAST_BACKEND", "triton")  # which no op but the noise has
     assert main(["info"]) == 0
     assert re.search(r"^  plan_ascent +none: a call raises$", capsys.readouterr().out, re.MULTILINE)
 
