@@ -1,0 +1,173 @@
+"""What all kernels share: a launch as a value that is run, or compiled for a GPU that is not there; tiles; choices.
+
+A launcher builds :class:`Launch` objects and runs one of them. Tests and the table of resources compile those same
+objects, so what is proven without a GPU is what runs on one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+__all__ = ["INTERPRETED", "Launch", "Option", "choose", "specialised_to_16", "tile_table"]
+
+# The interpreter keeps bfloat16 as raw integers and computes garbage without an error: kernels upcast at the load.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to run a kernel; all fields but the last two are its constexpr tile sizes."""
+
+    tiles: tuple[tuple[str, int], ...]
+    num_warps: int
+    num_stages: int
+
+    def __str__(self) -> str:
+        tiles = " ".join(f"{name}={size}" for name, size in self.tiles)
+        return f"{tiles} warps={self.num_warps} stages={self.num_stages}".strip()
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel with all that it is started with.
+
+    Attributes:
+        kernel: a ``triton.jit`` function.
+        grid: programs, 1 to 3 sizes.
+        arguments: by name, tensors, ints, floats and None.
+        constants: constexpr arguments by name, the tiles of ``option`` left out.
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: Mapping[str, Tensor | int | float | None]
+    constants: Mapping[str, Any]
+    option: Option
+
+    @property
+    def name(self) -> str:
+        return str(self.kernel.__name__)
+
+    @property
+    def constexprs(self) -> dict[str, Any]:
+        none = {name: None for name, value in self.arguments.items() if value is None}
+        return {**self.constants, **dict(self.option.tiles), **none}
+
+    def run(self) -> None:
+        """Start it on the device of its first tensor."""
+        if 0 in self.grid:
+            return
+        device = next(x.device for x in self.arguments.values() if isinstance(x, Tensor))
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            self.kernel[self.grid](
+                **self.arguments, **self.constants, **dict(self.option.tiles),
+                num_warps=self.option.num_warps, num_stages=self.option.num_stages,
+            )  # fmt: skip
+
+    def compile(self, architecture: int) -> Any:
+        """For sm_``architecture``, with no GPU needed; the tensors may be on the CPU or on the meta device."""
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+
+        constexprs = self.constexprs
+        signature, attributes = {}, {}
+        for i, name in enumerate(self.kernel.arg_names):
+            value = self.arguments.get(name)
+            signature[name] = "constexpr" if name in constexprs else _type_of(name, value)
+            # As the launcher of Triton specialises: vectors of loads need to know it.
+            if name not in constexprs and specialised_to_16(value):
+                attributes[(i,)] = [["tt.divisibility", 16]]
+        source = ASTSource(fn=self.kernel, signature=signature, constexprs=constexprs, attrs=attributes)
+        options = {"num_warps": self.option.num_warps, "num_stages": self.option.num_stages}
+        return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+
+
+_TYPES = {
+    torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float64: "*fp64", torch.int32: "*i32", torch.int64: "*i64",
+    torch.int16: "*i16", torch.bool: "*i1", torch.uint8: "*u8",
+}  # fmt: skip
+
+
+def _type_of(name: str, value: Tensor | int | float | None) -> str:
+    if isinstance(value, Tensor):
+        return _TYPES[value.dtype]
+    if isinstance(value, float):
+        return "fp32"
+    if isinstance(value, int):
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+    raise TypeError(f"{name}: expected a tensor or a number, got {value!r}")
+
+
+def specialised_to_16(value: Tensor | int | float | None) -> bool:
+    """Whether Triton compiles a kernel of its own for this value being a multiple of 16."""
+    if isinstance(value, Tensor):
+        # Memory from an allocator of torch is aligned; a meta tensor stands for such memory.
+        return value.device.type == "meta" or value.data_ptr() % 16 == 0
+    return isinstance(value, int) and value % 16 == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tiles
+
+
+def tile_table(cu_seqlens: Tensor, n_tokens: int, size: int) -> Tensor:
+    """Tiles of at most ``size`` tokens that never cross a trajectory; nothing is read back from the device.
+
+    Args:
+        cu_seqlens: int [B + 1], token offsets of the trajectories.
+        n_tokens: N, their last.
+
+    Returns:
+        int32 [n_tiles, 4]: trajectory, first token, tokens, number of the tile within its trajectory. Their order is
+        that of the tokens; the last ones may hold no token (and trajectory 0).
+    """
+    cu = cu_seqlens.to(torch.int64)
+    n_sequences = cu.numel() - 1
+    ends = ((cu.diff() + size - 1) // size).cumsum(0)
+    # At most one tile per trajectory is not full: a bound known without reading the device.
+    tile = torch.arange(n_tokens // size + n_sequences, device=cu.device)
+    sequence = torch.searchsorted(ends, tile, right=True).clamp_(max=max(n_sequences - 1, 0))
+    number = tile - (ends - (cu.diff() + size - 1) // size)[sequence]
+    first = cu[sequence] + number * size
+    count = (cu[sequence + 1] - first).clamp(0, size)
+    empty = count == 0
+    table = torch.stack((sequence, first, count, number), dim=1)
+    return table.masked_fill_(empty[:, None], 0).to(torch.int32)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which of a few options: measured once per key on a device, the first where nothing can be measured
+
+_chosen: dict[Hashable, int] = {}
+
+
+def choose(key: Hashable, launches: Callable[[Option], Sequence[Launch]], options: Sequence[Option]) -> Option:
+    """The fastest option for a key, timed at its first use; the first option on the CPU and while a graph is captured.
+
+    Args:
+        key: all that the choice may depend on, sizes in a few classes rather than exact.
+        launches: the launches of an option, which must be such that running them again changes nothing.
+        options: those that fit, the usual best first.
+    """
+    if len(options) == 1 or not torch.cuda.is_available() or INTERPRETED:
+        return options[0]
+    full = (torch.cuda.get_device_name(), key)
+    if full not in _chosen:
+        if torch.cuda.is_current_stream_capturing():
+            return options[0]
+
+        def milliseconds(option: Option) -> float:
+            todo = launches(option)
+            return float(triton.testing.do_bench(lambda: [one.run() for one in todo], warmup=5, rep=20))
+
+        times = [milliseconds(option) for option in options]
+        _chosen[full] = times.index(min(times))
+    return options[_chosen[full]]
