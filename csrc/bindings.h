@@ -13,6 +13,7 @@ void bind_philox_normal(pybind11::module_& m);
 void bind_plan_ascent(pybind11::module_& m);
 void bind_plan_attention(pybind11::module_& m);
 void bind_thread_pool(pybind11::module_& m);
+void bind_weight_gradient(pybind11::module_& m);
 void bind_window_attention(pybind11::module_& m);
 
 }  // namespace gac_fast

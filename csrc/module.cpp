@@ -27,5 +27,6 @@ PYBIND11_MODULE(_C, m) {
     gac_fast::bind_plan_ascent(m);
     gac_fast::bind_plan_attention(m);
     gac_fast::bind_thread_pool(m);
+    gac_fast::bind_weight_gradient(m);
     gac_fast::bind_window_attention(m);
 }

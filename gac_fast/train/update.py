@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from gac_fast import ops
 from gac_fast.config import Config, TrainConfig
 from gac_fast.model import GAC, Batch
 from gac_fast.posterior import PosteriorState, refine
@@ -70,6 +71,18 @@ def update(
     Returns:
         detached zero-dimensional diagnostics; nothing is read back from the device.
     """
+    with ops.left_to_the_engine("block", batch.observations):
+        return _update(model, optimizer, posterior, batch, rows, config)
+
+
+def _update(
+    model: GAC,
+    optimizer: torch.optim.Optimizer,
+    posterior: PosteriorState,
+    batch: Batch,
+    rows: Tensor,
+    config: Config,
+) -> dict[str, Tensor]:
     t, p = config.train, config.posterior
     trunk = model.trunk(batch)
     known = trunk.detach()
