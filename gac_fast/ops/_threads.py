@@ -13,14 +13,19 @@ from gac_fast.ops import _dispatch
 
 __all__ = ["count", "left_to_the_engine"]
 
-_lock = threading.Lock()
-_n_inside = 0
-_n_threads = 0
+
+class _Local(threading.local):
+    """As torch's own setting, that of one thread of Python."""
+
+    n_threads = 0
+
+
+_local = _Local()
 
 
 def count() -> int:
     """Threads for a call of the engine."""
-    return _n_threads or torch.get_num_threads()
+    return _local.n_threads or torch.get_num_threads()
 
 
 @contextlib.contextmanager
@@ -29,25 +34,19 @@ def left_to_the_engine(op: str, x: Tensor) -> Iterator[None]:
 
     After a product on several threads, those of OpenMP go on spinning for milliseconds (its default policy), on the
     cores that the engine's threads are about to need. Where the engine does nearly all of the work, torch's share is
-    better done on one. Holds for the whole process, as ``torch.set_num_threads`` does.
+    better done on one. Holds for the calling thread.
 
     Args:
         op: the op that is most of the work; nothing changes unless the C++ engine runs it for tensors like ``x``.
     """
-    global _n_inside, _n_threads
-    if _dispatch.refusal(x) is not None or _dispatch.active(op, x.device) != "cpp":
+    if _local.n_threads or _dispatch.refusal(x) is not None or _dispatch.active(op, x.device) != "cpp":
         yield
         return
-    with _lock:
-        if _n_inside == 0:
-            _n_threads = torch.get_num_threads()
-            torch.set_num_threads(1)
-        _n_inside += 1
+    n_threads = torch.get_num_threads()
     try:
+        _local.n_threads = n_threads
+        torch.set_num_threads(1)
         yield
     finally:
-        with _lock:
-            _n_inside -= 1
-            if _n_inside == 0:
-                torch.set_num_threads(_n_threads)
-                _n_threads = 0
+        torch.set_num_threads(n_threads)
+        _local.n_threads = 0

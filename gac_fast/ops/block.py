@@ -7,43 +7,20 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from gac_fast import reference
 from gac_fast.ops import _check, _dispatch, _threads
+from gac_fast.ops._arrays import array as _array
+from gac_fast.ops._arrays import padded as _padded
+from gac_fast.ops._arrays import rows as _rows
 from gac_fast.reference import BlockWeights
 
 __all__ = ["decoder_block"]
 
 OP = "block"
 _dispatch.register(OP, "cpp")
-
-# The engine pads rows to this many elements.
-_PAD = 32
-
-
-def _padded(n: int) -> int:
-    return (n + _PAD - 1) // _PAD * _PAD
-
-
-def _array(x: Tensor | None) -> npt.NDArray[Any] | None:
-    """A tensor as the engine takes it: bfloat16 as int16."""
-    if x is None:
-        return None
-    x = x.detach()
-    array: npt.NDArray[Any] = (x.view(torch.int16) if x.dtype == torch.bfloat16 else x).numpy()
-    return array
-
-
-def _rows(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Rows of neighbouring elements, any distance apart."""
-    if x is None:
-        return None
-    x = x.to(dtype)
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Packed weights, kept by content: version counters miss what fused optimisers and ``p.data`` do, and reading the

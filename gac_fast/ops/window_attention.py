@@ -258,7 +258,8 @@ def window_attention_qkv(
 
     if _dispatch.choose(OP, qkv.device, _dispatch.refusal(qkv)) == "cpp":
         return _forward_qkv(qkv, cu_seqlens, min(window, _MOST_TOKENS), positions, rope_base)[0]
-    return reference.window_attention(*qkv.unbind(1), cu_seqlens, window, positions, rope_base)
+    q, k, v = qkv.unbind(1)
+    return reference.window_attention(q, k, v, cu_seqlens, window, positions, rope_base)
 
 
 def _check_inputs(
