@@ -3,12 +3,12 @@
 #include <utility>
 
 #include "gemm.h"
+#include "token_rows.h"
 
 namespace gac_fast {
 namespace GAC_FAST_ISA {
 namespace {
 
-constexpr float kNormEps = 1e-5F;
 constexpr float kLowest = -3.4e38F;
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -129,7 +129,8 @@ template <typename T>
 void silu_rows(std::int64_t m, std::int64_t n, const float* x, std::int64_t ldx, T* y, std::int64_t ldy) {
     for (std::int64_t r = 0; r < m; ++r) {
         for (std::int64_t i = 0; i < n; i += kLanes) {
-            store_up_to(y + r * ldy + i, silu(load(x + r * ldx + i)), n - i);
+            const Vec v = load(x + r * ldx + i);
+            store_up_to(y + r * ldy + i, v * gate<T>(v), n - i);
         }
         for (std::int64_t i = n; i < ldy; ++i) y[r * ldy + i] = T{};
     }

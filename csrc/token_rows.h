@@ -50,6 +50,24 @@ void finish_rows(std::int64_t rows, std::int64_t n, const float* from, std::int6
     }
 }
 
+// A sigmoid as exact as T: for bfloat16 within 1e-4, by fewer steps where the processor scales by powers of two.
+template <typename T>
+inline Vec gate(Vec x) {
+#if defined(__AVX512F__)
+    if constexpr (!kIsFloat<T>) {
+        const Vec t = x * -1.44269504F;
+        const Vec n = (Vec)_mm512_roundscale_ps((__m512)t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+        const Vec r = t - n;
+        Vec p = r * 9.618129e-3F + 5.550411e-2F;
+        p = p * r + 2.4022651e-1F;
+        p = p * r + 6.9314718e-1F;
+        p = p * r + 1.0F;
+        return (Vec)_mm512_rcp14_ps((__m512)(1.0F + (Vec)_mm512_scalef_ps((__m512)p, (__m512)n)));
+    }
+#endif
+    return sigmoid(x);
+}
+
 // to[rows][ldt] = from[rows][ldf], pads zero.
 template <typename To, typename From>
 void copy_rows(std::int64_t rows, std::int64_t n, const From* from, std::int64_t ldf, To* to, std::int64_t ldt) {

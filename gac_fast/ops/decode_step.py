@@ -175,9 +175,10 @@ def decode_step(weights: StepWeights, state: DecodeState, observations: Array, u
     if backend == "cpp":
         if isinstance(observations, np.ndarray):
             return _decode_step_cpp(weights, state, observations, units)
-        x = observations.detach().cpu()
-        if x.dtype not in (torch.float32, torch.float64):
-            x = x.to(torch.float32)
+        x = observations.detach()
+        # Each call of torch costs more than it seems: beside the weights its code does not stay in the near cache.
+        if x.dtype != torch.float32 or x.device.type != "cpu":
+            x = x.cpu() if x.dtype == torch.float64 else x.to("cpu", torch.float32)
         return torch.from_numpy(_decode_step_cpp(weights, state, x.numpy(), units))
     return _decode_step_reference(weights, state, observations, units)
 
