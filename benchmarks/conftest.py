@@ -90,6 +90,12 @@ def n_threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def memory_as_in_training() -> None:
+    """Freed memory stays with the process, for all providers alike; ``GAC_FAST_KEEP_MEMORY=0`` leaves it as it is."""
+    ops.keep_freed_memory()
+
+
 @pytest.fixture
 def tiny(request: pytest.FixtureRequest) -> bool:
     """Whether to take toy sizes."""
