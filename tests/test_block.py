@@ -405,3 +405,29 @@ def test_training_on_either_engine_agrees(cpp_engine, context, bf16, bound):
     )
     assert apart < 10 * bound * moved
     assert row_error(z0_c.flatten()[None], z0_r.flatten()[None]) < bound
+
+
+@pytest.mark.usefixtures("cpp_engine")
+def test_fixed_weights_are_packed_once_and_looked_at_again_afterwards(monkeypatch):
+    from gac_fast.ops import block as module
+
+    x, attended, plan, cu, weights, _ = block_inputs([40, 3])
+    looks = []
+    by_content = module._packed_by_content
+    monkeypatch.setattr(module, "_packed_by_content", lambda *args: looks.append(1) or by_content(*args))
+
+    def run():
+        return ops.decoder_block(x, attended, plan[:, :, 0], plan[:, :, 1], cu, weights)
+
+    with ops.fixed_weights():
+        first = run()
+        with ops.fixed_weights():
+            assert all(torch.equal(a, b) for a, b in zip(run(), first, strict=True))
+        run()
+        assert len(looks) == 1
+    weights.w_out.data.mul_(2)
+    changed = run()
+    assert len(looks) == 2
+    assert not torch.equal(changed[0], first[0])
+    with ops.fixed_weights():
+        assert all(torch.equal(a, b) for a, b in zip(run(), changed, strict=True))

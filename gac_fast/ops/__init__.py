@@ -3,7 +3,7 @@
 from gac_fast.ops._dispatch import BACKENDS, OpStatus, backend, cpu_isa, dispatch_counts, reset_dispatch_counts, status
 from gac_fast.ops._memory import keep_freed_memory
 from gac_fast.ops._threads import left_to_the_engine
-from gac_fast.ops.block import decoder_block
+from gac_fast.ops.block import decoder_block, fixed_weights
 from gac_fast.ops.decode_step import DecodeState, Units, WeightsOf, decode_step, has_fast_bf16
 from gac_fast.ops.norm_linear import norm_linear
 from gac_fast.ops.pack_batch import PackedBatch, draw_trajectories, drop_steps, pack_batch
@@ -26,6 +26,7 @@ __all__ = [
     "dispatch_counts",
     "draw_trajectories",
     "drop_steps",
+    "fixed_weights",
     "has_fast_bf16",
     "keep_freed_memory",
     "left_to_the_engine",

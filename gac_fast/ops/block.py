@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from gac_fast.ops._arrays import padded as _padded
 from gac_fast.ops._arrays import rows as _rows
 from gac_fast.reference import BlockWeights
 
-__all__ = ["decoder_block"]
+__all__ = ["decoder_block", "fixed_weights"]
 
 OP = "block"
 _dispatch.register(OP, "cpp")
@@ -30,6 +32,31 @@ _dispatch.register(OP, "cpp")
 _MOST_PACKS = 16
 _packs: OrderedDict[Any, Any] = OrderedDict()
 _packs_lock = threading.Lock()
+
+
+class _Fixed(threading.local):
+    """Packs of this thread by the places of their weights, while these do not change."""
+
+    packs: dict[Any, Any] | None = None
+
+
+_fixed = _Fixed()
+
+
+@contextlib.contextmanager
+def fixed_weights() -> Iterator[None]:
+    """Inside, no weight of a block changes, and the engine need not look for it (in the calling thread).
+
+    An update asks a dozen times for each layer, and the comparisons and their preparation take 2% of it.
+    """
+    if _fixed.packs is not None:
+        yield
+        return
+    _fixed.packs = {}
+    try:
+        yield
+    finally:
+        _fixed.packs = None
 
 
 def _unflatten(weights: Sequence[Tensor]) -> BlockWeights:
@@ -58,6 +85,16 @@ def _pack(weights: Sequence[Tensor], bf16: bool, backward: bool) -> Any:
 def _packed(weights: Sequence[Tensor], bf16: bool, backward: bool) -> Any:
     """The engine's form of the weights."""
     engine = _dispatch.cpp_engine()
+    if _fixed.packs is not None:
+        place = (engine._isa(), bf16, backward, *(w.data_ptr() for w in weights), weights[-2].shape, weights[-6].shape)
+        if place not in _fixed.packs:
+            # With the weights, for memory that was given back may be another tensor's next.
+            _fixed.packs[place] = _packed_by_content(engine, weights, bf16, backward), list(weights)
+        return _fixed.packs[place][0]
+    return _packed_by_content(engine, weights, bf16, backward)
+
+
+def _packed_by_content(engine: ModuleType, weights: Sequence[Tensor], bf16: bool, backward: bool) -> Any:
     arrays = [_array(w.contiguous()) for w in weights]
 
     def content() -> Any:

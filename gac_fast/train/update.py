@@ -72,10 +72,15 @@ def update(
         detached zero-dimensional diagnostics; nothing is read back from the device.
     """
     with ops.left_to_the_engine("block", batch.observations):
-        return _update(model, optimizer, posterior, batch, rows, config)
+        # The optimiser's step comes after all that reads the weights.
+        with ops.fixed_weights():
+            values = _gradients(model, optimizer, posterior, batch, rows, config)
+        values["grad_norm"] = nn.utils.clip_grad_norm_(model.parameters(), config.train.grad_clip)
+        optimizer.step()
+        return values
 
 
-def _update(
+def _gradients(
     model: GAC,
     optimizer: torch.optim.Optimizer,
     posterior: PosteriorState,
@@ -83,6 +88,7 @@ def _update(
     rows: Tensor,
     config: Config,
 ) -> dict[str, Tensor]:
+    """The chains moved, the gradients of the parameters left in them; diagnostics."""
     t, p = config.train, config.posterior
     trunk = model.trunk(batch)
     known = trunk.detach()
@@ -114,8 +120,6 @@ def _update(
     loss = action_loss + t.return_weight * return_loss + VARIANCE_WEIGHT * (action_nll + return_nll)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), t.grad_clip)
-    optimizer.step()
     with torch.no_grad():
         return {
             "loss": loss.detach(),
@@ -126,5 +130,4 @@ def _update(
             "drift_ratio": stats.drift_ratio,
             "langevin_step": stats.step_size,
             "seed_norm": stats.seed_norm,
-            "grad_norm": grad_norm,
         }
