@@ -72,7 +72,7 @@ class _Recording:
     """Memory that the inputs of one size are copied to, and the graph that reads it."""
 
     def __init__(self, batch: Batch, rows: Tensor) -> None:
-        self.batch = Batch(**{name: x if x is None else torch.empty_like(x) for name, x in batch._asdict().items()})
+        self.batch = Batch._make(None if x is None else torch.empty_like(x) for x in batch)
         self.rows = torch.empty_like(rows)
         self.n_plain = 0
         self.names: tuple[str, ...] = ()

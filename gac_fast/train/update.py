@@ -155,7 +155,7 @@ def parts_of(model: GAC, config: Config) -> Parts:
     return Parts(model.trunk, energy, losses)
 
 
-def compiled(parts: Parts, backend: str = "inductor") -> Parts:
+def compiled(parts: Parts, backend: str = "inductor", mode: str | None = None) -> Parts:
     """The same through ``torch.compile``, each part as one graph, specialised to every size of batch it meets."""
     import torch._dynamo
 
@@ -163,7 +163,7 @@ def compiled(parts: Parts, backend: str = "inductor") -> Parts:
     torch._dynamo.config.recompile_limit = max(limit, MOST_SPECIALISATIONS)
 
     def one(part: Callable[..., Any]) -> Callable[..., Any]:
-        return torch.compile(part, backend=backend, dynamic=False, fullgraph=True)
+        return torch.compile(part, backend=backend, mode=mode, dynamic=False, fullgraph=True)
 
     return Parts(one(parts.trunk), one(parts.energy), one(parts.losses))
 
