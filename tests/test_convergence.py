@@ -22,8 +22,8 @@ from gac_fast.posterior import PosteriorState
 from gac_fast.train.update import learning_rate, make_optimizer, set_learning_rate, update
 
 N_UPDATES = 50
-# As many as the interpreter does in half a minute; all of them in the slow tests.
-N_INTERPRETED = 2
+# As much as the interpreter does in half a minute, updates and posterior steps; all of it in the slow tests.
+INTERPRETED = {"n_updates": 2, "n_posterior": 1}
 
 LENGTHS = ([7, 12, 1, 9], [9, 3, 14], [20, 5, 1, 2])
 
@@ -64,14 +64,17 @@ def batches(device: str) -> list[tuple[Batch, Tensor]]:
     return found
 
 
-def train(engine: str, dtype: str, context: str, device: str = "cpu", n_updates: int = N_UPDATES) -> Trained:
+def train(
+    engine: str, dtype: str, context: str, device: str = "cpu", n_updates: int = N_UPDATES, n_posterior: int = 3
+) -> Trained:
     model_config = ModelConfig(
         dim=64, n_layers=2, n_heads=2, window=4, mlp_ratio=2, n_z=2, context=context, prior_hidden=16,
         return_hidden=16, return_dropout=0.0, return_ensemble=2,
     )  # fmt: skip
     config = Config(
-        model_config, PosteriorConfig(), train=TrainConfig(learning_rate=1e-3, warmup=5, n_updates=N_UPDATES)
-    )
+        model_config, PosteriorConfig(n_steps=n_posterior),
+        train=TrainConfig(learning_rate=1e-3, warmup=5, n_updates=N_UPDATES),
+    )  # fmt: skip
     model = make_model(model_config).to(device)
     model.bf16 = dtype == "bfloat16"
     optimizer = make_optimizer(model, config.train)
@@ -95,8 +98,8 @@ def train(engine: str, dtype: str, context: str, device: str = "cpu", n_updates:
 
 
 @functools.cache
-def by_reference(context: str, device: str = "cpu", n_updates: int = N_UPDATES) -> Trained:
-    return train("reference", "float32", context, device, n_updates)
+def by_reference(context: str, device: str = "cpu", **sizes: int) -> Trained:
+    return train("reference", "float32", context, device, **sizes)
 
 
 def assert_agrees(found: Trained, expected: Trained, engine: str, dtype: str) -> None:
@@ -143,8 +146,8 @@ def test_the_interpreter(run_interpreted):
 @pytest.mark.skipif(bool(without_kernels()), reason=without_kernels() or "-")
 def test_the_triton_engine_interpreted():
     context = "states_actions"
-    expected = by_reference(context, n_updates=N_INTERPRETED)
-    assert_agrees(train("triton", "float32", context, n_updates=N_INTERPRETED), expected, "triton", "float32")
+    expected = by_reference(context, **INTERPRETED)
+    assert_agrees(train("triton", "float32", context, **INTERPRETED), expected, "triton", "float32")
 
 
 @pytest.mark.slow
