@@ -244,7 +244,7 @@ def repeats(ctx: Context) -> None:
     """The same bits from every one of many runs."""
     n = 3 if ctx.dry else N_REPEATS // 10 if ctx.quick else N_REPEATS
     for dtype in ("float32", "bfloat16"):
-        for name, run in repeat_cases(ctx.device, dtype, tiny=ctx.dry).items():
+        for name, run in repeat_cases(ctx.device, dtype, "tiny" if ctx.dry else "full").items():
             key = {"op": name, "provider": "triton", "mode": f"{n} repeats", "dtype": dtype}
             if ctx.has(**key):
                 continue
@@ -278,7 +278,7 @@ def engines(ctx: Context) -> str:
 def sanitizer(ctx: Context) -> None:
     """Small shapes once under compute-sanitizer: accesses out of bounds, races in shared memory."""
     if ctx.dry:
-        one_pass(ctx.device, tiny=True)
+        one_pass(ctx.device, "tiny")
     tool = find_sanitizer()
     for check in ("memcheck", "racecheck"):
         key = {"op": "sanitizer", "provider": "compute-sanitizer", "mode": check}
@@ -605,7 +605,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     arguments.out.mkdir(parents=True, exist_ok=True)
     if arguments.one_pass:
-        one_pass(torch.device("cpu" if arguments.dry_run else "cuda"), tiny=True)
+        one_pass(torch.device("cuda"), "small")
         return 0
     parts = {part.name: part for part in PARTS}
     if arguments.part:

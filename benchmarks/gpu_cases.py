@@ -68,9 +68,8 @@ class Planned:
 
     def expected(self) -> list[Tensor]:
         if not self._expected:
-            self._expected = [x.detach().cpu() for x in self.reference()]
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        return [x.to(device) for x in self._expected]
+            self._expected = [x.detach() for x in self.reference()]
+        return self._expected
 
 
 def recorded(run: Run, device: torch.device) -> Run:
@@ -574,11 +573,31 @@ def decode_case(device: torch.device, tiny: bool, c: int, n: int) -> Planned:
 # Every kernel on small shapes: repeats, sanitizer
 
 
-def repeat_cases(device: torch.device, dtype: str, tiny: bool) -> dict[str, Callable[[], list[Tensor]]]:
+class Size(NamedTuple):
+    """Of what every kernel is run on."""
+
+    model: str  # a preset
+    lengths: tuple[int, ...]
+    window: int
+    n_rows: int  # plans, and environments
+
+
+SIZES = {
+    "tiny": Size("tiny", (1, 20, 13), 6, 5),
+    # For the sanitizer, which slows a kernel by a hundred.
+    "small": Size("gym", (1, 70, 129, 2), 64, 33),
+    "full": Size("gym", (1, 700, 64, 129, 300, 63, 1000, 2, 17), 64, 200),
+}
+
+
+def repeat_cases(device: torch.device, dtype: str, size: str) -> dict[str, Callable[[], list[Tensor]]]:
     """Ops with their gradients, each as a call that does the same every time."""
-    b, heads, width, n_z = (3, 2, 16, 2) if tiny else (9, 4, 32, 4)
-    lengths = torch.tensor([1, 20, 13] if tiny else [1, 700, 64, 129, 300, 63, 1000, 2, 17])
-    n, dim = int(lengths.sum()), heads * width
+    s = SIZES[size]
+    config = preset(s.model)
+    m = config.model
+    heads, width, n_z, dim = m.n_heads, m.dim // m.n_heads, m.n_z, m.dim
+    lengths = torch.tensor(s.lengths)
+    b, n = len(s.lengths), int(lengths.sum())
     of_dtype = getattr(torch, dtype)
     torch.manual_seed(0)
     cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32).to(device)
@@ -598,7 +617,7 @@ def repeat_cases(device: torch.device, dtype: str, tiny: bool) -> dict[str, Call
 
     def window_attention() -> list[Tensor]:
         return with_gradients(
-            lambda q, k, v: ops.window_attention(q, k, v, cu_seqlens, 6 if tiny else 64, positions), [q, k, v], [g]
+            lambda q, k, v: ops.window_attention(q, k, v, cu_seqlens, s.window, positions), [q, k, v], [g]
         )
 
     def plan_attention() -> list[Tensor]:
@@ -622,12 +641,10 @@ def repeat_cases(device: torch.device, dtype: str, tiny: bool) -> dict[str, Call
 
         return run
 
-    config = preset("tiny" if tiny else "gym")
     model = GAC(config.model, OBS_DIM, ACT_DIM).to(device).requires_grad_(False)
-    z0 = normal(5 if tiny else 200, config.model.n_z, config.model.dim, like=torch.float32)
+    z0 = normal(s.n_rows, m.n_z, m.dim, like=torch.float32)
     ids = torch.arange(len(z0), device=device)
     networks = model.prior.weights(), model.returns.weights()
-    m = config.model
 
     def ascent() -> list[Tensor]:
         found = ops.plan_ascent(
@@ -646,9 +663,7 @@ def repeat_cases(device: torch.device, dtype: str, tiny: bool) -> dict[str, Call
         return [ops.philox_normal((1, 2), ids, 7, 1027)]
 
     step_weights = model.decoder.step_weights()
-    step_inputs = normal(5 if tiny else 40, len(z0), OBS_DIM, like=torch.float32)
-    if not tiny:
-        step_inputs = step_inputs[:4]
+    step_inputs = normal(5, len(z0), OBS_DIM, like=torch.float32)
 
     def decode() -> list[Tensor]:
         state = DecodeState(
@@ -667,10 +682,10 @@ def repeat_cases(device: torch.device, dtype: str, tiny: bool) -> dict[str, Call
     return {**cases, "philox_normal": philox} if dtype == "float32" else cases
 
 
-def one_pass(device: torch.device, tiny: bool) -> None:
+def one_pass(device: torch.device, size: str) -> None:
     """Each once, in both dtypes."""
     for dtype in ("float32", "bfloat16"):
-        for run in repeat_cases(device, dtype, tiny).values():
+        for run in repeat_cases(device, dtype, size).values():
             run()
     if device.type == "cuda":
         torch.cuda.synchronize(device)

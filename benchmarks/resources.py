@@ -3,14 +3,16 @@
     python -m benchmarks.resources --out kernels.csv --markdown kernels.md
     python -m benchmarks.resources --out kernels.csv --only block --widths 128 --dtypes bfloat16 --architectures 90
 
-Goes on where an earlier call with the same --out stopped. Exit status 1 where a bfloat16 kernel spills, where shared
-memory does not fit, or where a launch does not compile; spills in float32 are listed.
+Goes on where an earlier call with the same --out stopped; rows of other sources than the present ones are dropped. Exit
+status 1 where a bfloat16 kernel spills, where shared memory does not fit, or where a launch does not compile; spills in
+float32 are listed.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import importlib
 import inspect
 import itertools
@@ -29,7 +31,7 @@ from harness import ROOT, append_rows
 
 COLUMNS = (
     "op", "kernel", "option", "constants", "dtype", "D", "architecture", "triton", "registers", "stack", "local",
-    "shared", "seconds", "status",
+    "shared", "seconds", "kernels", "status",
 )  # fmt: skip
 WIDTHS = (64, 96, 128, 192, 256)
 DTYPES = ("bfloat16", "float32")
@@ -59,6 +61,14 @@ def modules() -> dict[str, Any]:
             if hasattr(module, "shipped"):
                 found[info.name] = module
     return found
+
+
+def fingerprint() -> str:
+    """Of the sources of all kernels."""
+    digest = hashlib.sha256()
+    for path in sorted((ROOT / "kernels").glob("*.py")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def launches(shipped: Callable[..., Sequence[Any]], dtype: str, dim: int) -> Iterator[Any]:
@@ -100,7 +110,8 @@ def rows_of(task: Task) -> list[dict[str, Any]]:
             row = {
                 "op": task.op, "kernel": launch.name, "option": str(launch.option), "constants": constants(launch),
                 "dtype": task.dtype, "D": task.dim, "architecture": f"sm_{task.architecture}",
-                "triton": triton.__version__, "registers": "", "stack": "", "local": "", "shared": "", "status": "",
+                "triton": triton.__version__, "kernels": fingerprint(),
+                **dict.fromkeys(("registers", "stack", "local", "shared", "status"), ""),
             }  # fmt: skip
             try:
                 row |= resources(launch, task.architecture, Path(folder))._asdict()
@@ -180,19 +191,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in arguments.only or ():
         if name not in known:
             parser.error(f"--only: expected one of {', '.join(known) or 'no name, as no kernel ships any'}, got {name}")
-    before = done_before(read(arguments.out), triton.__version__)
+    found = read(arguments.out)
+    rows = [row for row in found if row["kernels"] == fingerprint()]
+    if len(rows) < len(found) or not arguments.out.exists():
+        arguments.out.unlink(missing_ok=True)
+        append_rows(arguments.out, rows, COLUMNS)
+    before = done_before(rows, triton.__version__)
     tasks = [
         Task(op, dtype, dim, architecture)
         for op in arguments.only or known for dtype in arguments.dtypes for dim in arguments.widths
         for architecture in arguments.architectures if (op, dtype, str(dim), f"sm_{architecture}") not in before
     ]  # fmt: skip
-    if not arguments.out.exists():
-        append_rows(arguments.out, [], COLUMNS)
-    for task, rows in zip(tasks, compiled(tasks, arguments.jobs), strict=True):
-        append_rows(arguments.out, rows, COLUMNS)
-        seconds = sum(row["seconds"] for row in rows)
+    for task, made in zip(tasks, compiled(tasks, arguments.jobs), strict=True):
+        append_rows(arguments.out, made, COLUMNS)
+        seconds = sum(row["seconds"] for row in made)
         size = f"{task.op}, {task.dtype}, D={task.dim}, sm_{task.architecture}"
-        print(f"{size}: {len(rows)} launches, {seconds:.0f} s", flush=True)
+        print(f"{size}: {len(made)} launches, {seconds:.0f} s", flush=True)
     rows = read(arguments.out)
     if arguments.markdown is not None:
         arguments.markdown.write_text(markdown(rows), encoding="utf-8")

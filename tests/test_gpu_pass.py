@@ -222,7 +222,7 @@ def test_wrong_results_and_failing_peers_are_rows_and_are_not_timed(gpu, tmp_pat
 
 def test_repeats_that_differ_are_found(gpu, tmp_path, monkeypatch):
     random = {"random": lambda: [torch.rand(3)], "same": lambda: [torch.ones(3)], "nan": lambda: [torch.ones(3) / 0]}
-    monkeypatch.setattr(gpu, "repeat_cases", lambda device, dtype, tiny: random if dtype == "float32" else {})
+    monkeypatch.setattr(gpu, "repeat_cases", lambda device, dtype, size: random if dtype == "float32" else {})
     ctx = context(gpu, tmp_path)
     gpu.repeats(ctx)
     status = {row["op"]: row["status"] for row in ctx.record.rows}
@@ -234,7 +234,7 @@ def test_an_op_without_its_kernel_is_no_success(gpu, tmp_path, monkeypatch):
 
     ids = torch.arange(2)
     case = {"noise": lambda: [ops.philox_normal((1, 2), ids, 0, 4)]}
-    monkeypatch.setattr(gpu, "repeat_cases", lambda device, dtype, tiny: case if dtype == "float32" else {})
+    monkeypatch.setattr(gpu, "repeat_cases", lambda device, dtype, size: case if dtype == "float32" else {})
     ctx = context(gpu, tmp_path, dry=False)
     ctx.quick = True
     with ops.backend("reference"):
@@ -301,6 +301,11 @@ def test_the_table_is_made_once_and_says_what_a_kernel_needs(resources, tmp_path
     text = (tmp_path / "k.md").read_text()
     assert text.count("\n") == 4
     assert f"| {rows[0]['registers']} / 0 / 0 / {rows[0]['shared']} |" in text
+    # Other sources: other rows.
+    monkeypatch.setattr(resources, "fingerprint", lambda: "changed")
+    monkeypatch.setattr(resources, "rows_of", lambda task: [])
+    assert resources.main([*arguments, "--widths", "64", "--dtypes", "bfloat16"]) == 0
+    assert read(tmp_path / "k.csv") == []
 
 
 def test_spills_fail_in_bfloat16_and_are_listed_in_float32(resources):

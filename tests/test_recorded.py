@@ -160,6 +160,17 @@ def on_meta(batch: Batch, rows: Tensor) -> tuple[Batch, Tensor]:
     return Batch(*(None if x is None else x.to("meta") for x in batch)), rows.to("meta")
 
 
+class NothingSent(TorchDispatchMode):
+    """Fails where memory of the host is copied to the device: it would wait there, and no graph could record it."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        sources = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.device.type == "cpu"]
+        # Numbers reach kernels as arguments.
+        if "copy" in func.__name__ or any(x.ndim > 0 for x in sources):
+            assert not sources, f"{func} reads memory of the host"
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.mark.usefixtures("meta_fused")
 @pytest.mark.parametrize("context", ["states", "states_actions"])
 @pytest.mark.parametrize("method", ["langevin", "variational"])
@@ -172,9 +183,11 @@ def test_an_update_reads_nothing_back(engine, method, context, monkeypatch):
     batch, rows = fill_up(*plain_batch([5, 9, 1, 7]), 40, 7)
     if context == "states":
         batch = batch._replace(dropped=None)
-    for _ in range(2):
-        set_learning_rate(one.optimizer, 1e-3)
-        values = one.run(*on_meta(batch, rows))
+    batch, rows = on_meta(batch, rows)
+    with NothingSent():
+        for _ in range(2):
+            set_learning_rate(one.optimizer, 1e-3)
+            values = one.run(batch, rows)
     assert all(x.device.type == "meta" and x.ndim == 0 for x in values.values())
     assert {backend for _, backend in ops.dispatch_counts()} <= {engine, "reference"}
 
@@ -188,6 +201,13 @@ def test_an_update_reads_nothing_back(engine, method, context, monkeypatch):
 def test_that_proof_can_fail(read, monkeypatch):
     monkeypatch.setattr(Batch, "mean_of_steps", lambda batch, x: (read(x.sum()), x.mean())[1])
     with pytest.raises((RuntimeError, NotImplementedError), match=r"(?i)meta tensor|register_meta"):
+        make(device="meta").run(*on_meta(*plain_batch([5, 9])))
+
+
+@pytest.mark.usefixtures("meta_fused")
+def test_that_proof_of_copies_can_fail(monkeypatch):
+    monkeypatch.setattr(Batch, "mean_of_steps", lambda batch, x: x.mean() * torch.tensor([1.0]).to(x.device).sum())
+    with NothingSent(), pytest.raises(AssertionError, match="reads memory of the host"):
         make(device="meta").run(*on_meta(*plain_batch([5, 9])))
 
 
