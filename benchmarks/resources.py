@@ -92,8 +92,9 @@ def launches(shipped: Callable[..., Sequence[Any]], dtype: str, dim: int) -> Ite
 
 
 def constants(launch: Any) -> str:
-    """Of the kernel, its tiles and absent arguments left aside."""
-    return " ".join(f"{name}={getattr(value, 'value', value)}" for name, value in launch.constants.items())
+    """Of the kernel, its tiles left aside, and the arguments that it does without."""
+    given = [f"{name}={getattr(value, 'value', value)}" for name, value in launch.constants.items()]
+    return " ".join([*given, *(f"no {name}" for name, value in launch.arguments.items() if value is None)])
 
 
 def rows_of(task: Task) -> list[dict[str, Any]]:

@@ -289,6 +289,7 @@ def test_the_table_is_made_once_and_says_what_a_kernel_needs(resources, tmp_path
     assert resources.main([*arguments, "--widths", "64", "--dtypes", "bfloat16"]) == 0
     rows = read(tmp_path / "k.csv")
     assert tuple(rows[0]) == resources.COLUMNS
+    assert {row["constants"] for row in rows} == {"UPCAST=True no p_bias"}
     assert [(row["kernel"], row["option"]) for row in rows] == [
         ("scale_kernel", f"BLOCK={block} warps=4 stages=2") for block in (64, 128)
     ]
