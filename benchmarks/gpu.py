@@ -25,6 +25,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -48,6 +49,7 @@ where it was measured, else why not, or what was found."""
 
 N_REPEATS = 1000
 FLUSH_BYTES = 256 * 2**20
+N_PROCESSES = max(1, min(8, len(os.sched_getaffinity(0)) // 2))
 
 
 class Part(NamedTuple):
@@ -191,17 +193,80 @@ def kernel_tests(ctx: Context) -> None:
     ctx.record.rows.clear()
     for name, missing in left_out.items():
         ctx.add(op="tests", provider=name, mode="left out", status=f"needs {missing}, which is not installed")
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *files]
-    if ctx.dry:
-        command.append("--collect-only")
+    pytest = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
+    found = subprocess.run([*pytest, "--collect-only", *files], cwd=ROOT, capture_output=True, text=True, check=False)
+    ids = [line for line in found.stdout.splitlines() if "::" in line]
+    if found.returncode != 0 or not ids or ctx.dry:
+        last = (found.stdout.strip().splitlines() or ["no output"])[-1]
+        failed = "" if found.returncode == 0 and ids else "FAILED to collect: "
+        ctx.add(op="tests", provider="pytest", mode="gpu", status=f"{failed}{last}")
+        return
     ctx.begin(op="tests", provider="pytest", mode="gpu")
-    log = ctx.out / "tests.log"
-    with log.open("w", encoding="utf-8") as file:
-        done = subprocess.run(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, check=False)
-    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    last = lines[-1].strip("= ") if lines else "no output"
-    good = done.returncode in ((0, 5) if ctx.dry else (0,))
-    ctx.add(op="tests", provider="pytest", mode="gpu", status=last if good else f"FAILED ({log}): {last}")
+    # Most of their time goes into compiling kernels, one core each.
+    shards = [ids[i::N_PROCESSES] for i in range(min(N_PROCESSES, len(ids)))]
+    results = in_parallel([[*pytest, *shard] for shard in shards], ctx.out, "tests")
+    counts: dict[str, int] = {}
+    for _, text in results:
+        for number, word in re.findall(
+            r"(\d+) (passed|failed|skipped|errors?|xfailed)", (text.splitlines() or [""])[-1]
+        ):
+            counts[word] = counts.get(word, 0) + int(number)
+    said = ", ".join(f"{number} {word}" for word, number in counts.items()) or "no summary"
+    good = all(code == 0 for code, _ in results)
+    ctx.add(
+        op="tests", provider="pytest", mode="gpu", status=said if good else f"FAILED ({ctx.out}/tests.*.log): {said}"
+    )
+
+
+def in_parallel(commands: Sequence[Sequence[str]], out: Path, name: str) -> list[tuple[int, str]]:
+    """Exit status and output of each, a few at a time."""
+
+    def one(number: int) -> tuple[int, str]:
+        log = out / f"{name}.{number}.log"
+        with log.open("w", encoding="utf-8") as file:
+            done = subprocess.run(commands[number], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, check=False)
+        return done.returncode, log.read_text(encoding="utf-8", errors="replace").strip()
+
+    with ThreadPoolExecutor(N_PROCESSES) as pool:
+        return list(pool.map(one, range(len(commands))))
+
+
+def compile_kernels(ctx: Context) -> None:
+    """What the parts that follow start, started once by several processes: their time is then not the compiler's."""
+    if ctx.dry:
+        warm("plan_ascent:0", ctx.device, dry=True)
+        ctx.add(op="compile", provider="warm-up", mode="", status="dry run")
+        return
+    names = warm_names()
+    command = [sys.executable, "-m", "benchmarks.gpu", "--out", str(ctx.out), "--warm"]
+    ctx.begin(op="compile", provider="warm-up", mode="")
+    results = in_parallel([[*command, name] for name in names], ctx.out, "compile")
+    bad = [name for name, (code, _) in zip(names, results, strict=True) if code != 0]
+    ctx.add(
+        op="compile", provider="warm-up", mode="",
+        status=f"{len(names) - len(bad)} of {len(names)} started" + (f", not {', '.join(bad)}" if bad else ""),
+    )  # fmt: skip
+
+
+def warm_names() -> list[str]:
+    cases = {"decode_step": 4, "update": 4, "plan_ascent": 2, "window_attention": 1}
+    return ["repeats:bfloat16", "repeats:float32", *(f"{op}:{i}" for op, n in cases.items() for i in range(n))]
+
+
+def warm(name: str, device: torch.device, dry: bool) -> None:
+    """The engine's provider of one case, or every op of the repeats, once."""
+    op, _, which = name.partition(":")
+    if op != "repeats":
+        cases_of(op, device, tiny=dry)[int(which)].providers["triton"]()
+        return
+    errors = []
+    for run in repeat_cases(device, which, "tiny" if dry else "full").values():
+        try:
+            run()
+        except Exception as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
 
 
 def test_files() -> tuple[list[str], dict[str, str]]:
@@ -449,11 +514,12 @@ def short(value: float) -> float:
 
 PARTS = (
     Part("tests", 100, kernel_tests),
-    Part("repeats", 45, repeats),
-    Part("decode_step", 60, timed("decode_step")),
-    Part("plan_ascent", 50, timed("plan_ascent")),
+    Part("compile", 60, compile_kernels),
+    Part("repeats", 30, repeats),
+    Part("decode_step", 40, timed("decode_step")),
+    Part("plan_ascent", 40, timed("plan_ascent")),
     Part("window_attention", 50, timed("window_attention")),
-    Part("update", 110, timed("update")),
+    Part("update", 100, timed("update")),
     Part("sanitizer", 50, sanitizer),
 )
 """In the order of running. Their seconds bound the whole pass."""
@@ -582,7 +648,7 @@ def table(records: Sequence[Record], dry: bool) -> str:
 
 
 def quiet(row: Mapping[str, Any]) -> bool:
-    return row["status"] == "bit-identical" or row["mode"] == "left out"
+    return row["status"] == "bit-identical" or row["mode"] == "left out" or row["op"] == "compile"
 
 
 def is_wrong(row: Mapping[str, Any]) -> bool:
@@ -602,6 +668,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, toy sizes: shows that the script works")
     parser.add_argument("--part", choices=names, help=argparse.SUPPRESS)
     parser.add_argument("--one-pass", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--warm", choices=warm_names(), help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if not arguments.dry_run and not torch.cuda.is_available():
         print("benchmarks.gpu needs a CUDA device and found none (--dry-run runs its parts on the CPU)")
@@ -609,6 +676,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.out.mkdir(parents=True, exist_ok=True)
     if arguments.one_pass:
         one_pass(torch.device("cuda"), "small")
+        return 0
+    if arguments.warm:
+        warm(arguments.warm, torch.device("cuda"), dry=False)
         return 0
     parts = {part.name: part for part in PARTS}
     if arguments.part:

@@ -6,6 +6,7 @@ import argparse
 import csv
 import importlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -35,40 +36,56 @@ def resources(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 # Import diet: torch, triton, numpy and the standard library
 
 
+BARE = """
+import sys
+
+class Bare:
+    blocked = ("gymnasium", "gymnasium_robotics", "mujoco", "minari", "tyro", "h5py", "safetensors", "tqdm", "tensorboard",
+               "matplotlib", "imageio", "imageio_ffmpeg", "hypothesis", "datasets")
+
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in self.blocked:
+            raise ImportError(name + " is not on this machine")
+
+sys.meta_path.insert(0, Bare())
+"""
+
+
 def test_what_the_pass_needs_imports_on_a_bare_machine():
     """Run where everything else that gac_fast may import is not there."""
-    blocked = [
-        "gymnasium", "gymnasium_robotics", "mujoco", "minari", "tyro", "h5py", "safetensors", "tqdm", "tensorboard",
-        "matplotlib", "imageio", "imageio_ffmpeg", "hypothesis", "datasets",
-    ]  # fmt: skip
     names = ["ops", "model", "posterior", "train.update", "train.recorded", "kernels", "act"]
     wanted = [f"gac_fast.{name}" for name in names] + ["benchmarks.gpu", "benchmarks.resources"]
-    code = f"""
-import importlib, pkgutil, sys
-class Bare:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {blocked!r}:
-            raise ImportError(name + " is not on this machine")
-sys.meta_path.insert(0, Bare())
+    code = (
+        BARE
+        + f"""
+import importlib, pkgutil
 for name in {wanted!r}:
     importlib.import_module(name)
 kernels = sys.modules["gac_fast.kernels"]
 for info in pkgutil.iter_modules(kernels.__path__):
     importlib.import_module("gac_fast.kernels." + info.name)
 """
+    )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
 
 
-def test_the_tests_of_the_kernels_import_there_too(gpu, monkeypatch):
+def test_the_tests_of_the_kernels_import_there_too(gpu, monkeypatch, tmp_path):
     installed = importlib.util.find_spec
     bare = ("torch", "triton", "numpy", "pytest", "pytest_benchmark")
     monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: installed(name) if name in bare else None)
     files, left_out = gpu.test_files()
-    assert "tests/test_philox_normal.py" in files
-    assert "tests/test_recorded.py" in files
-    assert left_out["test_gpu.py"] == "gymnasium"
-    assert set(left_out.values()) <= {"gymnasium", "hypothesis", "tyro", "safetensors", "h5py"}
+    assert {"tests/test_philox_normal.py", "tests/test_recorded.py", "tests/test_convergence.py"} <= set(files)
+    # Whole runs, which save checkpoints: no test of a kernel is left out.
+    assert left_out == {"test_gpu.py": "safetensors", "test_offline.py": "safetensors"}
+    (tmp_path / "bare.py").write_text(BARE)
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "bare", "-p", "no:hypothesispytest", "-p", "no:cacheprovider", "-q",
+         "--collect-only", "-m", "gpu", *files],
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "test_philox_normal.py::test_gpu_equals_the_reference[1]" in result.stdout
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -129,6 +146,9 @@ def test_every_peer_runs_dry(gpu, tmp_path):
 
 def test_the_whole_stays_below_eight_minutes(gpu):
     assert sum(part.seconds for part in gpu.PARTS) <= 8 * 60
+    for name in gpu.warm_names():
+        op, _, which = name.partition(":")
+        assert op == "repeats" or int(which) < {"plan_ascent": 2, "window_attention": 1}.get(op, 4)
     shapes = {(op, shape) for op, shape in gpu.BARS}
     planned = {
         "update": ("gym C=2 B=500 T=1000", "gym C=1 B=64 T=300"), "plan_ascent": ("gym E=1 P=64", "gym E=1 P=4096"),
@@ -218,6 +238,11 @@ def test_wrong_results_and_failing_peers_are_rows_and_are_not_timed(gpu, tmp_pat
     assert gpu.is_wrong({"provider": "wrong", "status": status["wrong"]})
     assert not gpu.is_wrong({"provider": "flex 64", "status": status["flex"]})
     assert gpu.is_wrong({"provider": "triton", "status": status["flex"]})
+
+
+def test_processes_side_by_side_keep_their_order(gpu, tmp_path):
+    commands = [[sys.executable, "-c", f"print({i}); raise SystemExit({i % 2})"] for i in range(5)]
+    assert gpu.in_parallel(commands, tmp_path, "x") == [(i % 2, str(i)) for i in range(5)]
 
 
 def test_repeats_that_differ_are_found(gpu, tmp_path, monkeypatch):
