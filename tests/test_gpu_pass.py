@@ -40,8 +40,8 @@ BARE = """
 import sys
 
 class Bare:
-    blocked = ("gymnasium", "gymnasium_robotics", "mujoco", "minari", "tyro", "h5py", "safetensors", "tqdm", "tensorboard",
-               "matplotlib", "imageio", "imageio_ffmpeg", "hypothesis", "datasets")
+    blocked = ("gymnasium", "gymnasium_robotics", "mujoco", "minari", "tyro", "h5py", "safetensors", "tqdm",
+               "tensorboard", "matplotlib", "imageio", "imageio_ffmpeg", "hypothesis", "datasets")
 
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in self.blocked:
