@@ -1,6 +1,7 @@
 """The GPU pass: tests on the device, repeats, sanitizer, then speed against the best of PyTorch; a table comes last.
 
     python -m benchmarks.gpu --out DIR            everything, below 8 minutes; the next call does only what is missing
+                                                  (on another commit: everything)
     python -m benchmarks.gpu --out DIR --only decode_step
     python -m benchmarks.gpu --out DIR --dry-run  every part on the CPU and in toy sizes: shows that the script works
 
@@ -685,7 +686,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         run_part(parts[arguments.part], arguments)
         return 0
     for name in arguments.only or names:
-        if Record.load(arguments.out, name).finished:
+        record = Record.load(arguments.out, name)
+        if any(row["commit"] != commit() for row in record.rows[:1]):
+            print(f"{name}: was run on another commit, its records are dropped", flush=True)
+            record.path.unlink()
+        elif record.finished:
             print(f"{name}: finished before, skipped", flush=True)
             continue
         print(f"{name}: at most {parts[name].seconds} s", flush=True)

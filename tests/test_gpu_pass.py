@@ -105,7 +105,7 @@ def read(path: Path) -> list[dict[str, str]]:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the dry run is for machines without a GPU")
-def test_every_part_runs_dry_and_is_not_run_again(gpu, tmp_path, capsys):
+def test_every_part_runs_dry_and_is_not_run_again(gpu, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     assert gpu.main(["--out", str(out), "--dry-run", "--no-compile"]) == 0
     text = capsys.readouterr().out
@@ -126,6 +126,11 @@ def test_every_part_runs_dry_and_is_not_run_again(gpu, tmp_path, capsys):
     assert gpu.main(["--out", str(out), "--dry-run", "--only", "update"]) == 0
     assert "update: finished before, skipped" in capsys.readouterr().out
     assert read(out / "gpu.csv") == rows
+    # Rows of several commits never stand in one table.
+    monkeypatch.setattr(gpu, "commit", lambda: "another")
+    assert gpu.main(["--out", str(out), "--dry-run", "--only", "sanitizer"]) == 0
+    assert "sanitizer: was run on another commit" in capsys.readouterr().out
+    assert {row["commit"] for row in read(out / "gpu.csv") if row["op"] == "sanitizer"} == {"another"}
 
 
 @pytest.mark.slow
