@@ -108,11 +108,13 @@ def only(engine: str) -> Iterator[None]:
         with ops.backend(engine if engine in _dispatch._engines[op] else "reference"):
             return select(op, *rest)
 
-    _dispatch._select = chosen
+    told = _dispatch._told_of_missing_engine
+    # No engine is missing where the reference is meant.
+    _dispatch._select, _dispatch._told_of_missing_engine = chosen, True
     try:
         yield
     finally:
-        _dispatch._select = select
+        _dispatch._select, _dispatch._told_of_missing_engine = select, told
 
 
 @functools.cache
