@@ -41,6 +41,7 @@ class Trainer(NamedTuple):
 
 def trainer(config: Config, lengths: list[int], dtype: str) -> Trainer:
     """A fresh one: the same model, chains and batch every time."""
+    ops.keep_freed_memory()  # as a training run has it
     torch.manual_seed(0)
     model = GAC(config.model, OBS_DIM, ACT_DIM)
     model.bf16 = dtype == "bfloat16"

@@ -1,5 +1,7 @@
 #include "gemm.h"
 
+#include "tiles.h"
+
 namespace gac_fast {
 namespace GAC_FAST_ISA {
 namespace {
@@ -130,9 +132,6 @@ struct alignas(64) TileConfig {
     }
 };
 
-// GCC's tile intrinsics do not say that they touch memory.
-void memory_barrier() { asm volatile("" ::: "memory"); }
-
 void load_config(int top, int low) {
     const TileConfig config(top, low);
     asm volatile("" ::"r"(&config) : "memory");
@@ -261,31 +260,6 @@ void store_pairs(Bf16* p, Vec first, Vec second) {
     }
 #endif
 }
-
-#if defined(__AVX512F__)
-// Swaps the blocks of S x S that lie across the diagonal.
-template <int S>
-void swap_blocks(Vec (&rows)[kLanes]) {
-    const IntVec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    const auto upper = (__m512i)((lane & S) != 0 ? lane + (kLanes - S) : lane);
-    const auto lower = (__m512i)((lane & S) != 0 ? lane + kLanes : lane + S);
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) {
-        if ((i & S) != 0) continue;
-        const auto top = (__m512)rows[i];
-        const auto bottom = (__m512)rows[i + S];
-        rows[i] = (Vec)_mm512_permutex2var_ps(top, upper, bottom);
-        rows[i + S] = (Vec)_mm512_permutex2var_ps(top, lower, bottom);
-    }
-}
-
-void transpose(Vec (&rows)[kLanes]) {
-    swap_blocks<1>(rows);
-    swap_blocks<2>(rows);
-    swap_blocks<4>(rows);
-    swap_blocks<8>(rows);
-}
-#endif
 
 }  // namespace
 

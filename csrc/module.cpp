@@ -22,10 +22,13 @@ PYBIND11_MODULE(_C, m) {
     gac_fast::bind_block(m);
     gac_fast::bind_decode_step(m);
     gac_fast::bind_gemm(m);
+    gac_fast::bind_memory(m);
+    gac_fast::bind_norm_linear(m);
     gac_fast::bind_pack_batch(m);
     gac_fast::bind_philox_normal(m);
     gac_fast::bind_plan_ascent(m);
     gac_fast::bind_plan_attention(m);
     gac_fast::bind_thread_pool(m);
+    gac_fast::bind_weight_gradient(m);
     gac_fast::bind_window_attention(m);
 }

@@ -171,6 +171,30 @@ def _block_backward(
     dbias: _Floats | None,
     n_threads: int,
 ) -> None: ...
+def _norm_linear(
+    weight: _Floats,
+    bias: _Floats,
+    has_norm: bool,
+    bf16: bool,
+    x: _Any,
+    y: _Any,
+    operand: _Any | None,
+    rstd: _Floats | None,
+    n_threads: int,
+) -> None: ...
+def _norm_linear_backward(
+    weight: _Floats,
+    has_norm: bool,
+    bf16: bool,
+    dy: _Any,
+    operand: _Any | None,
+    rstd: _Floats | None,
+    dx: _Any | None,
+    dbias: _Floats | None,
+    n_threads: int,
+) -> None: ...
+def _keep_freed_memory() -> bool: ...
+def _weight_gradients(maps: Sequence[tuple[_Any, _Any, _Floats]], n_threads: int) -> None: ...
 def _draw_trajectories(seed0: int, seed1: int, number: int, weights: npt.NDArray[np.float64], out: _Ints) -> None: ...
 def _drop_steps(seed0: int, seed1: int, number: int, threshold: int, out: npt.NDArray[np.bool_]) -> None: ...
 def _same_entries(entries: list[tuple[dict[str, Any], str, Any]]) -> bool: ...

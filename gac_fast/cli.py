@@ -40,6 +40,7 @@ DEFAULT_PRESET = "gym"
 DEBUG_VARIABLE = "GAC_FAST_DEBUG"
 VARIABLES: Mapping[str, str] = {
     "GAC_FAST_BACKEND": "force every op onto reference, triton or cpp; an op that cannot run there raises",
+    "GAC_FAST_KEEP_MEMORY": "0: while it trains, freed memory goes back to the system at once, which is slower",
     "GAC_FAST_CPU_ISA": "force a path of the C++ engine: portable, avx2, avx512 or amx; one that cannot run raises",
     "GAC_FAST_DATA": "folder of full D4RL files for the tests that want them",
     DEBUG_VARIABLE: "1: show the traceback of an error",

@@ -207,9 +207,11 @@ def plan_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tenso
 # Block parts
 
 
-def norm_linear(x: Tensor, norm_w: Tensor, norm_b: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
-    """Layer norm over the last axis, then a linear map: [..., D] -> [..., out]."""
-    return F.linear(F.layer_norm(x, (x.shape[-1],), norm_w, norm_b, NORM_EPS), w, b)
+def norm_linear(x: Tensor, norm_w: Tensor | None, norm_b: Tensor | None, w: Tensor, b: Tensor | None) -> Tensor:
+    """Layer norm over the last axis (none without its weights), then a linear map: [..., D] -> [..., out]."""
+    if norm_w is not None:
+        x = F.layer_norm(x, (x.shape[-1],), norm_w, norm_b, NORM_EPS)
+    return F.linear(x, w, b)
 
 
 def mlp_residual(

@@ -162,6 +162,50 @@ def window_attention(draw: Draw) -> Arguments:
     }
 
 
+def rows_of_map(draw: Draw) -> tuple[int, int, int, bool, Callable[..., np.ndarray]]:
+    """Tokens, inputs and outputs of a linear map, whether bfloat16, and what makes arrays of that."""
+    n, n_in, n_out, bf16 = size(draw, 0, 70), size(draw, 1, 40), size(draw, 1, 40), draw(st.booleans())
+    return n, n_in, n_out, bf16, lambda *shape: floats(*shape).astype(np.int16) if bf16 else floats(*shape)
+
+
+def norm_linear(draw: Draw) -> Arguments:
+    n, n_in, n_out, bf16, make = rows_of_map(draw)
+    has_norm = draw(st.booleans())
+    return {
+        "weight": floats(n_out, n_in),
+        "bias": floats(n_out),
+        "has_norm": has_norm,
+        "bf16": bf16,
+        "x": floats(n, n_in),
+        "y": make(n, n_out),
+        "operand": make(n, 32 * (-(-n_in // 32))) if has_norm else None,
+        "rstd": floats(n) if has_norm else None,
+        "n_threads": size(draw, 1, 2),
+    }
+
+
+def norm_linear_backward(draw: Draw) -> Arguments:
+    n, n_in, n_out, bf16, make = rows_of_map(draw)
+    has_norm = draw(st.booleans())
+    return {
+        "weight": floats(n_out, n_in),
+        "has_norm": has_norm,
+        "bf16": bf16,
+        "dy": make(n, n_out),
+        "operand": make(n, 32 * (-(-n_in // 32))) if has_norm else None,
+        "rstd": floats(n) if has_norm else None,
+        "dx": draw(st.sampled_from([None, floats(n, n_in)])),
+        "dbias": draw(st.sampled_from([None, floats(n_out)])),
+        "n_threads": size(draw, 1, 2),
+    }
+
+
+def weight_gradients(draw: Draw) -> Arguments:
+    n, _, _, _, make = rows_of_map(draw)
+    sizes = [(size(draw, 0, 40), size(draw, 0, 40)) for _ in range(size(draw, 0, 3))]
+    return {"maps": [[make(n, o), make(n, i), floats(o, i)] for o, i in sizes], "n_threads": size(draw, 1, 2)}
+
+
 def plan_attention(draw: Draw) -> Arguments:
     n, h, d, bf16 = size(draw, 0, 12), size(draw, 1, 3), draw(st.sampled_from([8, 10, 16])), draw(st.booleans())
     cu = offsets(draw, n)
@@ -401,6 +445,19 @@ def window_op(draw: Draw) -> Arguments:
     return {name: as_bf16(arguments[name]) for name in names}
 
 
+def window_qkv_op(draw: Draw) -> Arguments:
+    arguments = window_op(draw)
+    qkv = torch.stack([arguments.pop(name).contiguous() for name in ("q", "k", "v")], dim=1)
+    return {"qkv": qkv, **arguments}
+
+
+def norm_linear_op(draw: Draw) -> Arguments:
+    n, n_in, n_out, bf16, _ = rows_of_map(draw)
+    norm = draw(st.sampled_from([None, torch.ones(n_in)]))
+    return {"x": torch.randn(n, n_in), "norm_w": norm, "norm_b": norm, "w": torch.randn(n_out, n_in),
+            "b": torch.randn(n_out), "bf16": bf16}  # fmt: skip
+
+
 def plan_op(draw: Draw) -> Arguments:
     arguments = tensors(plan_attention(draw))
     return {name: as_bf16(arguments[name]) for name in ("q", "k", "v", "cu_seqlens")}
@@ -479,6 +536,9 @@ TARGETS: dict[str, Target] = {
     "_C._parallel_for": Target(parallel_for, kept=frozenset({"work_us", "fail_at", "repeats"})),
     "_C._window_attention": Target(window_attention, kept=THREADS),
     "_C._window_attention_backward": Target(with_gradients(window_attention, "q", "k", "v"), kept=THREADS),
+    "_C._norm_linear": Target(norm_linear, kept=THREADS),
+    "_C._norm_linear_backward": Target(norm_linear_backward, kept=THREADS),
+    "_C._weight_gradients": Target(weight_gradients, kept=THREADS),
     "_C._plan_attention": Target(plan_attention, kept=THREADS),
     "_C._plan_attention_backward": Target(with_gradients(plan_attention, "q", "k", "v"), kept=THREADS),
     "_C._plan_ascent": Target(plan_steps(langevin=False), kept=THREADS | {"n_steps"}),
@@ -502,6 +562,8 @@ TARGETS: dict[str, Target] = {
         lambda draw: {"n": 5, "share": 0.5, "seed": (1, 2), "number": 3, "out": torch.zeros(5, dtype=torch.bool)},
         kept=SEED_ARGUMENTS | {"n"}),
     "ops.window_attention": Target(window_op),
+    "ops.window_attention_qkv": Target(window_qkv_op),
+    "ops.norm_linear": Target(norm_linear_op),
     "ops.plan_attention": Target(plan_op),
     "ops.plan_ascent": Target(plan_steps_op(langevin=False), kept=frozenset({"n_steps"})),
     "ops.plan_langevin": Target(plan_steps_op(langevin=True), kept=frozenset({"n_steps", "seed"})),
@@ -509,7 +571,7 @@ TARGETS: dict[str, Target] = {
     "ops.decode_step": Target(decode_op, kept=frozenset({"weights", "state", "units"}), parts=("obs",)),
 }  # fmt: skip
 # No input to speak of.
-WITHOUT_TARGET = {"_build_info", "_isa", "_isa_reason", "_isa_problems", "_use_isa"}
+WITHOUT_TARGET = {"_build_info", "_keep_freed_memory", "_isa", "_isa_reason", "_isa_problems", "_use_isa"}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Damage

@@ -10,6 +10,7 @@ import torch
 from conftest import row_error
 from model_fixtures import make_batch, make_model, model_config, random_seeds
 
+from gac_fast import ops
 from gac_fast.config import Config, PosteriorConfig, TrainConfig
 from gac_fast.posterior import PosteriorState
 from gac_fast.train.update import VARIANCE_WEIGHT, frozen, learning_rate, make_optimizer, update
@@ -65,6 +66,24 @@ def test_every_parameter_and_the_batches_chains_move(method, context):
         assert bool(torch.isfinite(p).all()), name
     moved = (posterior.tensors["z0"] != before["z0"]).flatten(1).any(1)
     assert moved.nonzero().flatten().tolist() == ROWS.tolist()
+
+
+@pytest.mark.usefixtures("cpp_engine")
+@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
+def test_bits_do_not_depend_on_the_threads(bf16):
+    found = []
+    for n_threads in (1, 2, 3):
+        torch.set_num_threads(n_threads)
+        try:
+            parts = setup(bf16=bf16, context="states_actions")
+            run(parts)
+            assert torch.get_num_threads() == n_threads
+        finally:
+            torch.set_num_threads(1)
+        found.append(everything(parts))
+    assert ("block", "cpp") in ops.dispatch_counts()
+    for other in found[1:]:
+        assert all(torch.equal(other[name], x) for name, x in found[0].items())
 
 
 @pytest.mark.parametrize("return_ensemble", [1, 3])

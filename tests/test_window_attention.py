@@ -257,6 +257,44 @@ def test_cpp_bits_do_not_depend_on_the_threads(cpp_engine, dtype):
     assert ops.dispatch_counts() == {("window_attention", "cpp"): 3}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bf16"])
+@pytest.mark.parametrize("name", ["cpp", "reference"])
+def test_side_by_side_is_the_same_op(cpp_engine, name, dtype):
+    q, k, v, cu, positions = packed((70, 1, 33), 2, 16, dtype)
+    weight = torch.randn(q.shape, generator=torch.Generator().manual_seed(3)).to(dtype)
+    with ops.backend(name):
+        leaves = [x.detach().contiguous().requires_grad_() for x in (q, k, v)]
+        expected = ops.window_attention(*leaves, cu, 20, positions, 100.0)
+        gradients = torch.autograd.grad(expected, leaves, weight)
+        qkv = torch.stack((q, k, v), dim=1).requires_grad_()
+        out = ops.window_attention_qkv(qkv, cu, 20, positions, 100.0)
+        (gradient,) = torch.autograd.grad(out, qkv, weight)
+    assert ops.dispatch_counts() == {("window_attention", name): 2}
+    assert torch.equal(out, expected)
+    assert gradient.is_contiguous()
+    assert torch.equal(gradient, torch.stack(gradients, dim=1))
+
+
+@pytest.mark.usefixtures("cpp_engine")
+def test_side_by_side_passes_opcheck_and_compiles():
+    q, k, v, cu, positions = packed((9, 4), 2, 8, torch.float32)
+    qkv = torch.stack((q, k, v), dim=1).requires_grad_()
+    torch.library.opcheck(torch.ops.gac_fast.window_attention_qkv.default, (qkv, cu, 3, positions, 100.0))
+    compiled = torch.compile(lambda x: 2 * ops.window_attention_qkv(x, cu, 3), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(qkv), 2 * ops.window_attention_qkv(qkv, cu, 3))
+
+
+def test_side_by_side_names_bad_arguments():
+    q, k, v, cu, _ = packed((9, 4), 2, 8, torch.float32)
+    qkv = torch.stack((q, k, v), dim=1)
+    with pytest.raises(ValueError, match=r"qkv: expected shape \[N, 3, H, d\], got \[13, 2, 2, 8\]"):
+        ops.window_attention_qkv(qkv[:, :2], cu, 3)
+    with pytest.raises(ValueError, match="qkv: expected dtype float32 or bfloat16 or float64, got float16"):
+        ops.window_attention_qkv(qkv.half(), cu, 3)
+    with pytest.raises(ValueError, match="window: expected at least 1 token, got 0"):
+        ops.window_attention_qkv(qkv, cu, 0)
+
+
 @pytest.mark.usefixtures("isa")
 def test_cpp_positions_may_be_anything():
     q, k, v, cu, positions = packed((30, 10), 1, 8, torch.float32)

@@ -5,11 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from gac_fast import ops, reference
+from gac_fast import ops
 from gac_fast.config import ModelConfig
 from gac_fast.reference import BlockWeights, DecoderWeights, LayerWeights, StepWeights
 
 __all__ = ["Decoder"]
+
+
+def _bf16(x: Tensor) -> bool:
+    """Whether autocast rounds the operands of products."""
+    device = x.device.type
+    return torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16
+
+
+def _linear(layer: nn.Linear, x: Tensor, bf16: bool) -> Tensor:
+    return ops.norm_linear(x, None, None, layer.weight, layer.bias, bf16)
 
 
 class DecoderLayer(nn.Module):
@@ -43,13 +53,14 @@ class DecoderLayer(nn.Module):
     def attend(self, qkv: Tensor, cu_seqlens: Tensor, window: int, positions: Tensor) -> Tensor:
         """What window attention reads: [N, 3 D] -> [N, D]."""
         n, dim = qkv.shape[0], qkv.shape[1] // 3
-        q, k, v = qkv.view(n, 3, self.n_heads, dim // self.n_heads).unbind(1)
-        return ops.window_attention(q, k, v, cu_seqlens, window, positions, self.rope_base).reshape(n, dim)
+        heads = qkv.view(n, 3, self.n_heads, dim // self.n_heads)
+        return ops.window_attention_qkv(heads, cu_seqlens, window, positions, self.rope_base).reshape(n, dim)
 
     def attend_window(self, x: Tensor, cu_seqlens: Tensor, window: int, positions: Tensor) -> Tensor:
         """The part that does not depend on the plan: [N, D] -> [N, D]."""
-        qkv = reference.norm_linear(x, self.norm1.weight, self.norm1.bias, self.qkv.weight, self.qkv.bias)
-        return x + self.out(self.attend(qkv, cu_seqlens, window, positions))
+        bf16 = _bf16(x)
+        qkv = ops.norm_linear(x, self.norm1.weight, self.norm1.bias, self.qkv.weight, self.qkv.bias, bf16)
+        return x + _linear(self.out, self.attend(qkv, cu_seqlens, window, positions), bf16)
 
     def plan_keys(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Plan [B, n_z, D] -> keys and values [B, n_z, H, d]."""
@@ -114,7 +125,7 @@ class Decoder(nn.Module):
 
     def embed_actions(self, actions: Tensor, dropped: Tensor | None = None) -> Tensor:
         """Action tokens [n, D] of normalised actions [n, act_dim]; ``dropped`` bool [n] marks those left out."""
-        tokens = self.embed_action(actions)
+        tokens = _linear(self.embed_action, actions, _bf16(actions))
         if dropped is not None:
             tokens = torch.where(dropped[:, None], self.dropped_action.to(tokens.dtype), tokens)
         return tokens
@@ -140,7 +151,7 @@ class Decoder(nn.Module):
             [C * n, D].
         """
         # The stream keeps the observations' precision where autocast rounds the operands of products.
-        x = self.embed_state(observations).to(observations.dtype)
+        x = _linear(self.embed_state, observations, _bf16(observations)).to(observations.dtype)
         if self.tokens_per_step == 2:
             x = torch.stack((x, self.embed_actions(actions, dropped).to(x.dtype)), dim=1).flatten(0, 1)
             cu_seqlens, positions = cu_seqlens * 2, positions.repeat_interleave(2)
@@ -157,8 +168,7 @@ class Decoder(nn.Module):
         Returns:
             [n, act_dim] in [-1, 1].
         """
-        device = trunk.device.type
-        bf16 = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16
+        bf16 = _bf16(trunk)
         steps, every = cu_seqlens, positions
         if self.tokens_per_step == 2:
             cu_seqlens, every = cu_seqlens * 2, positions.repeat_interleave(2)

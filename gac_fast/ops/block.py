@@ -7,43 +7,20 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from gac_fast import reference
-from gac_fast.ops import _check, _dispatch
+from gac_fast.ops import _check, _dispatch, _threads
+from gac_fast.ops._arrays import array as _array
+from gac_fast.ops._arrays import padded as _padded
+from gac_fast.ops._arrays import rows as _rows
 from gac_fast.reference import BlockWeights
 
 __all__ = ["decoder_block"]
 
 OP = "block"
 _dispatch.register(OP, "cpp")
-
-# The engine pads rows to this many elements.
-_PAD = 32
-
-
-def _padded(n: int) -> int:
-    return (n + _PAD - 1) // _PAD * _PAD
-
-
-def _array(x: Tensor | None) -> npt.NDArray[Any] | None:
-    """A tensor as the engine takes it: bfloat16 as int16."""
-    if x is None:
-        return None
-    x = x.detach()
-    array: npt.NDArray[Any] = (x.view(torch.int16) if x.dtype == torch.bfloat16 else x).numpy()
-    return array
-
-
-def _rows(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Rows of neighbouring elements, any distance apart."""
-    if x is None:
-        return None
-    x = x.to(dtype)
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Packed weights, kept by content: version counters miss what fused optimisers and ``p.data`` do, and reading the
@@ -151,7 +128,7 @@ def _block(
     _dispatch.cpp_engine()._block(
         packs, _array(_rows(x, torch.float32)), _array(_rows(attended, dtype)), _array(_rows(plan_k, plan_k.dtype)),
         _array(_rows(plan_v, plan_v.dtype)), _array(cu_seqlens), _array(outputs[0]), _array(outputs[1]), *saved,
-        torch.get_num_threads(),
+        _threads.count(),
     )  # fmt: skip
     return outputs
 
@@ -219,7 +196,7 @@ def _block_backward(
         packs, _array(_rows(dx_out, torch.float32)), _array(dy), *read, _array(_rows(plan_k, plan_k.dtype)),
         _array(_rows(plan_v, plan_v.dtype)), _array(cu_seqlens), *(_array(x) for x in (*stream, None, None)[:2]),
         *(_array(x.view(x.shape[0], -1)) for x in dplan), [_array(x) for x in operands], _array(dbias),
-        torch.get_num_threads(),
+        _threads.count(),
     )  # fmt: skip
     if dbias is None:
         return [*dplan, *stream]
@@ -235,28 +212,38 @@ def _weight_gradients(
     operands: Sequence[Tensor],
     dbias: Tensor,
 ) -> list[Tensor]:
-    """In the order of ``w``: products over all tokens of what the engine wrote down."""
+    """In the order of ``w``: products over all tokens of what the backward wrote down."""
     dim, hidden = w.w_plan_q.shape[0], w.w_in.shape[0]
     dx1, dq, dx2, dhidden, dx3, read, activated, normed3 = operands
     sizes = [*([dim] if w.w_o is not None else []), dim, dim, hidden, dim, w.w_next.shape[0]]
     *db_o, db_q, db_plan_o, db_in, db_out, db_next = (part.clone() for part in dbias.split(sizes))
 
+    maps: list[tuple[Any, Any, Any]] = []
+
     def product(dy: Tensor, x: Tensor, like: Tensor) -> Tensor:
+        """dy^T x over all tokens, once the engine has run."""
         n_out, n_in = like.shape
-        return (dy[:, :n_out].T @ x[:, :n_in].to(dy.dtype)).to(torch.float32)
+        dw = torch.empty_like(like, memory_format=torch.contiguous_format)
+        maps.append((_array(dy[:, :n_out]), _array(_rows(x[:, :n_in], dy.dtype)), dw.numpy()))
+        return dw
 
     def unfold(dw: Tensor, db: Tensor, norm_w: Tensor, norm_b: Tensor, w: Tensor) -> tuple[Tensor, ...]:
         """norm_w, norm_b, w and b from the gradient of the map that :func:`_fold` made of them."""
         return (w * dw).sum(0), db @ w, torch.addcmul(torch.outer(db, norm_b), dw, norm_w), db
 
+    # The largest first, so that threads end together.
+    dw_in, dw_out = product(dhidden, saved[2], w.w_in), product(dx3, activated, w.w_out)
     dw_next = torch.zeros_like(w.w_next) if dy is None else product(dy, normed3, w.w_next)
+    dw_plan_q, dw_plan_o = product(dq, saved[1], w.w_plan_q), product(dx2, read, w.w_plan_o)
+    dw_o = [product(dx1, attended, w.w_o)] if w.w_o is not None and attended is not None else []
+    _dispatch.cpp_engine()._weight_gradients(maps, _threads.count())
     return [
-        *((product(dx1, attended, w.w_o), *db_o) if w.w_o is not None and attended is not None else ()),
+        *dw_o, *db_o,
         # The operands of the three norms are their results before scale and offset.
-        *unfold(product(dq, saved[1], w.w_plan_q), db_q, w.norm2_w, w.norm2_b, w.w_plan_q),
-        product(dx2, read, w.w_plan_o), db_plan_o,
-        *unfold(product(dhidden, saved[2], w.w_in), db_in, w.norm3_w, w.norm3_b, w.w_in),
-        product(dx3, activated, w.w_out), db_out,
+        *unfold(dw_plan_q, db_q, w.norm2_w, w.norm2_b, w.w_plan_q),
+        dw_plan_o, db_plan_o,
+        *unfold(dw_in, db_in, w.norm3_w, w.norm3_b, w.w_in),
+        dw_out, db_out,
         *unfold(dw_next, db_next, w.norm_w, w.norm_b, w.w_next),
     ]  # fmt: skip
 

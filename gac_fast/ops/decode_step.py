@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gac_fast import reference
-from gac_fast.ops import _dispatch
+from gac_fast.ops import _dispatch, _threads
 from gac_fast.reference import StepWeights
 
 __all__ = ["DecodeState", "Units", "WeightsOf", "decode_step", "has_fast_bf16"]
@@ -215,7 +215,7 @@ def _decode_step_cpp(weights: StepWeights, state: DecodeState, x: np.ndarray, un
     if x.dtype not in _NATIVE:
         x = x.astype(np.float32)
     out = np.empty(state.last_action.shape, np.float32)
-    row = state._memory.step(state._packed, x, out, torch.get_num_threads())
+    row = state._memory.step(state._packed, x, out, _threads.count())
     if row >= 0:
         with np.errstate(over="ignore"):
             _raise_not_finite(row, x[row].astype(np.float32).tolist())

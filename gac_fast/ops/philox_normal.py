@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gac_fast import reference
-from gac_fast.ops import _check, _dispatch
+from gac_fast.ops import _check, _dispatch, _threads
 
 __all__ = ["philox_normal"]
 
@@ -28,7 +28,7 @@ def _philox_normal(out: Tensor, plans: Tensor, step: Tensor, seed0: int, seed1: 
         # The engine writes rows of neighbouring elements.
         has_rows = out.stride(1) == 1 or out.shape[1] == 1
         rows = out if has_rows else torch.empty(out.shape, dtype=torch.float32)
-        threads = torch.get_num_threads()
+        threads = _threads.count()
         _dispatch.cpp_engine()._philox_normal(seed0, seed1, plans.numpy(), step.numpy(), rows.numpy(), threads)
         if rows is not out:
             out.copy_(rows)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gac_fast import reference
-from gac_fast.ops import _check, _dispatch
+from gac_fast.ops import _check, _dispatch, _threads
 from gac_fast.reference import PriorWeights, ReturnWeights
 
 __all__ = ["plan_ascent", "plan_langevin"]
@@ -41,7 +41,7 @@ def _plan_ascent(
     out = _outputs(z0)
     _dispatch.cpp_engine()._plan_ascent(
         *_inputs(prior_weights, return_weights, z0, context, out), n_steps, step_size, kappa, prior_weight, radius,
-        max_norm, bf16, torch.get_num_threads(),
+        max_norm, bf16, _threads.count(),
     )  # fmt: skip
     return out
 
@@ -66,7 +66,7 @@ def _plan_langevin(
     _dispatch.cpp_engine()._plan_langevin(
         *_inputs(prior_weights, return_weights, z0, context, out), n_steps, step_size,
         target.detach().contiguous().numpy(), max_drift_ratio, seed0, seed1, plans.numpy(), first_step, bf16,
-        torch.get_num_threads(),
+        _threads.count(),
     )  # fmt: skip
     return out
 

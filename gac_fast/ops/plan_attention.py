@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gac_fast import reference
-from gac_fast.ops import _arrays, _check, _dispatch
+from gac_fast.ops import _arrays, _check, _dispatch, _threads
 
 __all__ = ["plan_attention"]
 
@@ -25,7 +25,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
         _arrays.heads(v),
         _arrays.integers(cu_seqlens),
         _arrays.heads(out),
-        torch.get_num_threads(),
+        _threads.count(),
     )
     return out
 
@@ -49,7 +49,7 @@ def _backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor
         _arrays.heads(d_q),
         _arrays.heads(d_k),
         _arrays.heads(d_v),
-        torch.get_num_threads(),
+        _threads.count(),
     )
     return d_q, d_plan
 

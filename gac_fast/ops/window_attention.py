@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from gac_fast import reference
-from gac_fast.ops import _arrays, _check, _dispatch
+from gac_fast.ops import _arrays, _check, _dispatch, _threads
 
-__all__ = ["window_attention"]
+__all__ = ["window_attention", "window_attention_qkv"]
 
 OP = "window_attention"
 _dispatch.register(OP, "cpp")
@@ -36,7 +36,7 @@ def _forward(
         rope_base,
         _arrays.heads(out),
         softmax.numpy(),
-        torch.get_num_threads(),
+        _threads.count(),
     )
     return out, softmax
 
@@ -81,7 +81,7 @@ def _backward(
         d_q,
         d_k,
         d_v,
-        torch.get_num_threads(),
+        _threads.count(),
     )
     return grads
 
@@ -120,6 +120,74 @@ def _differentiate(ctx: Any, d_out: Tensor | None, _: Tensor | None) -> tuple[Te
 _forward.register_autograd(_differentiate, setup_context=_save)
 
 
+# The same on q, k and v side by side, as one product of a model makes them: their gradients are then one tensor too,
+# where autograd would gather three.
+
+
+@torch.library.custom_op("gac_fast::window_attention_qkv", mutates_args=())
+def _forward_qkv(
+    qkv: Tensor, cu_seqlens: Tensor, window: int, positions: Tensor | None, rope_base: float
+) -> tuple[Tensor, Tensor]:
+    """As :func:`_forward` of qkv [N, 3, H, d]."""
+    out, softmax = _empty(qkv[:, 0])
+    q, k, v = (_arrays.heads(x) for x in qkv.unbind(1))
+    _dispatch.cpp_engine()._window_attention(
+        q, k, v, _arrays.integers(cu_seqlens), window, None if positions is None else _arrays.integers(positions),
+        rope_base, _arrays.heads(out), softmax.numpy(), _threads.count(),
+    )  # fmt: skip
+    return out, softmax
+
+
+@_forward_qkv.register_fake
+def _(
+    qkv: Tensor, cu_seqlens: Tensor, window: int, positions: Tensor | None, rope_base: float
+) -> tuple[Tensor, Tensor]:
+    return _empty(qkv[:, 0])
+
+
+@torch.library.custom_op("gac_fast::window_attention_qkv_backward", mutates_args=())
+def _backward_qkv(
+    d_out: Tensor, qkv: Tensor, cu_seqlens: Tensor, window: int, positions: Tensor | None, rope_base: float,
+    softmax: Tensor,
+) -> Tensor:  # fmt: skip
+    """The gradient [N, 3, H, d]."""
+    grads = qkv.new_empty(qkv.shape)
+    q, k, v = (_arrays.heads(x) for x in qkv.unbind(1))
+    d_q, d_k, d_v = (_arrays.heads(x) for x in grads.unbind(1))
+    _dispatch.cpp_engine()._window_attention_backward(
+        _arrays.heads(d_out), q, k, v, _arrays.integers(cu_seqlens), window,
+        None if positions is None else _arrays.integers(positions), rope_base, softmax.numpy(), d_q, d_k, d_v,
+        _threads.count(),
+    )  # fmt: skip
+    return grads
+
+
+@_backward_qkv.register_fake
+def _(
+    d_out: Tensor, qkv: Tensor, cu_seqlens: Tensor, window: int, positions: Tensor | None, rope_base: float,
+    softmax: Tensor,
+) -> Tensor:  # fmt: skip
+    return qkv.new_empty(qkv.shape)
+
+
+def _save_qkv(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    qkv, cu_seqlens, ctx.window, positions, ctx.rope_base = inputs
+    _, softmax = output
+    ctx.mark_non_differentiable(softmax)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(qkv, cu_seqlens, positions, softmax)
+
+
+def _differentiate_qkv(ctx: Any, d_out: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if d_out is None:
+        return (None,) * 5
+    qkv, cu_seqlens, positions, softmax = ctx.saved_tensors
+    return (_backward_qkv(d_out, qkv, cu_seqlens, ctx.window, positions, ctx.rope_base, softmax), *(None,) * 4)
+
+
+_forward_qkv.register_autograd(_differentiate_qkv, setup_context=_save_qkv)
+
+
 def window_attention(
     q: Tensor,
     k: Tensor,
@@ -155,22 +223,57 @@ def window_attention(
     _check.dtype("v", v, q.dtype)
     _check.device("k", k, "q", q)
     _check.device("v", v, "q", q)
-    _check.device("cu_seqlens", cu_seqlens, "q", q)
     _check.shape("q", q, "N", "H", "d")
-    n, heads, width = q.shape
-    _check.head_width(width)
-    _check.shape("k", k, n, heads, width)
-    _check.shape("v", v, n, heads, width)
-    _check.cu_seqlens(cu_seqlens, n)
-    if window < 1:
-        raise ValueError(f"window: expected at least 1 token, got {window}")
-    if positions is not None:
-        _check.dtype("positions", positions, *_check.INTEGERS)
-        _check.device("positions", positions, "q", q)
-        _check.shape("positions", positions, n)
-    if not 0.0 < rope_base < math.inf:
-        raise ValueError(f"rope_base: expected a positive number, got {rope_base}")
+    _check.shape("k", k, *q.shape)
+    _check.shape("v", v, *q.shape)
+    _check_inputs("q", q, cu_seqlens, window, positions, rope_base)
 
     if _dispatch.choose(OP, q.device, _dispatch.refusal(q)) == "cpp":
         return _forward(q, k, v, cu_seqlens, min(window, _MOST_TOKENS), positions, rope_base)[0]
     return reference.window_attention(q, k, v, cu_seqlens, window, positions, rope_base)
+
+
+def window_attention_qkv(
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    window: int,
+    positions: Tensor | None = None,
+    rope_base: float = 10000.0,
+) -> Tensor:
+    """:func:`window_attention` of queries, keys and values that lie side by side; counted as that op.
+
+    Args:
+        qkv: [N, 3, H, d].
+        cu_seqlens, window, positions, rope_base: as there.
+
+    Returns:
+        [N, H, d].
+
+    Raises:
+        ValueError, BackendError: as there.
+    """
+    _check.dtype("qkv", qkv, torch.float32, torch.bfloat16, torch.float64)
+    _check.shape("qkv", qkv, "N", 3, "H", "d")
+    _check_inputs("qkv", qkv, cu_seqlens, window, positions, rope_base)
+
+    if _dispatch.choose(OP, qkv.device, _dispatch.refusal(qkv)) == "cpp":
+        return _forward_qkv(qkv, cu_seqlens, min(window, _MOST_TOKENS), positions, rope_base)[0]
+    q, k, v = qkv.unbind(1)
+    return reference.window_attention(q, k, v, cu_seqlens, window, positions, rope_base)
+
+
+def _check_inputs(
+    name: str, x: Tensor, cu_seqlens: Tensor, window: int, positions: Tensor | None, rope_base: float
+) -> None:
+    """What both forms ask of heads ``x`` [N, ..., d] and of the rest."""
+    _check.device("cu_seqlens", cu_seqlens, name, x)
+    _check.head_width(x.shape[-1])
+    _check.cu_seqlens(cu_seqlens, x.shape[0])
+    if window < 1:
+        raise ValueError(f"window: expected at least 1 token, got {window}")
+    if positions is not None:
+        _check.dtype("positions", positions, *_check.INTEGERS)
+        _check.device("positions", positions, name, x)
+        _check.shape("positions", positions, x.shape[0])
+    if not 0.0 < rope_base < math.inf:
+        raise ValueError(f"rope_base: expected a positive number, got {rope_base}")

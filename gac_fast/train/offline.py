@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gac_fast import checkpoint
+from gac_fast import checkpoint, ops
 from gac_fast.config import Config
 from gac_fast.data import Trajectories
 from gac_fast.errors import CheckpointError, ConfigError, DataError, GacError
@@ -353,6 +353,7 @@ def train(
         raise ConfigError("resume: expected run_dir to name the run to resume, got None")
     if t.n_threads:
         torch.set_num_threads(t.n_threads)
+    ops.keep_freed_memory()
     trainer = OfflineTrainer(dataset, config)
     if env is not None:
         # Now, not at the first replay, many updates later.

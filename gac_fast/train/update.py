@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from gac_fast import ops
 from gac_fast.config import Config, TrainConfig
 from gac_fast.model import GAC, Batch
 from gac_fast.posterior import PosteriorState, refine
@@ -189,7 +190,19 @@ def update(
     Returns:
         detached zero-dimensional diagnostics, on the device.
     """
-    parts = parts or parts_of(model, config)
+    with ops.left_to_the_engine("block", batch.observations):
+        return _update(model, optimizer, posterior, batch, rows, config, parts or parts_of(model, config))
+
+
+def _update(
+    model: GAC,
+    optimizer: torch.optim.Optimizer,
+    posterior: PosteriorState,
+    batch: Batch,
+    rows: Tensor,
+    config: Config,
+    parts: Parts,
+) -> dict[str, Tensor]:
     trunk = parts.trunk(batch)
     known = trunk.detach()
     with frozen(model):

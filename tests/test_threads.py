@@ -1,0 +1,106 @@
+"""What an update asks of torch's threads and of the C library's memory."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from conftest import ROOT
+
+from gac_fast import ops
+from gac_fast.ops import _threads
+
+
+@pytest.fixture
+def three_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        yield
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("cpp_engine", "three_threads")
+def test_the_engine_takes_all_threads_and_torch_one():
+    x = torch.zeros(2)
+    assert _threads.count() == 3
+    with ops.left_to_the_engine("block", x):
+        assert (torch.get_num_threads(), _threads.count()) == (1, 3)
+        with ops.left_to_the_engine("block", x):
+            assert (torch.get_num_threads(), _threads.count()) == (1, 3)
+        assert (torch.get_num_threads(), _threads.count()) == (1, 3)
+    assert (torch.get_num_threads(), _threads.count()) == (3, 3)
+
+
+@pytest.mark.usefixtures("cpp_engine", "three_threads")
+def test_an_error_gives_the_threads_back():
+    with pytest.raises(KeyError), ops.left_to_the_engine("block", torch.zeros(2)):
+        raise KeyError
+    assert _threads.count() == 3
+
+
+@pytest.mark.usefixtures("cpp_engine", "three_threads")
+def test_updates_of_two_threads_do_not_meet():
+    inside, leave = threading.Event(), threading.Event()
+
+    def other():
+        with ops.left_to_the_engine("block", torch.zeros(2)):
+            inside.set()
+            leave.wait(10)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    assert inside.wait(10)
+    assert (torch.get_num_threads(), _threads.count()) == (3, 3)
+    with ops.left_to_the_engine("block", torch.zeros(2)):
+        assert (torch.get_num_threads(), _threads.count()) == (1, 3)
+    leave.set()
+    thread.join()
+
+
+@pytest.mark.usefixtures("three_threads")
+def test_nothing_changes_where_the_engine_does_not_run():
+    with ops.left_to_the_engine("block", torch.zeros(2, dtype=torch.float64)):
+        assert torch.get_num_threads() == 3
+    with ops.backend("reference"), ops.left_to_the_engine("block", torch.zeros(2)):
+        assert torch.get_num_threads() == 3
+
+
+FAULTS = """
+import resource, sys, torch
+from gac_fast import ops
+kept = ops.keep_freed_memory()
+assert kept == (sys.argv[1] == "kept"), kept
+def use():
+    blocks = [torch.ones(1 << 22) for _ in range(6)]  # of 16 MiB
+    del blocks
+for _ in range(20): use()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20): use()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def faults(expected: str, **environment: str) -> int:
+    done = subprocess.run(
+        [sys.executable, "-c", FAULTS, expected], cwd=ROOT, env={**os.environ, **environment}, check=False,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout)
+
+
+@pytest.mark.usefixtures("cpp_engine")
+@pytest.mark.skipif(sys.platform != "linux", reason="counts page faults of glibc's allocator")
+def test_freed_memory_stays_for_the_next_update():
+    # Twenty times six blocks of 4,096 pages.
+    assert faults("kept") < 10_000
+    assert faults("not", GAC_FAST_KEEP_MEMORY="0") > 50_000
+    # Whoever tunes the allocator is left alone.
+    faults("not", MALLOC_TRIM_THRESHOLD_="100000")
