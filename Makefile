@@ -5,6 +5,10 @@
 #   GAC_FAST_NO_CPP=1      leave out the C++ engine (needs no compiler)
 #   BENCH="..."            options of `make bench`, for example BENCH="-k update --quick --threads 1"
 #   BENCH_CSV=...          where it appends its rows; the chart lies beside
+#   GPU_PYTHON=...         the Python of `make gpu`, which has torch and triton; default: python3
+#   GPU_OUT=...            folder of its records; the next `make gpu` goes on there
+#   GPU="..."              its options, for example GPU="--only decode_step"
+#   RESOURCES=...          CSV of what the kernels need, made by `make resources`
 #   GAC_FAST_DATA=...      folder of full D4RL files; tests that want them skip without it
 
 VENV := .venv
@@ -16,6 +20,10 @@ CXX_CANDIDATES := $(or $(if $(filter-out default undefined,$(origin CXX)),$(firs
 
 BENCH ?=
 BENCH_CSV ?= benchmarks/results/speed.csv
+GPU_PYTHON ?= python3
+GPU_OUT ?= runs/gpu
+GPU ?=
+RESOURCES ?= runs/kernels.csv
 
 NO_CPP := $(filter-out 0,$(GAC_FAST_NO_CPP))
 DEPENDENCIES := $(VENV)/.dependencies
@@ -29,7 +37,7 @@ SOURCES := setup.py pyproject.toml CMakeLists.txt gac_fast/_version.py $(wildcar
 export PIP_REQUIRE_VIRTUALENV := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all sanitize sanitize-short lint format bench clean
+.PHONY: help demo test test-all sanitize sanitize-short lint format bench gpu resources clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -41,7 +49,7 @@ demo: $(INSTALLED) ## train GAC on PointMaze, plan, act, and write runs/demo (ab
 test: lint ## lint, type-check and run the tests that are not slow
 	$(PY) -m pytest -m "not slow"
 
-test-all: lint ## the same with the slow tests
+test-all: lint resources ## the same with the slow tests, after the table of what the kernels need
 	$(PY) -m pytest
 
 sanitize: $(INSTALLED) ## tests of the ops under AddressSanitizer and UBSan, the thread pool under ThreadSanitizer
@@ -64,6 +72,16 @@ format: $(INSTALLED) ## format the Python and C++ files
 bench: $(INSTALLED) ## every op against the reference: table of ratios, CSV and chart (10 minutes, on a quiet machine)
 	$(PY) -m pytest benchmarks --benchmark-quiet --csv $(BENCH_CSV) $(BENCH)
 	$(PY) benchmarks/report.py $(BENCH_CSV) --plot $(BENCH_CSV:.csv=.png)
+
+# Takes a Python as it is and fetches nothing: GPU machines often reach no index.
+gpu: ## on a CUDA machine: kernel tests, repeats, sanitizer, speed against PyTorch; below 8 minutes, resumable
+	@$(GPU_PYTHON) -c 'import gac_fast.kernels' 2>/dev/null || \
+	  PIP_REQUIRE_VIRTUALENV=0 GAC_FAST_NO_CPP=1 $(GPU_PYTHON) -m pip install --no-deps --no-build-isolation -e .
+	$(GPU_PYTHON) -m benchmarks.gpu --out $(GPU_OUT) $(GPU)
+
+resources: $(INSTALLED) ## registers, spills and shared memory of every kernel, compiled for sm_80 and sm_90
+	@mkdir -p $(dir $(RESOURCES))
+	$(PY) -m benchmarks.resources --out $(RESOURCES) --markdown $(RESOURCES:.csv=.md) --jobs $$(nproc)
 
 clean: ## remove builds, caches and .venv; runs/ stays
 	rm -rf $(VENV) build dist *.egg-info gac_fast/_C*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks

@@ -262,7 +262,7 @@ def engine_problem(op: str, dtype: str = "float32") -> str | None:
     return problem
 
 
-def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+def append_rows(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = COLUMNS) -> None:
     """Append to the CSV, which keeps what it holds.
 
     Raises:
@@ -274,10 +274,10 @@ def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     else:
         with path.open(newline="", encoding="utf-8") as file:
             found = tuple(next(csv.reader(file), ()))
-        if found != COLUMNS:
-            raise ValueError(f"{path}: expected the columns {', '.join(COLUMNS)}, found {', '.join(found)}")
+        if found != tuple(columns):
+            raise ValueError(f"{path}: expected the columns {', '.join(columns)}, found {', '.join(found)}")
     with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         if new:
             writer.writeheader()
         writer.writerows(rows)

@@ -233,6 +233,10 @@ class TrainConfig:
     """Torch CPU threads; 0 leaves torch's own choice."""
     prefetch: int = 2
     """Batches prepared ahead, beside the updates, where the C++ engine draws them; 0 makes each when it is needed."""
+    compile: Literal["off", "on"] = "off"
+    """torch.compile of the parts of an update between the fused ops, once per size of batch."""
+    cuda_graph: Literal["off", "on"] = "off"
+    """Record the whole update as a CUDA graph, once per size of batch, and replay it; needs a CUDA device."""
 
     def __post_init__(self) -> None:
         for name in ("n_updates", "batch_size", "log_every", "checkpoint_every", "keep_checkpoints", "replay_episodes"):
@@ -242,6 +246,8 @@ class TrainConfig:
         for name in ("learning_rate", "grad_clip"):
             _check(getattr(self, name) > 0, f"train.{name}", "greater than 0", getattr(self, name))
         _check(self.bf16 in ("off", "on", "auto"), "train.bf16", "off, on or auto", self.bf16)
+        for name in ("compile", "cuda_graph"):
+            _check(getattr(self, name) in ("off", "on"), f"train.{name}", "off or on", getattr(self, name))
         _check(self.sampling in ("length", "uniform"), "train.sampling", "length or uniform", self.sampling)
         _check(0 <= self.final_lr_ratio <= 1, "train.final_lr_ratio", "in [0, 1]", self.final_lr_ratio)
         _check(0 <= self.held_out < 1, "train.held_out", "in [0, 1)", self.held_out)

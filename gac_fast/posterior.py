@@ -39,8 +39,22 @@ def _gradient(energy: Energy, z0: Tensor) -> Tensor:
     return grad
 
 
+def _mean(x: Tensor, is_real: Tensor | None) -> Tensor:
+    """Over the chains [P, ...], real ones alone."""
+    if is_real is None:
+        return x.mean()
+    return torch.where(is_real, x.flatten(), 0.0).sum() / is_real.sum()
+
+
 def langevin(
-    energy: Energy, z0: Tensor, *, n_steps: int, step_size: float, noise: Noise, max_drift_ratio: float = math.inf
+    energy: Energy,
+    z0: Tensor,
+    *,
+    n_steps: int,
+    step_size: float,
+    noise: Noise,
+    max_drift_ratio: float = math.inf,
+    is_real: Tensor | None = None,
 ) -> tuple[Tensor, PosteriorStats]:
     """Unadjusted Langevin: z0 <- z0 - (s^2 / 2) grad E + s * noise.
 
@@ -54,6 +68,7 @@ def langevin(
         energy: [P, n_z, D] -> [P].
         z0: [P, n_z, D], where the chains are.
         noise: step index -> standard normals like z0.
+        is_real: bool [P], chains that the diagnostics are of; None takes all.
 
     Returns:
         the moved seeds and diagnostics.
@@ -66,8 +81,8 @@ def langevin(
         s = (2 * max_drift_ratio * scale / grad_norm.clamp_min(1e-12)).clamp(max=step_size)
         ratio = s * grad_norm / (2 * scale)
         z0 = z0.detach() - 0.5 * s.square() * grad + s * noise(step)
-    norm = z0.flatten(1).norm(dim=1).mean() / scale
-    return z0, PosteriorStats(ratio.mean(), s.mean(), norm)
+    norm = _mean(z0.flatten(1).norm(dim=1), is_real) / scale
+    return z0, PosteriorStats(_mean(ratio, is_real), _mean(s, is_real), norm)
 
 
 def variational(
@@ -117,7 +132,9 @@ class PosteriorState:
     batches, so that state and counters are all that a checkpoint needs.
 
     Attributes:
-        tensors: name -> [2 * B, ...]; row i is trajectory i given (tau, y), row B + i given tau alone.
+        tensors: name -> [2 * B, ...]; row i is trajectory i given (tau, y), row B + i given tau alone. They stay where
+            they are in memory, in front of one row more, 2 * B, which stands for chains that do not exist: it is read
+            where a batch is filled up, never moves, and is no part of a checkpoint.
     """
 
     def __init__(
@@ -126,16 +143,17 @@ class PosteriorState:
         self.config = config
         self.seed = (seed & 0xFFFFFFFF, 0x504F5354)
         self.n_trajectories = n_trajectories
-        rows = 2 * n_trajectories
-        self.tensors: dict[str, Tensor] = {"n_draws": torch.zeros(rows, dtype=torch.int64, device=device)}
-        self.tensors["z0"] = self.normals(torch.arange(rows, device=device), 0, (n_z, dim))
-        self.tensors["n_draws"] += 1
+        rows = 2 * n_trajectories + 1
+        self._memory: dict[str, Tensor] = {"n_draws": torch.zeros(rows, dtype=torch.int64, device=device)}
+        self._memory["z0"] = self.normals(torch.arange(rows, device=device), 0, (n_z, dim))
+        self._memory["n_draws"] += 1
         if config.method == "variational":
             shape = (rows, n_z, dim)
-            self.tensors["mean"] = torch.zeros(shape, device=device)
-            self.tensors["log_std"] = torch.full(shape, -0.5, device=device)
-            self.tensors["moments"] = torch.zeros(rows, 4, n_z, dim, device=device)
-            self.tensors["n_taken"] = torch.zeros(rows, dtype=torch.int64, device=device)
+            self._memory["mean"] = torch.zeros(shape, device=device)
+            self._memory["log_std"] = torch.full(shape, -0.5, device=device)
+            self._memory["moments"] = torch.zeros(rows, 4, n_z, dim, device=device)
+            self._memory["n_taken"] = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.tensors = {name: x[: 2 * n_trajectories] for name, x in self._memory.items()}
 
     @property
     def z0(self) -> Tensor:
@@ -144,7 +162,7 @@ class PosteriorState:
 
     def normals(self, rows: Tensor, offset: int, shape: tuple[int, int]) -> Tensor:
         """Draw ``offset`` (from the next one) of the given chains: [len(rows), *shape]."""
-        step = self.tensors["n_draws"][rows] + offset
+        step = self._memory["n_draws"][rows] + offset
         return ops.philox_normal(self.seed, rows, step, shape[0] * shape[1]).view(-1, *shape)
 
     def load(self, tensors: dict[str, Tensor]) -> None:
@@ -162,18 +180,24 @@ class PosteriorState:
 
 
 def refine(
-    state: PosteriorState, rows: Tensor, energy: Energy, n_steps: int | None = None, store: bool = True
+    state: PosteriorState,
+    rows: Tensor,
+    energy: Energy,
+    n_steps: int | None = None,
+    store: bool = True,
+    is_real: Tensor | None = None,
 ) -> tuple[Tensor, PosteriorStats]:
     """Move the chains ``rows`` (int64 [b], distinct) by the configured posterior.
 
     Args:
         n_steps: posterior steps; None takes the configured number.
         store: keep where they went; False leaves the state as it was.
+        is_real: bool [b], False where the row is 2 * B, which may stand there any number of times; None: all are real.
 
     Returns:
         seeds [b, n_z, D] and diagnostics.
     """
-    config, tensors = state.config, state.tensors
+    config, tensors = state.config, state._memory
     n_steps = config.n_steps if n_steps is None else n_steps
     updated: dict[str, Tensor] = {}
     z0 = tensors["z0"][rows]
@@ -190,6 +214,7 @@ def refine(
             step_size=config.step_size,
             noise=noise,
             max_drift_ratio=config.max_drift_ratio,
+            is_real=is_real,
         )
         drawn = n_steps
     else:
@@ -200,10 +225,14 @@ def refine(
         )  # fmt: skip
         updated = dict(zip(names, moved, strict=True))
         zero = torch.zeros((), device=z0.device)
-        stats = PosteriorStats(zero, zero, z0.flatten(1).norm(dim=1).mean() / math.sqrt(z0[0].numel()))
+        norm = _mean(z0.flatten(1).norm(dim=1), is_real)
+        stats = PosteriorStats(zero, zero, norm / math.sqrt(z0[0].numel()))
         drawn = n_steps + 1
     if store:
         for name, value in {**updated, "z0": z0}.items():
+            if is_real is not None:
+                # The row that stands for no chain is written what it holds, by all alike: no order of writes shows.
+                value = torch.where(is_real.view(-1, *(1,) * (value.ndim - 1)), value, tensors[name][rows])
             tensors[name][rows] = value
-        tensors["n_draws"][rows] += drawn
+        tensors["n_draws"][rows] += drawn if is_real is None else drawn * is_real
     return z0, stats

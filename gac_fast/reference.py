@@ -122,6 +122,11 @@ class _Unpermute(torch.autograd.Function):
         return out.index_copy_(0, ctx.saved_tensors[0], grad.contiguous()), None
 
 
+def _may_read(x: Tensor) -> bool:
+    """Whether values can be read where the op is called: no device is waited for, no trace depends on data."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 SMALLEST_BLOCK = 16  # queries per block, however narrow the window: tiny products cost more than masked work
 
 
@@ -153,7 +158,7 @@ def window_attention(
         cos, sin = _rotary_table(positions, width, rope_base, q.dtype)
         q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
     size = min(max(window, SMALLEST_BLOCK), n)
-    if not q.is_cuda and not torch.compiler.is_compiling():
+    if _may_read(q):
         size = min(size, int(cu_seqlens.diff().max()))
     blocks = _blocks(cu_seqlens, n, size)
 

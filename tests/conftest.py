@@ -30,9 +30,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     skip_gpu = pytest.mark.skip(reason="needs a CUDA device")
     deselected = []
     for item in items:
-        if "gpu" in item.keywords and not torch.cuda.is_available():
+        # Not item.keywords, which hold the names of the folders too.
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(skip_gpu)
-        if "interpreter" in item.keywords and not INTERPRETED:
+        if item.get_closest_marker("interpreter") and not INTERPRETED:
             deselected.append(item)
     if deselected:
         config.hook.pytest_deselected(items=deselected)

@@ -1,95 +1,34 @@
-"""Tiny models, batches, data sets and environments for the tests of the method."""
+"""Tiny models, batches and data sets for the tests of the method, and (by name) environments."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import gymnasium
 import numpy as np
 import torch
-from gymnasium.vector import AutoresetMode, SyncVectorEnv
-from torch import Tensor
+from model_fixtures import ACT_DIM, OBS_DIM, make_batch, make_model, model_config, random_seeds, single
 
-from gac_fast.config import Config, ModelConfig
+from gac_fast.config import Config
 from gac_fast.data import Trajectories
-from gac_fast.model import GAC, Batch
 from gac_fast.model.normalization import Normalization
-from gac_fast.policy import Policy
 
-OBS_DIM, ACT_DIM = 3, 2
+if TYPE_CHECKING:
+    from gac_fast.policy import Policy
 
-
-def model_config(**fields: Any) -> ModelConfig:
-    """A model of a few thousand parameters: two layers that see three steps each."""
-    tiny = {
-        "dim": 16, "n_layers": 2, "n_heads": 2, "window": 3, "mlp_ratio": 2, "n_z": 2, "context": "states",
-        "prior_hidden": 8, "return_hidden": 8,
-    }  # fmt: skip
-    return ModelConfig(**(tiny | fields))
-
-
-def make_model(
-    config: ModelConfig | None = None,
-    *,
-    obs_dim: int = OBS_DIM,
-    act_dim: int = ACT_DIM,
-    seed: int = 0,
-    dtype: torch.dtype = torch.float32,
-) -> GAC:
-    """A model whose every parameter is random: biases, norms and the dropped-action token included."""
-    torch.manual_seed(seed)
-    model = GAC(config or model_config(), obs_dim, act_dim)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if (p.ndim < 2 or name.startswith("returns.b")) and name != "decoder.log_sigma_a":
-                p.add_(0.2 * torch.randn_like(p))
-    return model.to(dtype)
-
-
-def make_batch(
-    lengths: Sequence[int],
-    *,
-    obs_dim: int = OBS_DIM,
-    act_dim: int = ACT_DIM,
-    seed: int = 0,
-    dtype: torch.dtype = torch.float32,
-    has_return: Sequence[bool] | None = None,
-) -> Batch:
-    """Random trajectories of the given lengths, packed."""
-    generator = torch.Generator().manual_seed(seed)
-    steps = torch.tensor(lengths)
-    n, b = int(steps.sum()), len(lengths)
-    cu = torch.cat((torch.zeros(1, dtype=torch.int64), steps.cumsum(0)))
-    sequence = torch.repeat_interleave(torch.arange(b), steps)
-    return Batch(
-        observations=torch.randn(n, obs_dim, generator=generator, dtype=torch.float64).to(dtype),
-        actions=(2 * torch.rand(n, act_dim, generator=generator, dtype=torch.float64) - 1).to(dtype),
-        cu_seqlens=cu.to(torch.int32),
-        positions=torch.arange(n) - cu[sequence],
-        sequence=sequence,
-        returns=torch.randn(b, generator=generator, dtype=torch.float64).to(dtype),
-        has_return=torch.ones(b, dtype=torch.bool) if has_return is None else torch.tensor(has_return),
-        has_label=torch.ones(b, dtype=torch.bool),
-    )
-
-
-def single(batch: Batch, i: int) -> Batch:
-    """Trajectory i of a batch alone."""
-    rows = slice(int(batch.cu_seqlens[i]), int(batch.cu_seqlens[i + 1]))
-    n = rows.stop - rows.start
-    return Batch(
-        batch.observations[rows], batch.actions[rows], torch.tensor([0, n], dtype=torch.int32), batch.positions[rows],
-        torch.zeros(n, dtype=torch.int64), batch.returns[i : i + 1], batch.has_return[i : i + 1],
-        batch.has_label[i : i + 1], None if batch.dropped is None else batch.dropped[rows],
-    )  # fmt: skip
-
-
-def random_seeds(p: int, config: ModelConfig, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Plan seeds [p, n_z, D] of the prior."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(p, config.n_z, config.dim, generator=generator, dtype=torch.float64).to(dtype)
+__all__ = [
+    "ACT_DIM",
+    "OBS_DIM",
+    "goal_trajectories",
+    "make_batch",
+    "make_model",
+    "make_normalization",
+    "make_policy",
+    "make_trajectories",
+    "model_config",
+    "random_seeds",
+    "single",
+]
 
 
 def make_normalization(
@@ -105,6 +44,9 @@ def make_normalization(
 
 def make_policy(config: Config | None = None, *, n: int = 12, env_id: str | None = "Toy-v0", seed: int = 0) -> Policy:
     """An untrained policy over n trajectories of returns 0, 1, ..., n - 1, of which 3 and n - 1 are not usable."""
+    # Its checkpoints need safetensors.
+    from gac_fast.policy import Policy
+
     config = config or Config(model=model_config())
     usable = torch.ones(n, dtype=torch.bool)
     usable[[3, n - 1]] = False
@@ -156,57 +98,10 @@ def goal_trajectories(b: int, length: int, seed: int = 0) -> Trajectories:
     )
 
 
-class CountingEnv(gymnasium.Env[np.ndarray, np.ndarray]):
-    """Episode k of environment ``index`` lasts ``lengths[k % len]`` steps; step t rewards ``100 index + k + t / 10``.
+def __getattr__(name: str) -> Any:
+    """Environments need gymnasium, which a bare GPU machine does without: imported when asked for."""
+    if name in ("CountingEnv", "counting_vector"):
+        import env_fixtures
 
-    The observation is (index, episode, step). Where index + episode is even the end is a termination, else a
-    truncation. ``faults``
-    maps (episode, step) to what goes wrong after that step: "crash", "nan_observation" or "nan_reward"; step 0 is the
-    reset.
-    """
-
-    def __init__(self, index: int, lengths: Sequence[int], faults: dict[tuple[int, int], str] | None = None) -> None:
-        self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (OBS_DIM,), np.float32)
-        # Those of make_normalization.
-        self.action_space = gymnasium.spaces.Box(
-            np.array([-1.25, -2.5], np.float32), np.array([1.75, 3.5], np.float32), dtype=np.float32
-        )
-        self.index, self.lengths, self.faults = index, lengths, faults or {}
-        self.episode, self.t = -1, 0
-        self.actions: list[np.ndarray] = []
-
-    def _observation(self) -> np.ndarray:
-        fault = self.faults.get((self.episode, self.t))
-        if fault == "crash":
-            raise RuntimeError("the arm fell off")
-        return np.array([self.index, np.nan if fault == "nan_observation" else self.episode, self.t], np.float32)
-
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[np.ndarray, dict[str, Any]]:
-        super().reset(seed=seed)
-        self.episode, self.t = self.episode + 1, 0
-        return self._observation(), {}
-
-    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        self.actions.append(np.array(action))
-        self.t += 1
-        ended = self.t >= self.lengths[self.episode % len(self.lengths)]
-        reward = 100 * self.index + self.episode + self.t / 10
-        if self.faults.get((self.episode, self.t)) == "nan_reward":
-            reward = float("nan")
-        even = (self.index + self.episode) % 2 == 0
-        return self._observation(), reward, ended and even, ended and not even, {}
-
-
-def counting_vector(
-    lengths: Sequence[Sequence[int]],
-    mode: AutoresetMode = AutoresetMode.NEXT_STEP,
-    faults: dict[int, dict[tuple[int, int], str]] | None = None,
-) -> SyncVectorEnv:
-    """A vector of :class:`CountingEnv`; ``faults`` by environment."""
-    makers = [
-        functools.partial(CountingEnv, i, episode_lengths, (faults or {}).get(i))
-        for i, episode_lengths in enumerate(lengths)
-    ]
-    return SyncVectorEnv(makers, autoreset_mode=mode)
+        return getattr(env_fixtures, name)
+    raise AttributeError(name)

@@ -21,13 +21,16 @@ from gac_fast import ops
 from gac_fast.config import Config, PosteriorConfig, TrainConfig
 from gac_fast.errors import BackendError, ConfigError
 from gac_fast.model.normalization import Normalization
-from gac_fast.train.batches import Batches
+from gac_fast.train.batches import Batches, bucket
 from gac_fast.train.feeder import Feeder
 
 LENGTHS = [3, 30, 6, 9, 12, 5]
 
 
-def batches(sampling="length", tau_only_fraction=0.25, complete=None, held_out=(), dropout=0.0, device="cpu", **train):
+def batches(
+    sampling="length", tau_only_fraction=0.25, complete=None, held_out=(), dropout=0.0, device="cpu", bucketed=None,
+    **train,
+):  # fmt: skip
     config = Config(
         model=model_config(context="states_actions", action_token_dropout=dropout),
         posterior=PosteriorConfig(tau_only_fraction=tau_only_fraction),
@@ -35,7 +38,7 @@ def batches(sampling="length", tau_only_fraction=0.25, complete=None, held_out=(
     )
     data = make_trajectories(LENGTHS, complete=complete)
     held = torch.tensor(held_out, dtype=torch.int64)
-    return data, Batches(data, Normalization.fit(data), held, config, torch.device(device))
+    return data, Batches(data, Normalization.fit(data), held, config, torch.device(device), bucketed)
 
 
 @pytest.fixture(params=["reference", "cpp"])
@@ -91,7 +94,8 @@ def test_a_drawn_batch_equals_that_of_its_trajectories(on_backend):
     for number in range(5):
         batch, rows = b.draw(number)
         expected = b.of(rows % len(data), batch.has_return, batch.dropped)
-        for name, x, y in zip(batch._fields, batch, expected, strict=True):
+        assert batch.is_real is None
+        for name, x, y in zip(batch._fields[:-1], batch[:-1], expected[:-1], strict=True):
             assert x.dtype == y.dtype, name
             assert torch.equal(x, y), name
     assert {name for _, name in ops.dispatch_counts()} == {on_backend}
@@ -147,7 +151,7 @@ def test_a_batch_follows_from_seed_and_number_alone():
         found = {}
         for number in order:
             batch, rows = b.draw(number)
-            found[number] = [x.clone() for x in (*batch, rows)]
+            found[number] = [x.clone() for x in (*batch[:-1], rows)]
         return found
 
     expected = some(range(6))
@@ -176,7 +180,7 @@ def test_a_batch_that_is_kept_is_never_written_over():
     for i, (batch, rows) in enumerate(kept):
         fresh, fresh_rows = batches(dropout=0.3)[1].draw(i)
         assert torch.equal(rows, fresh_rows)
-        assert all(torch.equal(x, y) for x, y in zip(batch, fresh, strict=True))
+        assert all(torch.equal(x, y) for x, y in zip(batch[:-1], fresh, strict=False))
     expected_gradient = sum(float(batch.returns.sum()) for batch, _ in kept)
     expected_positions = [p.clone() for p in positions]
     del kept, batch, rows, fresh, fresh_rows
@@ -377,7 +381,7 @@ print("done")
 
 @pytest.mark.gpu
 def test_on_a_gpu_batches_are_the_same_however_far_it_is_behind():
-    _, here = batches(dropout=0.3)
+    _, here = batches(dropout=0.3, bucketed=True)
     _, there = batches(dropout=0.3, device="cuda")
     busy = torch.randn(2048, 2048, device="cuda")
     kept = []
@@ -391,3 +395,56 @@ def test_on_a_gpu_batches_are_the_same_however_far_it_is_behind():
         for name, x, y in zip(batch._fields, batch, expected, strict=True):
             assert x.device.type == "cuda"
             torch.testing.assert_close(x.cpu(), y, rtol=1e-6, atol=1e-6, msg=name)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches filled up to a few sizes
+
+
+def test_buckets_are_few_and_hold_what_they_should():
+    sizes = [bucket(n) for n in range(1, 4097)]
+    assert all(n <= size <= n + n // 8 + 1 for n, size in enumerate(sizes, start=1))
+    assert sizes == sorted(sizes)
+    assert [bucket(size) for size in sizes] == sizes
+    assert len(set(sizes[2048:])) == 8
+    assert sum(size / n for n, size in enumerate(sizes, start=1)) / len(sizes) < 1.05
+
+
+@pytest.mark.usefixtures("on_backend")
+@pytest.mark.parametrize("batch_size", [1, 4, 6])
+def test_a_batch_filled_up_begins_with_the_plain_one(batch_size):
+    complete = [True, True, False, True, True, True]
+    data, plain = batches(dropout=0.3, complete=complete, batch_size=batch_size)
+    _, filled = batches(dropout=0.3, complete=complete, batch_size=batch_size, bucketed=True)
+    for number in range(12):
+        (expected, expected_rows), (batch, rows) = plain.draw(number), filled.draw(number)
+        n, b = len(expected.positions), len(expected.returns)
+        whole_n, whole_b = len(batch.positions), len(batch.returns)
+        assert (whole_n, whole_b) == (bucket(n + 1), bucket(b + 1))
+        assert plain.n_steps == filled.n_steps == n
+        for name, x, y in zip(batch._fields[:-1], batch, expected, strict=False):
+            assert torch.equal(x[: len(y)], y), name
+        assert batch.is_real.tolist() == [True] * b + [False] * (whole_b - b)
+        assert torch.equal(rows[:b], expected_rows)
+        assert rows[b:].tolist() == [2 * len(data)] * (whole_b - b)
+        assert batch.cu_seqlens[b:].tolist() == [n] * (whole_b - b) + [whole_n]
+        assert batch.sequence[n:].tolist() == [whole_b - 1] * (whole_n - n)
+        assert batch.positions[n:].tolist() == list(range(whole_n - n))
+        assert batch.first_states.shape[0] == whole_b
+        for x in (batch.has_return[b:], batch.has_label[b:], batch.returns[b:], batch.dropped[n:]):
+            assert not bool(x.any())
+        assert bool(batch.actions[n:].isfinite().all())
+        assert bool(batch.observations[n:].isfinite().all())
+
+
+@pytest.mark.usefixtures("nan_filled_empty", "on_backend")
+def test_a_batch_filled_up_holds_no_memory_as_it_was_found():
+    _, filled = batches(dropout=0.3, bucketed=True)
+    assert all(bool(x.isfinite().all()) for number in range(9) for x in filled.draw(number)[0])
+
+
+def test_compiled_and_recorded_runs_fill_their_batches_up():
+    assert batches()[1].draw(0)[0].is_real is None
+    for name in ("compile", "cuda_graph"):
+        assert batches(**{name: "on"})[1].draw(0)[0].is_real is not None
+    assert batches(compile="on", bucketed=False)[1].draw(0)[0].is_real is None

@@ -23,6 +23,7 @@ from gac_fast.errors import CheckpointError, ConfigError, DataError, EnvError
 from gac_fast.policy import load
 from gac_fast.train import offline
 from gac_fast.train.offline import OfflineTrainer, TrainingDivergedError, pick_device, uses_bf16
+from gac_fast.train.update import compiled
 
 LENGTHS = [6, 5, 7, 4, 8, 5, 6, 7, 5, 6]
 COMPLETE = [True] * 7 + [False] + [True] * 2
@@ -508,3 +509,52 @@ def test_the_trainers_policy_is_the_saved_one(whole):
     assert torch.equal(mine.usable, loaded.usable)
     assert mine.best(20).tolist() == loaded.best(20).tolist()
     assert torch.equal(mine.exploit(3, n_steps=3).z0, loaded.exploit(3, n_steps=3).z0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Compiled and recorded
+
+
+def test_a_graph_needs_a_cuda_device():
+    with pytest.raises(ConfigError, match=r"^train\.cuda_graph: expected a CUDA device, got cpu$"):
+        OfflineTrainer(data(), config(cuda_graph="on"))
+
+
+@pytest.fixture
+def quick_compiler(monkeypatch):
+    """Traces and runs what it traced as it is."""
+    limit = torch._dynamo.config.recompile_limit
+    monkeypatch.setattr(offline, "compiled", lambda parts: compiled(parts, backend="eager"))
+    yield
+    torch._dynamo.config.recompile_limit = limit
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("quick_compiler")
+def test_a_compiled_run_is_a_run(tmp_path):
+    """It stops like any other, and goes on without the flag."""
+    folder = run(tmp_path / "run", config(compile="on", n_updates=4))
+    run(folder, config(n_updates=6), resume=True)
+    assert [row["step"] for row in metrics(folder)] == ["3", "4", "6"]
+    assert np.isfinite([float(value) for row in metrics(folder) for value in row.values() if value]).all()
+
+
+def test_what_fills_a_batch_up_is_not_counted_as_work(monkeypatch):
+    monkeypatch.setattr(offline, "compiled", lambda parts: parts)
+    plain, filled = OfflineTrainer(data(), config()), OfflineTrainer(data(), config(compile="on"))
+    for _ in range(3):
+        assert plain.run_update()[1] == filled.run_update()[1]
+    for name, x in plain.posterior.tensors.items():
+        assert x.shape == filled.posterior.tensors[name].shape
+    # The same chains moved, the same number of times.
+    assert torch.equal(plain.posterior.tensors["n_draws"], filled.posterior.tensors["n_draws"])
+
+
+@pytest.mark.gpu
+def test_recorded_on_a_device(tmp_path):
+    conf = config(device="cuda", cuda_graph="on", n_updates=10, log_every=1)
+    folder = run(tmp_path / "run", conf)
+    folder = run(folder, conf.replace(train={"n_updates": 20}), resume=True)
+    rows = metrics(folder)
+    assert len(rows) == 20
+    assert np.isfinite([float(row["loss"]) for row in rows]).all()

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 from conftest import row_error
-from core_fixtures import make_batch, make_model, model_config, random_seeds
+from model_fixtures import make_batch, make_model, model_config, random_seeds
 
 from gac_fast import ops
 from gac_fast.config import Config, PosteriorConfig, TrainConfig

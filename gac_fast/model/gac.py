@@ -34,6 +34,7 @@ class Batch(NamedTuple):
     has_return: Tensor  # bool [B], whether the posterior sees the return
     has_label: Tensor  # bool [B], whether the return is known at all (cut episodes have none)
     dropped: Tensor | None = None  # bool [n], action tokens left out
+    is_real: Tensor | None = None  # bool [B], False for trajectories that only fill up the batch; None: all are real
 
     @property
     def first_states(self) -> Tensor:
@@ -48,6 +49,14 @@ class Batch(NamedTuple):
     def sum_steps(self, x: Tensor) -> Tensor:
         """Sum per-step values [n] over each trajectory: [B]."""
         return torch.zeros(self.n_trajectories, dtype=x.dtype, device=x.device).index_add(0, self.sequence, x)
+
+    def mean_of_steps(self, x: Tensor) -> Tensor:
+        """Mean of per-step values [n, ...] over the steps of real trajectories: []."""
+        if self.is_real is None:
+            return x.mean()
+        counts = self.is_real[self.sequence]
+        shown = torch.where(counts.view(-1, *(1,) * (x.ndim - 1)), x, 0.0)
+        return shown.sum() / (counts.sum() * (x.numel() // max(1, x.shape[0])))
 
 
 class GAC(nn.Module):

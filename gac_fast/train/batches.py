@@ -17,10 +17,13 @@ from gac_fast.model.normalization import Normalization
 from gac_fast.ops.pack_batch import works_beside
 from gac_fast.train.feeder import Feeder
 
-__all__ = ["Batches"]
+__all__ = ["Batches", "bucket"]
 
 # Second word of the key: no other noise of a run shares it ("BATC").
 KEY = 0x42415443
+
+# Tensors of a batch with an entry for every time step; the others have one for every trajectory.
+PER_STEP = {"observations", "actions", "positions", "sequence", "dropped"}
 
 # Each tensor of a batch begins at a multiple of this many bytes.
 ALIGNMENT = 64
@@ -38,15 +41,29 @@ class Batches:
         held_out: int64 [h], trajectories never drawn.
         config: seed, batch size, share of tau-only rows, dropout of action tokens, batches prepared ahead.
         device: where batches go.
+        bucketed: fill drawn batches up to one of a few sizes (:func:`bucket`), for which compiled code and recorded
+            graphs are made; None does so on CUDA, and wherever the configuration compiles or records.
+
+    Attributes:
+        n_steps: time steps of the batch drawn last, what fills it up left aside.
     """
 
     def __init__(
-        self, data: Trajectories, normalization: Normalization, held_out: Tensor, config: Config, device: torch.device
+        self,
+        data: Trajectories,
+        normalization: Normalization,
+        held_out: Tensor,
+        config: Config,
+        device: torch.device,
+        bucketed: bool | None = None,
     ) -> None:
         self.normalization = normalization.to(device)
         self.device = device
-        self._packer = p = _Packer(data, normalization, held_out, config, pin_memory=device.type == "cuda")
+        if bucketed is None:
+            bucketed = device.type == "cuda" or "on" in (config.train.compile, config.train.cuda_graph)
+        self._packer = p = _Packer(data, normalization, held_out, config, device.type == "cuda", bucketed)
         self.size = p.size
+        self.n_steps = 0
         depth = config.train.prefetch
         self._feeder = Feeder(p.pack, depth) if depth > 0 else None
 
@@ -57,7 +74,8 @@ class Batches:
 
         Returns:
             the batch, and the posterior rows of its chains, int64 [b]: row i of trajectory i given (tau, y), row
-            B + i where the chain sees tau alone (a share of the batch, and every cut episode).
+            B + i where the chain sees tau alone (a share of the batch, and every cut episode), row 2 B where the
+            trajectory only fills the batch up.
         """
         if self._feeder is not None and works_beside():
             packed = self._feeder.take(number)
@@ -66,6 +84,7 @@ class Batches:
             self.close()
             packed = self._packer.pack(number)
         x = packed.tensors
+        self.n_steps = packed.n_steps
         if self.device.type != "cpu":
             on_device = packed.block.to(self.device, non_blocking=True)
             packed.slot.copied = torch.cuda.Event()
@@ -74,7 +93,7 @@ class Batches:
         batch = Batch(
             self.normalization.observations(x["observations"]), self.normalization.actions(x["actions"]),
             x["cu_seqlens"], x["positions"], x["sequence"], x["returns"], x["has_return"], x["has_label"],
-            x.get("dropped"),
+            x.get("dropped"), x.get("is_real"),
         )  # fmt: skip
         return batch, x["rows"]
 
@@ -107,6 +126,12 @@ class Batches:
             self._feeder.close()
 
 
+def bucket(n: int) -> int:
+    """The least size of at least ``n`` that is one of eight per octave: at most an eighth more, 4% on average."""
+    step = 1 << max(0, n.bit_length() - 4)
+    return -(-n // step) * step
+
+
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...], int]]
 """Name -> dtype, shape and first byte of each tensor in a block."""
 
@@ -118,6 +143,7 @@ class _Packed(NamedTuple):
     block: Tensor  # uint8, all of it
     layout: Layout
     tensors: dict[str, Tensor]  # views of the block
+    n_steps: int  # of real trajectories
 
 
 class _Slot:
@@ -158,7 +184,13 @@ class _Packer:
     """Draws and packs; called by one thread at a time."""
 
     def __init__(
-        self, data: Trajectories, normalization: Normalization, held_out: Tensor, config: Config, pin_memory: bool
+        self,
+        data: Trajectories,
+        normalization: Normalization,
+        held_out: Tensor,
+        config: Config,
+        pin_memory: bool,
+        bucketed: bool,
     ) -> None:
         self.observations = torch.from_numpy(data.observations)
         self.actions = torch.from_numpy(data.actions)
@@ -178,16 +210,23 @@ class _Packer:
         self.action_token_dropout = config.model.action_token_dropout
         self.seed = (config.train.seed, KEY)
         self.pin_memory = pin_memory
+        self.bucketed = bucketed
+        # One more, to hold the steps that fill a batch up.
+        self.whole_size = bucket(self.size + 1) if bucketed else self.size
         self.most_slots = config.train.prefetch + 2
         self._slots: list[_Slot] = []
 
     def pack(self, number: int) -> _Packed:
         ids = ops.draw_trajectories(self.weights, self.size, self.seed, number)
         n = int(self.lengths[ids].sum())
-        layout, n_bytes = self._layout(n)
+        whole_n = bucket(n + 1) if self.bucketed else n
+        layout, n_bytes = self._layout(whole_n)
         slot = self._free_slot()
         block = slot.lend(n_bytes)
-        x = carve(block, layout)
+        whole = carve(block, layout)
+        # What the trajectories take of it.
+        x = {name: part[: n if name in PER_STEP else self.size] for name, part in whole.items()}
+        x["cu_seqlens"] = whole["cu_seqlens"][: self.size + 1]
         out = ops.PackedBatch(*(x[name] for name in ops.PackedBatch._fields))
         ops.pack_batch(self.observations, self.actions, self.cu_seqlens, ids, out=out)
         if self.action_token_dropout > 0:
@@ -197,20 +236,36 @@ class _Packer:
         # Trajectories come in random order: those at the end, which hide their return, are any.
         x["has_return"].copy_(x["has_label"])[self.size - self.n_tau_only :] = False
         torch.where(x["has_return"], ids, ids + len(self.complete), out=x["rows"])
-        return _Packed(slot, block, layout, x)
+        if self.bucketed:
+            self._fill_up(whole, n)
+        return _Packed(slot, block, layout, whole, n)
+
+    def _fill_up(self, whole: dict[str, Tensor], n: int) -> None:
+        """Trajectories without steps, and a last one with all steps that are too many, at least one."""
+        for name, part in whole.items():
+            part[n if name in PER_STEP else self.size :] = 0
+        torch.arange(len(whole["positions"]) - n, out=whole["positions"][n:])
+        whole["sequence"][n:] = self.whole_size - 1
+        whole["cu_seqlens"][self.size :] = n
+        whole["cu_seqlens"][-1] = len(whole["positions"])
+        whole["rows"][self.size :] = 2 * len(self.complete)
+        whole["is_real"][: self.size] = True
 
     def _layout(self, n: int) -> tuple[Layout, int]:
+        b = self.whole_size
         fields: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
             "observations": (torch.float32, (n, self.observations.shape[1])),
             "actions": (torch.float32, (n, self.actions.shape[1])),
-            "cu_seqlens": (torch.int32, (self.size + 1,)),
+            "cu_seqlens": (torch.int32, (b + 1,)),
             "positions": (torch.int64, (n,)),
             "sequence": (torch.int64, (n,)),
-            "returns": (torch.float32, (self.size,)),
-            "has_return": (torch.bool, (self.size,)),
-            "has_label": (torch.bool, (self.size,)),
-            "rows": (torch.int64, (self.size,)),
+            "returns": (torch.float32, (b,)),
+            "has_return": (torch.bool, (b,)),
+            "has_label": (torch.bool, (b,)),
+            "rows": (torch.int64, (b,)),
         }
+        if self.bucketed:
+            fields["is_real"] = (torch.bool, (b,))
         if self.action_token_dropout > 0:
             fields["dropped"] = (torch.bool, (n,))
         layout: Layout = {}
@@ -233,8 +288,8 @@ class _Packer:
                 return free[0]
             # The caller keeps all these batches: the first takes its memory with it.
             self._slots.pop(0)
-        longest = self.lengths[self.weights > 0].topk(self.size).values
-        slot = _Slot(self._layout(int(longest.sum()))[1], self.pin_memory)
+        longest = int(self.lengths[self.weights > 0].topk(self.size).values.sum())
+        slot = _Slot(self._layout(bucket(longest + 1) if self.bucketed else longest)[1], self.pin_memory)
         self._slots.append(slot)
         return slot
 

@@ -27,12 +27,23 @@ from gac_fast.posterior import PosteriorState, refine
 from gac_fast.train.batches import Batches
 from gac_fast.train.log import Logger, Progress, RunDir, StopSignal, last_metrics, merge_result, start_run
 from gac_fast.train.metrics import INFERENCE_STEPS, held_out_metrics
-from gac_fast.train.update import frozen, learning_rate, make_optimizer, update
+from gac_fast.train.recorded import RecordedUpdate
+from gac_fast.train.update import (
+    compiled,
+    frozen,
+    learning_rate,
+    load_optimizer_state,
+    make_optimizer,
+    optimizer_state,
+    parts_of,
+    set_learning_rate,
+    update,
+)
 
 __all__ = ["OfflineTrainer", "TrainingDivergedError", "train"]
 
 # What may differ between a run and its resumption beside all of plan. None of it changes what an update means: the
-# learning rate falls over n_updates, and n_threads may change the order of sums, hence last bits.
+# learning rate falls over n_updates; n_threads, compile and cuda_graph may change the order of sums, hence last bits.
 RESUME_MAY_CHANGE = {
     "train.n_updates",
     "train.log_every",
@@ -42,6 +53,8 @@ RESUME_MAY_CHANGE = {
     "train.n_threads",
     "train.prefetch",
     "train.replay_episodes",
+    "train.compile",
+    "train.cuda_graph",
 }
 
 MAX_HELD_OUT_MEASURED = 64
@@ -90,6 +103,8 @@ class OfflineTrainer:
         self.config = config
         self.data = data
         self.device = pick_device(t.device)
+        if t.cuda_graph == "on" and self.device.type != "cuda":
+            raise ConfigError(f"train.cuda_graph: expected a CUDA device, got {self.device.type}")
         torch.manual_seed(t.seed)
         order = torch.from_numpy(np.random.default_rng(t.seed).permutation(len(data)))
         n_held_out = 0 if t.held_out == 0 else max(2, round(t.held_out * len(data)))
@@ -111,15 +126,19 @@ class OfflineTrainer:
             config.posterior, len(data), config.model.n_z, config.model.dim, t.seed, self.device
         )
         self.step = 0
+        parts = parts_of(self.model, config)
+        if t.compile == "on":
+            parts = compiled(parts)
+        self._update = functools.partial(update, self.model, self.optimizer, self.posterior, config=config, parts=parts)
+        self._recorded = RecordedUpdate(self._update) if t.cuda_graph == "on" else None
 
     def run_update(self) -> tuple[dict[str, Tensor], int]:
         """One update: diagnostics (on the device) and the environment time steps it used."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, self.config.train)
+        set_learning_rate(self.optimizer, learning_rate(self.step, self.config.train))
         batch, rows = self.batches.draw(self.step)
-        values = update(self.model, self.optimizer, self.posterior, batch, rows, self.config)
+        values = (self._recorded or self._update)(batch, rows)
         self.step += 1
-        return values, len(batch.observations)
+        return values, self.batches.n_steps
 
     def metrics(self) -> dict[str, float]:
         """Offline metrics of the held-out episodes, ``held_out/<name>``; empty if none are held out."""
@@ -204,7 +223,7 @@ class OfflineTrainer:
         tensors: dict[str, Any] = {f"model.{name}": value for name, value in self.model.state_dict().items()}
         tensors |= {f"posterior.{name}": value for name, value in self.posterior.tensors.items()}
         tensors |= {f"normalization.{name}": value for name, value in self.normalization._asdict().items()}
-        optimizer_tensors, optimizer = checkpoint.flatten("optimizer", self.optimizer.state_dict())
+        optimizer_tensors, optimizer = checkpoint.flatten("optimizer", optimizer_state(self.optimizer))
         tensors |= optimizer_tensors | {
             "data.returns": torch.from_numpy(self.data.returns),
             "data.first_observations": torch.from_numpy(self.data.observations[self.data.cu_seqlens[:-1]]),
@@ -272,7 +291,7 @@ class OfflineTrainer:
         try:
             self.model.load_state_dict({name: tensors[f"model.{name}"] for name in self.model.state_dict()})
             self.posterior.load({name: tensors[f"posterior.{name}"] for name in self.posterior.tensors})
-            self.optimizer.load_state_dict(checkpoint.unflatten(tensors, state["optimizer"]))
+            load_optimizer_state(self.optimizer, checkpoint.unflatten(tensors, state["optimizer"]))
             self.normalization = Normalization(*(tensors[f"normalization.{name}"] for name in Normalization._fields))
             torch.set_rng_state(tensors["rng.torch"])
             if self.device.type == "cuda":
@@ -283,6 +302,8 @@ class OfflineTrainer:
         self.batches = Batches(self.data, self.normalization, self.held_out, self.config, self.device)
         # As it was decided where the run began: "auto" may mean another thing on this machine.
         self.model.bf16 = state["bf16"]
+        if self._recorded is not None:
+            self._recorded.forget()
         self.step = state["step"]
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,22 +15,46 @@ from gac_fast.config import Config, TrainConfig
 from gac_fast.model import GAC, Batch
 from gac_fast.posterior import PosteriorState, refine
 
-__all__ = ["frozen", "learning_rate", "make_optimizer", "update"]
+__all__ = [
+    "Losses",
+    "Parts",
+    "compiled",
+    "frozen",
+    "learning_rate",
+    "load_optimizer_state",
+    "make_optimizer",
+    "optimizer_state",
+    "parts_of",
+    "set_learning_rate",
+    "update",
+]
 
 # Of the NLL that fits the variances. Small, since its gradient shares the norm that clipping allows.
 VARIANCE_WEIGHT = 0.1
 
+# Sizes of batch and states of autograd that each compiled part may be specialised to; the compiler's own limit is 8.
+MOST_SPECIALISATIONS = 64
+
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW with decay on the matrices of linear maps only."""
+    """AdamW with decay on the matrices of linear maps only.
+
+    With ``config.cuda_graph`` its learning rate is a tensor beside the parameters, which a recorded update reads.
+    """
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for name, p in model.named_parameters():
         is_matrix = p.ndim >= 2 and name.rpartition(".")[2].startswith("w")
         (decayed if is_matrix else plain).append(p)
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    recorded = config.cuda_graph == "on"
     # One pass over memory for each parameter, where the plain one makes a dozen.
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98), fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98), fused=True, capturable=recorded)
+    if recorded:
+        lr = torch.tensor(config.learning_rate, dtype=torch.float32, device=next(model.parameters()).device)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+    return optimizer
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -39,6 +64,35 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     done = (step - config.warmup) / max(1, config.n_updates - config.warmup)
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
     return config.learning_rate * (config.final_lr_ratio + (1 - config.final_lr_ratio) * cosine)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
+    """Of all groups; where it is a tensor, in place and without waiting for its device."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(value)
+        else:
+            group["lr"] = value
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """``state_dict()`` as it is whether or not updates are recorded: learning rates as numbers."""
+    state = optimizer.state_dict()
+    groups = [{**group, "lr": float(group["lr"]), "capturable": False} for group in state["param_groups"]]
+    return {**state, "param_groups": groups}
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Take over what :func:`optimizer_state` gave, whether or not updates are recorded now as they were then."""
+    own = [{name: group[name] for name in ("lr", "capturable")} for group in optimizer.param_groups]
+    rates = [float(group["lr"]) for group in state["param_groups"]]
+    optimizer.load_state_dict(state)
+    for group, mine, rate in zip(optimizer.param_groups, own, rates, strict=True):
+        group.update(mine)
+        if isinstance(mine["lr"], Tensor):
+            mine["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
 
 @contextlib.contextmanager
@@ -54,6 +108,67 @@ def frozen(model: nn.Module) -> Iterator[None]:
             p.requires_grad_(True)
 
 
+class Losses(NamedTuple):
+    """Zero-dimensional tensors."""
+
+    loss: Tensor  # what the parameters are moved by
+    action_error: Tensor
+    return_error: Tensor
+    action_nll: Tensor
+
+
+class Parts(NamedTuple):
+    """What an update asks of the model, as it is or compiled."""
+
+    trunk: Callable[[Batch], Tensor]
+    energy: Callable[[Tensor, Batch, Tensor], Tensor]  # of z0, batch and detached trunk
+    losses: Callable[[Tensor, Batch, Tensor], Losses]  # of z0, batch and trunk
+
+
+def parts_of(model: GAC, config: Config) -> Parts:
+    """Those of a model."""
+    t, p = config.train, config.posterior
+
+    def energy(z0: Tensor, batch: Batch, trunk: Tensor) -> Tensor:
+        return model.energy(z0, batch, p.action_temperature, p.return_temperature, trunk)
+
+    def losses(z0: Tensor, batch: Batch, trunk: Tensor) -> Losses:
+        z = model.prior(z0)
+        errors = model.action_errors(batch, z, trunk)
+        action_loss = batch.mean_of_steps(errors)
+        first_states = batch.first_states
+        means, _ = model.predict_return(z, first_states, dropout=True)
+        seen = batch.has_return
+        squared = model.return_errors(batch, means)
+        return_loss = (squared * seen).sum() / (seen.sum().clamp_min(1) * len(means))
+
+        # The variances are fitted with means and plans held fixed. That of the return sees plans inferred from tau
+        # alone, for a plan that has seen the return makes errors look small.
+        action_nll = -batch.mean_of_steps(model.action_log_likelihood(errors.detach()))
+        fixed_means, log_variances = model.predict_return(z.detach(), first_states)
+        return_nll = 0.5 * (model.return_errors(batch, fixed_means.detach()) * (-log_variances).exp() + log_variances)
+        honest = batch.has_label & ~seen
+        return_nll = (return_nll * honest).sum() / (honest.sum().clamp_min(1) * len(means))
+
+        loss = action_loss + t.return_weight * return_loss + VARIANCE_WEIGHT * (action_nll + return_nll)
+        return Losses(loss, action_loss, return_loss, action_nll)
+
+    return Parts(model.trunk, energy, losses)
+
+
+def compiled(parts: Parts, backend: str = "inductor", mode: str | None = None) -> Parts:
+    """The same through ``torch.compile``, each part as one graph, specialised to every size of batch it meets."""
+    import torch._dynamo
+
+    limit = torch._dynamo.config.recompile_limit
+    torch._dynamo.config.recompile_limit = max(limit, MOST_SPECIALISATIONS)
+
+    def one(part: Callable[..., Any]) -> Callable[..., Any]:
+        return torch.compile(part, backend=backend, mode=mode, dynamic=False, fullgraph=True)
+
+    return Parts(one(parts.trunk), one(parts.energy), one(parts.losses))
+
+
 def update(
     model: GAC,
     optimizer: torch.optim.Optimizer,
@@ -61,20 +176,24 @@ def update(
     batch: Batch,
     rows: Tensor,
     config: Config,
+    parts: Parts | None = None,
 ) -> dict[str, Tensor]:
     """Posterior steps on the batch's chains, then one parameter step.
 
+    Nothing is read back from the device, and no state of Python changes: a CUDA graph may record it.
+
     Args:
         batch: trajectories in the order of ``rows``; ``has_return`` False where the chain must not see the return.
-        rows: int64 [b], distinct rows of the posterior state.
+        rows: int64 [b], rows of the posterior state, distinct where ``batch.is_real``, 2 * B elsewhere.
+        parts: those of ``model`` under ``config``, compiled for example; None takes them as they are.
 
     Returns:
-        detached zero-dimensional diagnostics; nothing is read back from the device.
+        detached zero-dimensional diagnostics, on the device.
     """
     with ops.left_to_the_engine("block", batch.observations):
         # The optimiser's step comes after all that reads the weights.
         with ops.fixed_weights():
-            values = _gradients(model, optimizer, posterior, batch, rows, config)
+            values = _gradients(model, optimizer, posterior, batch, rows, parts or parts_of(model, config))
         values["grad_norm"] = nn.utils.clip_grad_norm_(model.parameters(), config.train.grad_clip)
         optimizer.step()
         return values
@@ -86,47 +205,24 @@ def _gradients(
     posterior: PosteriorState,
     batch: Batch,
     rows: Tensor,
-    config: Config,
+    parts: Parts,
 ) -> dict[str, Tensor]:
     """The chains moved, the gradients of the parameters left in them; diagnostics."""
-    t, p = config.train, config.posterior
-    trunk = model.trunk(batch)
+    trunk = parts.trunk(batch)
     known = trunk.detach()
     with frozen(model):
+        z0, stats = refine(posterior, rows, lambda z0: parts.energy(z0, batch, known), is_real=batch.is_real)
 
-        def energy(z0: Tensor) -> Tensor:
-            return model.energy(z0, batch, p.action_temperature, p.return_temperature, known)
-
-        z0, stats = refine(posterior, rows, energy)
-
-    z = model.prior(z0)
-    errors = model.action_errors(batch, z, trunk)
-    action_loss = errors.mean()
-    first_states = batch.first_states
-    means, _ = model.predict_return(z, first_states, dropout=True)
-    seen = batch.has_return
-    squared = model.return_errors(batch, means)
-    return_loss = (squared * seen).sum() / (seen.sum().clamp_min(1) * len(means))
-
-    # The variances are fitted with means and plans held fixed. That of the return sees plans inferred from tau alone,
-    # for a plan that has seen the return makes errors look small.
-    log_sigma = model.decoder.log_sigma_a
-    action_nll = -model.action_log_likelihood(errors.detach()).mean()
-    fixed_means, log_variances = model.predict_return(z.detach(), first_states)
-    return_nll = 0.5 * (model.return_errors(batch, fixed_means.detach()) * (-log_variances).exp() + log_variances)
-    honest = batch.has_label & ~seen
-    return_nll = (return_nll * honest).sum() / (honest.sum().clamp_min(1) * len(means))
-
-    loss = action_loss + t.return_weight * return_loss + VARIANCE_WEIGHT * (action_nll + return_nll)
+    losses = parts.losses(z0, batch, trunk)
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    losses.loss.backward()
     with torch.no_grad():
         return {
-            "loss": loss.detach(),
-            "action_error": action_loss.detach(),
-            "return_error": return_loss.detach(),
-            "nll_per_step": action_nll.detach(),
-            "sigma_a": log_sigma.exp().mean(),
+            "loss": losses.loss.detach(),
+            "action_error": losses.action_error.detach(),
+            "return_error": losses.return_error.detach(),
+            "nll_per_step": losses.action_nll.detach(),
+            "sigma_a": model.decoder.log_sigma_a.exp().mean(),
             "drift_ratio": stats.drift_ratio,
             "langevin_step": stats.step_size,
             "seed_norm": stats.seed_norm,
