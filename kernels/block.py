@@ -90,6 +90,18 @@ def _softmax_gradient(p, dp, NZ: tl.constexpr):
     return p * (dp - along)
 
 
+@triton.jit
+def _rows(p_tile, BT: tl.constexpr):
+    """Tokens int64 [BT] of a tile and which of them count.
+
+    Each phase of a kernel asks anew: addresses kept from one phase to the next would take the registers of the sums
+    between them, and the compiler keeps whatever it has computed once.
+    """
+    # int64 before any product with a stride.
+    o_t = tl.load(p_tile + 1, volatile=True).to(tl.int64) + tl.arange(0, BT)
+    return o_t, tl.arange(0, BT) < tl.load(p_tile + 2, volatile=True)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Small launches: tiles, weights, the plan
 
@@ -311,26 +323,16 @@ def forward_kernel(
     DT: tl.constexpr = tl.float32 if UPCAST else p_w.dtype.element_ty
     FAST: tl.constexpr = tl.bfloat16 == DT
     p_tile = p_tiles + tl.program_id(0) * 4
-    i_b = tl.load(p_tile).to(tl.int64)
-    # int64 before any product with a stride; within a tile int32 does.
-    first = tl.load(p_tile + 1).to(tl.int64)
-    count = tl.load(p_tile + 2)
-    if count == 0:
+    if tl.load(p_tile + 2) == 0:
         return
-    o_t = tl.arange(0, BT)
-    m_t = o_t < count
+    i_b = tl.load(p_tile).to(tl.int64)
     o_d = tl.arange(0, DP)
-    m_td = m_t[:, None] & (o_d < D)[None, :]
-    o_td = o_t[:, None] * D + o_d[None, :]
-    o_normed = o_t[:, None] * (3 * D) + o_d[None, :]
-    if p_normed is not None:
-        p_normed += first * (3 * D)
-        p_rstd += first * 3
+    m_d = (o_d < D)[None, :]
 
+    o_t, m_t = _rows(p_tile, BT)
     # [BT, DP]
-    x = tl.load(p_x + first * stride_x + o_t[:, None] * stride_x + o_d[None, :], mask=m_td, other=0.0)
+    x = tl.load(p_x + o_t[:, None] * stride_x + o_d[None, :], mask=m_t[:, None] & m_d, other=0.0)
     if p_attended is not None:
-        p_attended += first * stride_attended
         for i in range(0, DP, BK):
             o_k = i + tl.arange(0, BK)
             # [BT, BK]
@@ -346,7 +348,9 @@ def forward_kernel(
     normed, rstd = _normalise(x, o_d, D, DP)
     b_normed = normed.to(DT)
     if p_normed is not None:
-        tl.store(p_normed + o_normed, b_normed.to(p_normed.dtype.element_ty), mask=m_td)
+        o_t, m_t = _rows(p_tile, BT)
+        p_out = p_normed + o_t[:, None] * (3 * D) + o_d[None, :]
+        tl.store(p_out, b_normed.to(p_normed.dtype.element_ty), mask=m_t[:, None] & m_d)
         tl.store(p_rstd + o_t * 3, rstd, mask=m_t)
     p_plan += i_b * (2 * CP * DP)
     p_plan_bias += i_b * CP
@@ -362,7 +366,9 @@ def forward_kernel(
     normed, rstd = _normalise(x, o_d, D, DP)
     b_normed = normed.to(DT)
     if p_normed is not None:
-        tl.store(p_normed + D + o_normed, b_normed.to(p_normed.dtype.element_ty), mask=m_td)
+        o_t, m_t = _rows(p_tile, BT)
+        p_out = p_normed + D + o_t[:, None] * (3 * D) + o_d[None, :]
+        tl.store(p_out, b_normed.to(p_normed.dtype.element_ty), mask=m_t[:, None] & m_d)
         tl.store(p_rstd + o_t * 3 + 1, rstd, mask=m_t)
     for i in range(0, HP, BH):
         o_h = i + tl.arange(0, BH)
@@ -372,20 +378,24 @@ def forward_kernel(
         h = tl.dot(b_normed, tl.trans(b_in), input_precision="ieee") + tl.load(p_bias + 3 * DP + o_h)[None, :]
         x = tl.dot((h * _sigmoid(h, FAST)).to(DT), b_out, acc=x, input_precision="ieee")
     x += tl.load(p_bias + 2 * DP + o_d)[None, :]
-    tl.store(p_x_out + first * D + o_td, x, mask=m_td)
+    o_t, m_t = _rows(p_tile, BT)
+    tl.store(p_x_out + o_t[:, None] * D + o_d[None, :], x, mask=m_t[:, None] & m_d)
 
     normed, rstd = _normalise(x, o_d, D, DP)
     b_normed = normed.to(DT)
     if p_normed is not None:
-        tl.store(p_normed + 2 * D + o_normed, b_normed.to(p_normed.dtype.element_ty), mask=m_td)
+        o_t, m_t = _rows(p_tile, BT)
+        p_out = p_normed + 2 * D + o_t[:, None] * (3 * D) + o_d[None, :]
+        tl.store(p_out, b_normed.to(p_normed.dtype.element_ty), mask=m_t[:, None] & m_d)
         tl.store(p_rstd + o_t * 3 + 2, rstd, mask=m_t)
+    o_t, m_t = _rows(p_tile, BT)
     for i in range(0, NP, BN):
         o_n = i + tl.arange(0, BN)
         # [BN, DP]
         b_w = tl.load(p_w + DP * DP + 2 * HP * DP + o_n[:, None] * DP + o_d[None, :]).to(DT)
         y = tl.dot(b_normed, tl.trans(b_w), input_precision="ieee") + tl.load(p_bias + 3 * DP + HP + o_n)[None, :]
         tl.store(
-            p_y + first * N_NEXT + o_t[:, None] * N_NEXT + o_n[None, :], y.to(p_y.dtype.element_ty),
+            p_y + o_t[:, None] * N_NEXT + o_n[None, :], y.to(p_y.dtype.element_ty),
             mask=m_t[:, None] & (o_n < N_NEXT)[None, :],
         )  # fmt: skip
 
@@ -412,26 +422,25 @@ def backward_kernel(
     FAST: tl.constexpr = tl.bfloat16 == DT
     i_tile = tl.program_id(0).to(tl.int64)
     p_tile = p_tiles + i_tile * 4
-    i_b = tl.load(p_tile).to(tl.int64)
-    first = tl.load(p_tile + 1).to(tl.int64)
-    count = tl.load(p_tile + 2)
-    if count == 0:
+    if tl.load(p_tile + 2) == 0:
         return
-    o_t = tl.arange(0, BT)
-    m_t = o_t < count
+    i_b = tl.load(p_tile).to(tl.int64)
     o_d = tl.arange(0, DP)
-    m_td = m_t[:, None] & (o_d < D)[None, :]
-    o_td = o_t[:, None] * D + o_d[None, :]
-    o_normed = o_t[:, None] * (3 * D) + o_d[None, :]
-    p_normed += first * (3 * D)
-    p_rstd += first * 3
+    m_d = (o_d < D)[None, :]
     if p_dbias is not None:
         p_dbias += i_tile * (2 * DP + HP + NP)
 
-    # The map behind: the padding of tokens and columns has gradient zero, and stays so.
-    g = tl.zeros((BT, DP), tl.float32)
+    # The padding of tokens and columns has gradient zero, and stays so.
+    o_t, m_t = _rows(p_tile, BT)
+    # [BT, DP]
+    if p_dx_out is not None:
+        dx = tl.load(p_dx_out + o_t[:, None] * stride_dx_out + o_d[None, :], mask=m_t[:, None] & m_d, other=0.0)
+    else:
+        dx = tl.zeros((BT, DP), tl.float32)
+
+    # The map behind.
     if p_dy is not None:
-        p_dy += first * stride_dy
+        g = tl.zeros((BT, DP), tl.float32)
         for i in range(0, NP, BN):
             o_n = i + tl.arange(0, BN)
             # [BT, BN]
@@ -444,23 +453,23 @@ def backward_kernel(
             g = tl.dot(b_dy, b_w, acc=g, input_precision="ieee")
             if p_dbias is not None:
                 tl.store(p_dbias + 2 * DP + HP + o_n, tl.sum(b_dy.to(tl.float32), axis=0))
+        o_t, m_t = _rows(p_tile, BT)
         # [BT, DP]
-        normed = tl.load(p_normed + 2 * D + o_normed, mask=m_td, other=0.0).to(tl.float32)
+        normed = tl.load(
+            p_normed + 2 * D + o_t[:, None] * (3 * D) + o_d[None, :], mask=m_t[:, None] & m_d, other=0.0
+        ).to(tl.float32)
         rstd = tl.load(p_rstd + o_t * 3 + 2, mask=m_t, other=0.0)
-        g = _norm_gradient(g, normed, rstd, o_d, D, DP)
-    if p_dx_out is not None:
-        dx = g + tl.load(
-            p_dx_out + first * stride_dx_out + o_t[:, None] * stride_dx_out + o_d[None, :], mask=m_td, other=0.0
-        )
-    else:
-        dx = g
+        dx += _norm_gradient(g, normed, rstd, o_d, D, DP)
     b_dx = dx.to(DT)
     if p_dx3 is not None:
-        tl.store(p_dx3 + first * D + o_td, b_dx.to(p_dx3.dtype.element_ty), mask=m_td)
+        o_t, m_t = _rows(p_tile, BT)
+        tl.store(p_dx3 + o_t[:, None] * D + o_d[None, :], b_dx.to(p_dx3.dtype.element_ty), mask=m_t[:, None] & m_d)
         tl.store(p_dbias + DP + o_d, tl.sum(dx, axis=0))
 
     # The MLP, its hidden layer computed again.
-    b_normed = tl.load(p_normed + D + o_normed, mask=m_td, other=0.0).to(DT)
+    o_t, m_t = _rows(p_tile, BT)
+    p_normed2 = p_normed + D + o_t[:, None] * (3 * D) + o_d[None, :]
+    b_normed = tl.load(p_normed2, mask=m_t[:, None] & m_d, other=0.0).to(DT)
     g = tl.zeros((BT, DP), tl.float32)
     for i in range(0, HP, BH):
         o_h = i + tl.arange(0, BH)
@@ -474,17 +483,23 @@ def backward_kernel(
         dh *= sigmoid + activated * (1.0 - sigmoid)
         b_dh = dh.to(DT)
         if p_dx3 is not None:
-            o_th = o_t[:, None] * HP + o_h[None, :]
-            tl.store(p_activated + first * HP + o_th, activated.to(p_activated.dtype.element_ty), mask=m_t[:, None])
-            tl.store(p_dhidden + first * HP + o_th, b_dh.to(p_dhidden.dtype.element_ty), mask=m_t[:, None])
+            p_a = p_activated + o_t[:, None] * HP + o_h[None, :]
+            tl.store(p_a, activated.to(p_activated.dtype.element_ty), mask=m_t[:, None])
+            p_h = p_dhidden + o_t[:, None] * HP + o_h[None, :]
+            tl.store(p_h, b_dh.to(p_dhidden.dtype.element_ty), mask=m_t[:, None])
             tl.store(p_dbias + 2 * DP + o_h, tl.sum(dh, axis=0))
         g = tl.dot(b_dh, b_in, acc=g, input_precision="ieee")
+    # Read again rather than kept through the products.
+    o_t, m_t = _rows(p_tile, BT)
+    p_normed2 = p_normed + D + o_t[:, None] * (3 * D) + o_d[None, :]
+    normed = tl.load(p_normed2, mask=m_t[:, None] & m_d, other=0.0).to(tl.float32)
     rstd = tl.load(p_rstd + o_t * 3 + 1, mask=m_t, other=0.0)
-    dx += _norm_gradient(g, b_normed.to(tl.float32), rstd, o_d, D, DP)
+    dx += _norm_gradient(g, normed, rstd, o_d, D, DP)
     b_dx = dx.to(DT)
 
     # The plan attention.
-    b_normed = tl.load(p_normed + o_normed, mask=m_td, other=0.0).to(DT)
+    o_t, m_t = _rows(p_tile, BT)
+    b_normed = tl.load(p_normed + o_t[:, None] * (3 * D) + o_d[None, :], mask=m_t[:, None] & m_d, other=0.0).to(DT)
     p_plan += i_b * (2 * CP * DP)
     p_plan_bias += i_b * CP
     p_dplan += i_tile * (2 * CP * DP)
@@ -510,13 +525,17 @@ def backward_kernel(
         tl.store(p_dplan + CP * DP + o_out, dn)
         tl.store(p_dplan_bias + o_c, tl.sum(ds, axis=0))
     if p_dx is not None:
+        o_t, m_t = _rows(p_tile, BT)
+        normed = tl.load(p_normed + o_t[:, None] * (3 * D) + o_d[None, :], mask=m_t[:, None] & m_d, other=0.0)
         rstd = tl.load(p_rstd + o_t * 3, mask=m_t, other=0.0)
-        dx += _norm_gradient(g, b_normed.to(tl.float32), rstd, o_d, D, DP)
-        tl.store(p_dx + first * D + o_td, dx, mask=m_td)
+        dx += _norm_gradient(g, normed.to(tl.float32), rstd, o_d, D, DP)
+        tl.store(p_dx + o_t[:, None] * D + o_d[None, :], dx, mask=m_t[:, None] & m_d)
         if p_dattended is not None:
             b_dx = dx.to(DT)
             if p_dx1 is not None:
-                tl.store(p_dx1 + first * D + o_td, b_dx.to(p_dx1.dtype.element_ty), mask=m_td)
+                tl.store(
+                    p_dx1 + o_t[:, None] * D + o_d[None, :], b_dx.to(p_dx1.dtype.element_ty), mask=m_t[:, None] & m_d
+                )
                 tl.store(p_dbias + o_d, tl.sum(dx, axis=0))
             for i in range(0, DP, BK):
                 o_k = i + tl.arange(0, BK)
@@ -524,7 +543,7 @@ def backward_kernel(
                 b_w = tl.load(p_w + o_d[:, None] * DP + o_k[None, :]).to(DT)
                 da = tl.dot(b_dx, b_w, input_precision="ieee")
                 tl.store(
-                    p_dattended + first * D + o_t[:, None] * D + o_k[None, :], da.to(p_dattended.dtype.element_ty),
+                    p_dattended + o_t[:, None] * D + o_k[None, :], da.to(p_dattended.dtype.element_ty),
                     mask=m_t[:, None] & (o_k < D)[None, :],
                 )  # fmt: skip
 
@@ -619,7 +638,7 @@ def options(sizes: Sizes, dtype: torch.dtype, *, backward: bool) -> list[Option]
     elif dtype == torch.float32:
         found = [_option(16, 16, 16, 16, 4, 1)]
     else:
-        found = [_option(128, 64, 64, 64, 8, 2)]
+        found = [_option(128, 64, 32, 64, 8, 2)]
     return [_fit(option, sizes) for option in found]
 
 
