@@ -17,7 +17,7 @@ for the backward), backward of the data 544 kFLOP and 3.1 kB, weights 384 kB thr
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -407,7 +407,7 @@ def forward_kernel(
 @triton.jit
 def backward_kernel(
     p_tiles, p_dx_out, p_dy, p_normed, p_rstd, p_w, p_bias, p_plan, p_plan_bias, p_dx, p_dattended, p_dplan,
-    p_dplan_bias, p_dx1, p_dx3, p_dhidden, p_activated, p_dbias, stride_dx_out, stride_dy,
+    p_dplan_bias, p_dx1, p_dx3, p_dhidden, p_activated, p_dbias, p_stash, stride_dx_out, stride_dy,
     D: tl.constexpr, N_NEXT: tl.constexpr, N_Z: tl.constexpr, UPCAST: tl.constexpr,
     DP: tl.constexpr, HP: tl.constexpr, NP: tl.constexpr, NZ: tl.constexpr, CP: tl.constexpr, CB: tl.constexpr,
     BT: tl.constexpr, BK: tl.constexpr, BH: tl.constexpr, BN: tl.constexpr,
@@ -416,7 +416,8 @@ def backward_kernel(
 
     dx None: nobody asks below the plan. dx3 given: write down the operands of the gradients of the weights as well
     (dx1 and dx3 [n, D], dhidden and activated [n, HP]) and the sums dbias [n_tiles, 2 DP + HP + NP], which the tiles of
-    no token leave as they are.
+    no token leave as they are. stash [n, D] given: the stream's gradient waits there, in L2, rather than in registers
+    while the MLP and the plan attention need them; it may be dx.
     """
     DT: tl.constexpr = tl.float32 if UPCAST else p_w.dtype.element_ty
     FAST: tl.constexpr = tl.bfloat16 == DT
@@ -468,6 +469,8 @@ def backward_kernel(
 
     # The MLP, its hidden layer computed again.
     o_t, m_t = _rows(p_tile, BT)
+    if p_stash is not None:
+        tl.store(p_stash + o_t[:, None] * D + o_d[None, :], dx, mask=m_t[:, None] & m_d)
     p_normed2 = p_normed + D + o_t[:, None] * (3 * D) + o_d[None, :]
     b_normed = tl.load(p_normed2, mask=m_t[:, None] & m_d, other=0.0).to(DT)
     g = tl.zeros((BT, DP), tl.float32)
@@ -494,11 +497,17 @@ def backward_kernel(
     p_normed2 = p_normed + D + o_t[:, None] * (3 * D) + o_d[None, :]
     normed = tl.load(p_normed2, mask=m_t[:, None] & m_d, other=0.0).to(tl.float32)
     rstd = tl.load(p_rstd + o_t * 3 + 1, mask=m_t, other=0.0)
+    if p_stash is not None:
+        tl.debug_barrier()
+        dx = tl.load(p_stash + o_t[:, None] * D + o_d[None, :], mask=m_t[:, None] & m_d, other=0.0)
     dx += _norm_gradient(g, normed, rstd, o_d, D, DP)
     b_dx = dx.to(DT)
 
     # The plan attention.
     o_t, m_t = _rows(p_tile, BT)
+    if p_stash is not None and p_dx is not None:
+        tl.debug_barrier()
+        tl.store(p_stash + o_t[:, None] * D + o_d[None, :], dx, mask=m_t[:, None] & m_d)
     b_normed = tl.load(p_normed + o_t[:, None] * (3 * D) + o_d[None, :], mask=m_t[:, None] & m_d, other=0.0).to(DT)
     p_plan += i_b * (2 * CP * DP)
     p_plan_bias += i_b * CP
@@ -528,6 +537,9 @@ def backward_kernel(
         o_t, m_t = _rows(p_tile, BT)
         normed = tl.load(p_normed + o_t[:, None] * (3 * D) + o_d[None, :], mask=m_t[:, None] & m_d, other=0.0)
         rstd = tl.load(p_rstd + o_t * 3, mask=m_t, other=0.0)
+        if p_stash is not None:
+            tl.debug_barrier()
+            dx = tl.load(p_stash + o_t[:, None] * D + o_d[None, :], mask=m_t[:, None] & m_d, other=0.0)
         dx += _norm_gradient(g, normed.to(tl.float32), rstd, o_d, D, DP)
         tl.store(p_dx + o_t[:, None] * D + o_d[None, :], dx, mask=m_t[:, None] & m_d)
         if p_dattended is not None:
@@ -553,7 +565,7 @@ def backward_kernel(
 
 _SMALL = Option((), 4, 2)
 _TILE_BLOCK = 128
-_MOST_COLUMNS = 64
+_MOST_COLUMNS = 16
 
 
 @dataclass(frozen=True)
@@ -620,26 +632,60 @@ class Sizes:
         }  # fmt: skip
 
 
-def _option(bt: int, bk: int, bh: int, bn: int, num_warps: int, num_stages: int) -> Option:
-    return Option((("BT", bt), ("BK", bk), ("BH", bh), ("BN", bn)), num_warps, num_stages)
+def _option(
+    bt: int, bk: int, bh: int, bn: int, num_warps: int, num_stages: int, registers: int | None = None
+) -> Option:
+    return Option((("BT", bt), ("BK", bk), ("BH", bh), ("BN", bn)), num_warps, num_stages, registers)
 
 
-def _fit(option: Option, sizes: Sizes) -> Option:
-    """The tiles no larger than what they cut."""
-    most = {"BK": sizes.padded_dim, "BN": sizes.padded_next}
-    tiles = tuple((name, min(size, most.get(name, size))) for name, size in option.tiles)
-    return Option(tiles, option.num_warps, option.num_stages)
+# By pass, padded width and whether wgmma is there (it reads operands from shared memory, others hold them in
+# registers): what compiles without spills for bfloat16, the expected best first. A tile of 64 tokens leaves room for
+# three programs per processor, one of 128 halves the traffic of weights.
+_OPTIONS = {
+    ("forward", 64, True): [_option(64, 64, 64, 64, 4, 2, 128), _option(128, 64, 64, 64, 4, 2)],
+    ("forward", 128, True): [_option(64, 64, 64, 64, 4, 2, 168), _option(128, 64, 64, 64, 8, 2)],
+    ("forward", 256, True): [_option(64, 32, 32, 32, 8, 2)],
+    ("data", 64, True): [_option(64, 64, 64, 64, 4, 2)],
+    ("data", 128, True): [_option(128, 64, 64, 64, 8, 2), _option(64, 32, 64, 32, 4, 2)],
+    ("data", 256, True): [_option(32, 32, 32, 32, 8, 2)],
+    ("weights", 64, True): [_option(64, 64, 64, 64, 4, 2)],
+    ("weights", 128, True): [_option(128, 64, 32, 64, 8, 2), _option(64, 64, 32, 64, 4, 2)],
+    ("weights", 256, True): [_option(32, 32, 32, 32, 8, 2)],
+    ("forward", 64, False): [_option(64, 64, 64, 64, 4, 2, 128), _option(128, 64, 64, 64, 4, 2)],
+    ("forward", 128, False): [_option(64, 64, 64, 64, 4, 2), _option(128, 64, 64, 64, 8, 2)],
+    ("forward", 256, False): [_option(64, 32, 32, 32, 8, 2)],
+    ("data", 64, False): [_option(64, 64, 64, 64, 4, 2)],
+    ("data", 128, False): [_option(64, 32, 32, 32, 4, 2), _option(128, 64, 32, 32, 8, 2)],
+    ("data", 256, False): [_option(16, 32, 32, 32, 8, 2)],
+    ("weights", 64, False): [_option(64, 64, 64, 64, 4, 2)],
+    ("weights", 128, False): [_option(64, 32, 32, 32, 4, 2)],
+    ("weights", 256, False): [_option(16, 32, 32, 32, 8, 2)],
+}
 
 
-def options(sizes: Sizes, dtype: torch.dtype, *, backward: bool) -> list[Option]:
-    """Those that fit, the expected best first."""
+def options(sizes: Sizes, dtype: torch.dtype, mode: str, architecture: int) -> list[Option]:
+    """Those that fit, the expected best first; ``mode``: forward, data (the backward of it alone) or weights."""
     if _launch.INTERPRETED:
-        found = [_option(16, 16, 32, 32, 4, 1)]
-    elif dtype == torch.float32:
-        found = [_option(16, 16, 16, 16, 4, 1)]
-    else:
-        found = [_option(128, 64, 32, 64, 8, 2)]
-    return [_fit(option, sizes) for option in found]
+        return [_option(16, 16, 32, min(32, sizes.padded_next), 4, 1)]
+    if dtype == torch.float32:
+        return [_option(16, 16, 16, 16, 4, 1)]
+    found = _OPTIONS[mode, max(64, sizes.padded_dim), architecture >= 90]
+    # Tiles no larger than what they cut.
+    return [
+        replace(
+            option,
+            tiles=tuple(
+                (name, min(size, {"BK": sizes.padded_dim, "BN": sizes.padded_next}.get(name, size)))
+                for name, size in option.tiles
+            ),
+        )
+        for option in found
+    ]
+
+
+def _architecture(x: Tensor) -> int:
+    major, minor = torch.cuda.get_device_capability(x.device) if x.is_cuda else (9, 0)
+    return 10 * major + minor
 
 
 class Saved(NamedTuple):
@@ -784,7 +830,8 @@ def forward(
         ]
 
     key = "block_forward", sizes, dtype, attended is None, save, n.bit_length(), plan_k.shape[0].bit_length()
-    for launch in launches(_launch.choose(key, launches, options(sizes, dtype, backward=False))):
+    found = options(sizes, dtype, "forward", _architecture(x))
+    for launch in launches(_launch.choose(key, launches, found)):
         launch.run()
     return x_out, y, saved
 
@@ -819,10 +866,14 @@ def _backward_launch(
     sizes: Sizes, tiles: Tensor, dx_out: Tensor | None, dy: Tensor | None, saved: Saved, dx: Tensor | None,
     dattended: Tensor | None, partials: _Partials, option: Option,
 ) -> Launch:  # fmt: skip
+    stash = None
+    if sizes.padded_dim > 128:
+        stash = saved.rstd.new_empty((saved.rstd.shape[0], sizes.dim)) if dx is None else dx
     arguments = {
         "p_tiles": tiles, "p_dx_out": dx_out, "p_dy": dy, "p_normed": saved.normed, "p_rstd": saved.rstd,
         "p_w": saved.packed, "p_bias": saved.bias, "p_plan": saved.plan, "p_plan_bias": saved.plan_bias,
-        "p_dx": dx, "p_dattended": dattended, **{f"p_{name}": x for name, x in partials._asdict().items()},
+        "p_dx": dx, "p_dattended": dattended, "p_stash": stash,
+        **{f"p_{name}": x for name, x in partials._asdict().items()},
         "stride_dx_out": 0 if dx_out is None else dx_out.stride(0), "stride_dy": 0 if dy is None else dy.stride(0),
     }  # fmt: skip
     return Launch(backward_kernel, (tiles.shape[0],), arguments, sizes.constants, option)
@@ -889,7 +940,8 @@ def backward(
         "block_backward", sizes, dtype, has_o, wants_dx, wants_weights, dx_out is None, dy is None, n.bit_length(),
         plan_k.shape[0].bit_length(),
     )  # fmt: skip
-    for launch in launches(_launch.choose(key, launches, options(sizes, dtype, backward=True))):
+    found = options(sizes, dtype, "weights" if wants_weights else "data", _architecture(saved.normed))
+    for launch in launches(_launch.choose(key, launches, found)):
         launch.run()
     dweights = []
     if wants_weights:
@@ -948,6 +1000,7 @@ def shipped(
     heads: int,
     n_z: int,
     dtype: torch.dtype,
+    architecture: int = 90,
     hidden: int | None = None,
     n_next: int | None = None,
     has_o: bool = True,
@@ -974,20 +1027,24 @@ def shipped(
         _pack_launch(sizes, weights, saved.packed, saved.bias),
         _plan_launch(sizes, plan_k, plan_k, weights, saved.plan, saved.plan_bias),
     ]
-    for option in options(sizes, dtype, backward=False):
+    tile_sizes = set()
+    for option in options(sizes, dtype, "forward", architecture):
+        tile_sizes.add(dict(option.tiles)["BT"])
         tiles = _tiles_of(cu, n, dict(option.tiles)["BT"])
         found += [_forward_launch(sizes, tiles, x, attended, saved, x_out, y, save, option) for save in (False, True)]
     dk = empty(n_sequences, n_z, heads, dim // heads)
     shape = (heads, n_sequences, n_z)
-    for option in options(sizes, dtype, backward=True):
-        size = dict(option.tiles)["BT"]
-        tiles = _tiles_of(cu, n, size)
-        found.append(tiles_launch(cu, tiles, size))
-        for wants_dx, wants_weights in ((False, False), (True, False), (True, True)):
+    for wants_dx, wants_weights in ((False, False), (True, False), (True, True)):
+        for option in options(sizes, dtype, "weights" if wants_weights else "data", architecture):
+            size = dict(option.tiles)["BT"]
+            tile_sizes.add(size)
+            tiles = _tiles_of(cu, n, size)
             partials = _empty_partials(saved.normed, sizes, n, tiles.shape[0], dtype, wants_weights, has_o)
             dx, dattended = (empty(n, dim), attended) if wants_dx else (None, None)
             found.append(_backward_launch(sizes, tiles, x, dy, saved, dx, dattended, partials, option))
             if wants_dx:
                 sums = [empty(*shape, dim), empty(*shape, dim), empty(*shape)] if wants_weights else []
-                found.append(_reduce_launch(sizes, cu, partials, weights, dk, dk, sums, dtype == torch.bfloat16, size))
+                low = dtype == torch.bfloat16
+                found.append(_reduce_launch(sizes, cu, partials, weights, dk, dk, sums, low, size))
+    found += [tiles_launch(cu, _tiles_of(cu, n, size), size) for size in sorted(tile_sizes)]
     return found

@@ -191,3 +191,111 @@ def test_interpreted_sizes_that_the_kernels_do_not_take(change, message):
     x, attended, plan, cu, weights, _ = block_inputs((3,), **change)
     with ops.backend("triton"), pytest.raises(BackendError, match=message):
         ops.decoder_block(x, attended, *plan.unbind(2), cu, weights)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Compiled without a GPU
+
+# Operands as wide as 256 fill the registers of a processor without wgmma: these spill, and are slower for it.
+SPILLS = {("backward_kernel", 80, 192), ("backward_kernel", 80, 256)}
+
+
+@pytest.fixture
+def fresh_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+
+
+def assert_all_fit(architecture, dtype, dim, folder, **sizes):
+    pytest.importorskip("triton")
+    from kernel_fixtures import assert_fits
+
+    from gac_fast.kernels import block as kernel
+
+    launches = kernel.shipped(dim=dim, dtype=dtype, architecture=architecture, **sizes)
+    names = {launch.name for launch in launches}
+    assert names == {f"{stem}_kernel" for stem in ("pack", "plan", "tiles", "forward", "backward", "reduce")}
+    for launch in launches:
+        spills = dtype == torch.float32 or (launch.name, architecture, dim) in SPILLS
+        assert_fits(launch, architecture, folder, spills=spills)
+
+
+@pytest.mark.usefixtures("fresh_cache")
+def test_gym_compiles_without_spills(tmp_path):
+    assert_all_fit(90, torch.bfloat16, 128, tmp_path, heads=4, n_z=4)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh_cache")
+@pytest.mark.parametrize(
+    ("dim", "sizes"),
+    [
+        (64, {"heads": 8, "n_z": 1}),
+        (96, {"heads": 12, "n_z": 4}),
+        (128, {"heads": 4, "n_z": 4, "has_o": False}),
+        (128, {"heads": 4, "n_z": 4, "n_next": 6}),
+        (128, {"heads": 16, "n_z": 16}),
+        (192, {"heads": 6, "n_z": 7}),
+        (256, {"heads": 1, "n_z": 4}),
+    ],
+    ids=lambda value: "-".join(f"{k}{v}" for k, v in value.items()) if isinstance(value, dict) else str(value),
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "float32"])
+@pytest.mark.parametrize("architecture", [80, 90], ids=["sm_80", "sm_90"])
+def test_every_size_compiles(architecture, dtype, dim, sizes, tmp_path):
+    assert_all_fit(architecture, dtype, dim, tmp_path, **sizes)
+
+
+@pytest.mark.usefixtures("fresh_cache")
+def test_bf16_products_run_on_wgmma():
+    pytest.importorskip("triton")
+    from gac_fast.kernels import block as kernel
+
+    launch = next(one for one in kernel.shipped(64, 4, 4, torch.bfloat16) if one.name == "forward_kernel")
+    ptx = launch.compile(90).asm["ptx"]
+    assert "wgmma.mma_async" in ptx
+    assert "mma.sync" not in ptx
+    # Weights come in by asynchronous copies of 16 bytes.
+    assert "cp.async.cg.shared.global" in ptx
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# On a GPU
+
+
+def on_gpu(inputs):
+    x, attended, plan, cu, weights, grads = inputs
+    moved = (None if t is None else t.cuda() for t in (x, attended, plan, cu))
+    return (*moved, BlockWeights(*(None if w is None else w.cuda() for w in weights)), tuple(t.cuda() for t in grads))
+
+
+GPU_CASES = {
+    **CASES,
+    **SLOW_CASES,
+    "long": {"lengths": (700, 129, 0, 64, 1), "dim": 128, "n_z": 4, "hidden": 512, "n_next": 384},
+    "narrow": {"lengths": (200, 128), "dim": 64, "heads": 2, "n_z": 4, "hidden": 256, "n_next": 192},
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("nan_filled_empty")
+@pytest.mark.parametrize("frozen", [False, True], ids=["all", "data"])
+@pytest.mark.parametrize(("bf16", "bound"), [(False, 1e-5), (True, 2e-2)], ids=["float32", "bf16"])
+@pytest.mark.parametrize("case", GPU_CASES.values(), ids=GPU_CASES.keys())
+def test_gpu_forward_and_every_gradient(case, bf16, bound, frozen):
+    inputs = block_inputs(**case)
+    with ops.backend("reference"):
+        expected = run_block(inputs, dtype=torch.float64)
+    ops.reset_dispatch_counts()
+    found = run_block(on_gpu(inputs), bf16, frozen=frozen)
+    assert ops.dispatch_counts() == {("block", "triton"): 1}
+    check(inputs, {name: value.cpu() for name, value in found.items()}, expected, bound)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
+def test_gpu_gives_the_same_bits_a_hundred_times(bf16):
+    inputs = on_gpu(block_inputs((300, 1, 64, 0, 129), dim=128, n_z=4, hidden=512, n_next=384))
+    first = run_block(inputs, bf16)
+    for _ in range(100):
+        again = run_block(inputs, bf16)
+        assert all(torch.equal(first[name], again[name]) for name in first)
