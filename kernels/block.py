@@ -526,12 +526,17 @@ def backward_kernel(
         b_ds = ds.to(DT)
         if p_dx is not None:
             g = tl.dot(b_ds, b_m, acc=g, input_precision="ieee")
-        # [DP, CB]; tokens beyond the tile's have neither dx nor ds.
-        dm = tl.dot(tl.trans(b_normed), b_ds, input_precision="ieee")
-        dn = tl.dot(tl.trans(b_dx), p.to(DT), input_precision="ieee")
-        o_out = o_c[None, :] * DP + o_d[:, None]
-        tl.store(p_dplan + o_out, dm)
-        tl.store(p_dplan + CP * DP + o_out, dn)
+        # Tokens beyond the tile's have neither dx nor ds.
+        if BT >= 64 and DP <= 128:
+            # [DP, CB]: the larger size first, as wgmma wants it.
+            p_out = p_dplan + o_c[None, :] * DP + o_d[:, None]
+            tl.store(p_out, tl.dot(tl.trans(b_normed), b_ds, input_precision="ieee"))
+            tl.store(p_out + CP * DP, tl.dot(tl.trans(b_dx), p.to(DT), input_precision="ieee"))
+        else:
+            # [CB, DP]
+            p_out = p_dplan + o_c[:, None] * DP + o_d[None, :]
+            tl.store(p_out, tl.dot(tl.trans(b_ds), b_normed, input_precision="ieee"))
+            tl.store(p_out + CP * DP, tl.dot(tl.trans(p.to(DT)), b_dx, input_precision="ieee"))
         tl.store(p_dplan_bias + o_c, tl.sum(ds, axis=0))
     if p_dx is not None:
         o_t, m_t = _rows(p_tile, BT)
@@ -628,7 +633,7 @@ class Sizes:
         return {
             "D": self.dim, "HEADS": self.heads, "N_Z": self.n_z, "UPCAST": _launch.INTERPRETED,
             "DP": self.padded_dim, "NZ": self.padded_z, "CP": self.columns,
-            "BR": 16, "BK": max(16, min(32, triton.next_power_of_2(width))),
+            "BR": 16, "BK": 16 if self.padded_dim > 128 else max(16, min(32, triton.next_power_of_2(width))),
         }  # fmt: skip
 
 
@@ -643,7 +648,7 @@ def _option(
 # three programs per processor, one of 128 halves the traffic of weights.
 _OPTIONS = {
     ("forward", 64, True): [_option(64, 64, 64, 64, 4, 2, 128), _option(128, 64, 64, 64, 4, 2)],
-    ("forward", 128, True): [_option(64, 64, 64, 64, 4, 2, 168), _option(128, 64, 64, 64, 8, 2)],
+    ("forward", 128, True): [_option(64, 64, 32, 64, 4, 2, 168), _option(128, 64, 64, 64, 8, 2)],
     ("forward", 256, True): [_option(64, 32, 32, 32, 8, 2)],
     ("data", 64, True): [_option(64, 64, 64, 64, 4, 2)],
     ("data", 128, True): [_option(128, 64, 64, 64, 8, 2), _option(64, 32, 64, 32, 4, 2)],
@@ -655,11 +660,11 @@ _OPTIONS = {
     ("forward", 128, False): [_option(64, 64, 64, 64, 4, 2), _option(128, 64, 64, 64, 8, 2)],
     ("forward", 256, False): [_option(64, 32, 32, 32, 8, 2)],
     ("data", 64, False): [_option(64, 64, 64, 64, 4, 2)],
-    ("data", 128, False): [_option(64, 32, 32, 32, 4, 2), _option(128, 64, 32, 32, 8, 2)],
-    ("data", 256, False): [_option(16, 32, 32, 32, 8, 2)],
+    ("data", 128, False): [_option(64, 32, 32, 32, 8, 2), _option(128, 64, 32, 32, 8, 2)],
+    ("data", 256, False): [_option(32, 32, 32, 32, 8, 2)],
     ("weights", 64, False): [_option(64, 64, 64, 64, 4, 2)],
-    ("weights", 128, False): [_option(64, 32, 32, 32, 4, 2)],
-    ("weights", 256, False): [_option(16, 32, 32, 32, 8, 2)],
+    ("weights", 128, False): [_option(64, 32, 32, 32, 8, 2), _option(64, 32, 32, 32, 4, 2)],
+    ("weights", 256, False): [_option(32, 32, 32, 32, 8, 2)],
 }
 
 
@@ -670,6 +675,9 @@ def options(sizes: Sizes, dtype: torch.dtype, mode: str, architecture: int) -> l
     if dtype == torch.float32:
         return [_option(16, 16, 16, 16, 4, 1)]
     found = _OPTIONS[mode, max(64, sizes.padded_dim), architecture >= 90]
+    if sizes.dim != sizes.padded_dim or sizes.columns > sizes.columns_at_once:
+        # Masks and the loop over heads take registers that only the first leaves.
+        found = found[:1]
     # Tiles no larger than what they cut.
     return [
         replace(
