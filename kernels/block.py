@@ -628,6 +628,10 @@ class Sizes:
         }  # fmt: skip
 
     @property
+    def plan_option(self) -> Option:
+        return Option((), 8 if self.padded_dim > 128 else 4, 2)
+
+    @property
     def plan_constants(self) -> dict[str, Any]:
         width = self.dim // self.heads
         return {
@@ -652,19 +656,19 @@ _OPTIONS = {
     ("forward", 256, True): [_option(64, 32, 32, 32, 8, 2)],
     ("data", 64, True): [_option(64, 64, 64, 64, 4, 2)],
     ("data", 128, True): [_option(128, 64, 64, 64, 8, 2), _option(64, 32, 64, 32, 4, 2)],
-    ("data", 256, True): [_option(32, 32, 32, 32, 8, 2)],
+    ("data", 256, True): [_option(32, 32, 32, 32, 8, 2, 240)],
     ("weights", 64, True): [_option(64, 64, 64, 64, 4, 2)],
     ("weights", 128, True): [_option(128, 64, 32, 64, 8, 2), _option(64, 64, 32, 64, 4, 2)],
-    ("weights", 256, True): [_option(32, 32, 32, 32, 8, 2)],
+    ("weights", 256, True): [_option(32, 32, 32, 32, 8, 2, 240)],
     ("forward", 64, False): [_option(64, 64, 64, 64, 4, 2, 128), _option(128, 64, 64, 64, 4, 2)],
     ("forward", 128, False): [_option(64, 64, 64, 64, 4, 2), _option(128, 64, 64, 64, 8, 2)],
     ("forward", 256, False): [_option(64, 32, 32, 32, 8, 2)],
     ("data", 64, False): [_option(64, 64, 64, 64, 4, 2)],
     ("data", 128, False): [_option(64, 32, 32, 32, 8, 2), _option(128, 64, 32, 32, 8, 2)],
-    ("data", 256, False): [_option(32, 32, 32, 32, 8, 2)],
+    ("data", 256, False): [_option(32, 32, 32, 32, 8, 2, 240)],
     ("weights", 64, False): [_option(64, 64, 64, 64, 4, 2)],
     ("weights", 128, False): [_option(64, 32, 32, 32, 8, 2), _option(64, 32, 32, 32, 4, 2)],
-    ("weights", 256, False): [_option(32, 32, 32, 32, 8, 2)],
+    ("weights", 256, False): [_option(32, 32, 32, 32, 8, 2, 240)],
 }
 
 
@@ -754,7 +758,7 @@ def _plan_launch(
         "stride_vb": plan_v.stride(0), "stride_vz": plan_v.stride(1), "stride_vh": plan_v.stride(2),
     }  # fmt: skip
     grid = (triton.cdiv(n_sequences * sizes.padded_z, 16), sizes.columns // sizes.padded_z)
-    return Launch(plan_kernel, grid, arguments, sizes.plan_constants, _SMALL)
+    return Launch(plan_kernel, grid, arguments, sizes.plan_constants, sizes.plan_option)
 
 
 def _forward_launch(
@@ -899,7 +903,7 @@ def _reduce_launch(
         "p_dc": dc, "n_sequences": dk.shape[0], "scale": (sizes.dim // sizes.heads) ** -0.5,
     }  # fmt: skip
     constants = {**sizes.plan_constants, "SIZE": size, "LOW": low}
-    return Launch(reduce_kernel, (dk.shape[0], sizes.heads), arguments, constants, _SMALL)
+    return Launch(reduce_kernel, (dk.shape[0], sizes.heads), arguments, constants, sizes.plan_option)
 
 
 def backward(

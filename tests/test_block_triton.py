@@ -196,6 +196,7 @@ def test_interpreted_sizes_that_the_kernels_do_not_take(change, message):
 # ---------------------------------------------------------------------------------------------------------------------
 # Compiled without a GPU
 
+
 @pytest.fixture
 def fresh_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
