@@ -28,12 +28,9 @@ CASES = {
     "odd": {"lengths": (3, 17), "dim": 20, "heads": 2, "n_z": 7, "hidden": 33, "n_next": 17},
     "groups_of_heads": {"lengths": (4, 18), "dim": 96, "heads": 12, "n_z": 16, "hidden": 100, "n_next": 70},
     "gym": {"lengths": (20, 2), "dim": 128, "heads": 4, "n_z": 4, "hidden": 512, "n_next": 384},
+    "wide": {"lengths": (33, 2), "dim": 192, "heads": 6, "n_z": 5, "hidden": 130, "n_next": 192},
+    "wider": {"lengths": (18,), "dim": 256, "heads": 1, "n_z": 2, "hidden": 64, "n_next": 70},
 }  # fmt: skip
-# The widths that take longest to interpret.
-SLOW_CASES = {
-    "wide": {"lengths": (33, 2), "dim": 192, "heads": 6, "n_z": 5, "hidden": 768, "n_next": 576},
-    "wider": {"lengths": (18,), "dim": 256, "heads": 1, "n_z": 2, "hidden": 1024, "n_next": 768},
-}
 
 
 def check(inputs, found, expected, bound):
@@ -50,10 +47,7 @@ def check(inputs, found, expected, bound):
 @pytest.mark.interpreter
 @pytest.mark.usefixtures("nan_filled_empty")
 @pytest.mark.parametrize("frozen", [False, True], ids=["all", "data"])
-@pytest.mark.parametrize(
-    "case", [*CASES.values(), *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW_CASES.values())],
-    ids=[*CASES, *SLOW_CASES],
-)  # fmt: skip
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_interpreted_forward_and_every_gradient(case, frozen):
     inputs = block_inputs(**case)
     with ops.backend("reference"):
@@ -266,7 +260,6 @@ def on_gpu(inputs):
 
 GPU_CASES = {
     **CASES,
-    **SLOW_CASES,
     "long": {"lengths": (700, 129, 0, 64, 1), "dim": 128, "n_z": 4, "hidden": 512, "n_next": 384},
     "narrow": {"lengths": (200, 128), "dim": 64, "heads": 2, "n_z": 4, "hidden": 256, "n_next": 192},
 }
