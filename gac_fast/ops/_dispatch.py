@@ -167,6 +167,9 @@ def active(op: str, device: torch.device) -> str:
     return _select(op, device)
 
 
+active._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def problem(op: str, name: str, device: torch.device) -> str | None:
     """Why backend ``name`` cannot run ``op`` on ``device``; None where it can."""
     if name == "reference":

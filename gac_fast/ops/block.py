@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gac_fast import reference
-from gac_fast.ops import _check, _dispatch, _threads
+from gac_fast.ops import _block_triton, _check, _dispatch, _threads
 from gac_fast.ops._arrays import array as _array
 from gac_fast.ops._arrays import padded as _padded
 from gac_fast.ops._arrays import rows as _rows
@@ -22,7 +22,7 @@ from gac_fast.reference import BlockWeights
 __all__ = ["decoder_block", "fixed_weights"]
 
 OP = "block"
-_dispatch.register(OP, "cpp")
+_dispatch.register(OP, "triton", "cpp")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Packed weights, kept by content: version counters miss what fused optimisers and ``p.data`` do, and reading the
@@ -396,10 +396,16 @@ def decoder_block(
         _check.shape(f"weights.{name}", weight, *sizes.get(name, (dim, dim) if name.startswith("w_") else (dim,)))
         given.append(weight)
 
-    if _dispatch.choose(OP, x.device, _dispatch.refusal(x)) == "reference":
+    refused = _dispatch.refusal(x)
+    if refused is None and _dispatch.active(OP, x.device) == "triton":
+        refused = _block_triton.refusal(x, plan_k)
+    engine = _dispatch.choose(OP, x.device, refused)
+    if engine == "reference":
         return reference.decoder_block(x, attended, plan_k, plan_v, cu_seqlens, weights, bf16)
     if attended is not None:
         attended = attended.to(torch.bfloat16 if bf16 else torch.float32)
+    if engine == "triton":
+        return _block_triton.run(x, attended, plan_k, plan_v, cu_seqlens, given, bf16)
     wants_weights = torch.is_grad_enabled() and any(weight.requires_grad for weight in given)
     wants_dx = torch.is_grad_enabled() and (x.requires_grad or (attended is not None and attended.requires_grad))
     wants_plan = torch.is_grad_enabled() and (plan_k.requires_grad or plan_v.requires_grad)
