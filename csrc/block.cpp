@@ -402,12 +402,19 @@ void backward_tile(const BlockBackward& f, std::int64_t i_tile) {
     maps.apply_transposed(kBlockPlanQ, rows, dq, ld, b.narrow, ld);
     dx_operand = kept(out != nullptr ? out->dx1 : nullptr, ld, b.narrow_operand);
     add_norm_gradient(rows, p.dim, b.narrow, ld, normed1, ld, f.rstd + 2 * t.first, 2, dx, ld, dx_operand, ld);
-    for (std::int64_t r = 0; r < rows; ++r) convert(dx + r * ld, p.dim, f.dx + (t.first + r) * p.dim);
+    const auto give = [&](const float* from, auto* to) {
+        const std::int64_t others = (f.every - 1) * p.dim;
+        for (std::int64_t r = 0; r < rows; ++r) {
+            auto* row = to + (t.first + r) * f.every * p.dim;
+            convert(from + r * ld, p.dim, row);
+            std::memset(row + p.dim, 0, static_cast<std::size_t>(others) * sizeof(*row));
+        }
+    };
+    give(dx, f.dx);
     if (!p.has_o) return;
     if (out != nullptr) sum_columns(rows, p.dim, dx, ld, dbias[kBlockO]);
     maps.apply_transposed(kBlockO, rows, dx_operand, ld, b.narrow, ld);
-    T* dattended = at<T>(f.dattended, t.first * p.dim);
-    for (std::int64_t r = 0; r < rows; ++r) convert(b.narrow + r * ld, p.dim, dattended + r * p.dim);
+    give(b.narrow, static_cast<T*>(f.dattended));
 }
 
 template <typename T>

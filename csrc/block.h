@@ -96,8 +96,9 @@ struct BlockBackward {
     BlockPlan k, v;
     void* plan_packs;
     float* plan_partials;           // [n_tiles][2][n_z][D]
-    float* dx;                      // [N][D], null where neither it nor dattended is wanted
-    void* dattended;                // T [N][D], or null
+    float* dx;                      // [N][every][D], null where neither it nor dattended is wanted
+    void* dattended;                // T [N][every][D], or null
+    std::int64_t every;             // the first of so many rows is the token's, the others become zero
     float *dplan_k, *dplan_v;       // [B][n_z][D]
     const BlockOperands* operands;  // null where no weight wants a gradient
 };

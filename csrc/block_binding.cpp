@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <cstring>
@@ -323,8 +324,14 @@ void backward(const BlockWeights& weights, const py::object& dx_out, const py::o
     f.plan_packs = call.plan_packs.get();
     f.dplan_k = dense_rows<float>(dplan_k, s.n_sequences, s.n_z * p.dim, "dplan_k");
     f.dplan_v = dense_rows<float>(dplan_v, s.n_sequences, s.n_z * p.dim, "dplan_v");
-    f.dx = dense_rows<float>(dx, n, p.dim, "dx");
-    f.dattended = dense_rows(dattended, p.bf16, n, p.dim, "dattended");
+    f.every = 1;
+    if (!dx.is_none() && p.dim > 0) {
+        const py::array array = array_of(dx, "dx");
+        check_shape(array, {n, kAny}, "dx");
+        f.every = std::max<std::int64_t>(1, array.shape(1) / p.dim);
+    }
+    f.dx = dense_rows<float>(dx, n, f.every * p.dim, "dx");
+    f.dattended = dense_rows(dattended, p.bf16, n, f.every * p.dim, "dattended");
     if ((f.dx != nullptr && p.has_o) != (f.dattended != nullptr) && n > 0) {
         fail("dattended", "an array where dx is wanted and there is W_o, None else", "another");
     }

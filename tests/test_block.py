@@ -298,14 +298,14 @@ def test_float64_takes_the_reference(cpp_engine):
 def op_arguments(inputs, save=True):
     x, attended, plan, cu, weights, _ = inputs
     leaves = [t.detach().clone().requires_grad_() for t in (x, attended, *plan.unbind(2))]
-    return (*leaves, cu.long(), [w.clone().requires_grad_() for w in weights], False, save, True, True)
+    return (*leaves, cu.long(), [w.clone().requires_grad_() for w in weights], False, save, True, True, 1)
 
 
 def test_registered_block_passes_opcheck(cpp_engine):
     inputs = block_inputs((5, 6), dim=16, heads=2, hidden=8, n_next=5)
     torch.library.opcheck(torch.ops.gac_fast.block.default, op_arguments(inputs))
     *_, (dx_out, dy) = inputs
-    _, attended, k, v, cu, weights, bf16, _, wants_dx, wants_weights = op_arguments(inputs)
+    _, attended, k, v, cu, weights, bf16, _, wants_dx, wants_weights, _ = op_arguments(inputs)
     with torch.no_grad():
         x_out, _, *saved = torch.ops.gac_fast.block(*op_arguments(inputs))
         arguments = (
@@ -319,7 +319,7 @@ def test_registered_block_passes_opcheck(cpp_engine):
             [w.detach() for w in weights],
         )
         torch.library.opcheck(
-            torch.ops.gac_fast.block_backward.default, (*arguments, bf16, wants_dx, wants_weights),
+            torch.ops.gac_fast.block_backward.default, (*arguments, bf16, wants_dx, wants_weights, 1),
             test_utils=("test_schema", "test_faketensor"),
         )  # fmt: skip
 
@@ -405,6 +405,47 @@ def test_training_on_either_engine_agrees(cpp_engine, context, bf16, bound):
     )
     assert apart < 10 * bound * moved
     assert row_error(z0_c.flatten()[None], z0_r.flatten()[None]) < bound
+
+
+@pytest.mark.usefixtures("isa", "nan_filled_empty")
+@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
+@pytest.mark.parametrize("with_out", [True, False], ids=["out", "first"])
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "weights"])
+def test_every_other_row_alone(bf16, with_out, frozen):
+    """The same as on the rows picked by hand: bit for bit, with zero as the gradient of the others."""
+    lengths = [70, 1, 12]
+    x, attended, plan, cu, weights, gradients = block_inputs(lengths, with_out=with_out)
+
+    def run(every: int):
+        rows = [None if t is None else t.detach().clone() for t in (x, attended)]
+        if every > 1:
+            wide = [None if t is None else torch.full((every * len(t), t.shape[1]), 7.0) for t in rows]
+            for full, t in zip(wide, rows, strict=True):
+                if full is not None:
+                    full[::every] = t
+            rows = wide
+        leaves = [t.requires_grad_() for t in (*rows, plan.clone()) if t is not None]
+        own = BlockWeights(*(None if w is None else w.clone().requires_grad_(not frozen) for w in weights))
+        leaves += [w for w in own if w is not None and w.requires_grad]
+        out = ops.decoder_block(rows[0], rows[1], *leaves[2 if with_out else 1].unbind(2), cu, own, bf16, every)
+        return out, torch.autograd.grad(out, leaves, [g.to(y.dtype) for g, y in zip(gradients, out, strict=True)])
+
+    out, grads = run(1)
+    out3, grads3 = run(3)
+    assert ops.dispatch_counts() == {("block", "cpp"): 2}
+    assert all(torch.equal(a, b) for a, b in zip(out3, out, strict=True))
+    n_rows = 2 if with_out else 1
+    for a, b in zip(grads3[:n_rows], grads[:n_rows], strict=True):
+        assert torch.equal(a[::3], b)
+        assert not a[1::3].any()
+        assert not a[2::3].any()
+    assert all(torch.equal(a, b) for a, b in zip(grads3[n_rows:], grads[n_rows:], strict=True))
+
+
+def test_every_names_what_does_not_divide():
+    x, attended, plan, cu, weights, _ = block_inputs([5])
+    with pytest.raises(ValueError, match="every: expected a divisor of the 5 rows of x, got 2"):
+        ops.decoder_block(x, attended, plan[:, :, 0], plan[:, :, 1], cu, weights, every=2)
 
 
 @pytest.mark.usefixtures("cpp_engine")

@@ -169,22 +169,21 @@ class Decoder(nn.Module):
             [n, act_dim] in [-1, 1].
         """
         bf16 = _bf16(trunk)
-        steps, every = cu_seqlens, positions
+        steps = cu_seqlens
         if self.tokens_per_step == 2:
-            cu_seqlens, every = cu_seqlens * 2, positions.repeat_interleave(2)
+            cu_seqlens, positions = cu_seqlens * 2, positions.repeat_interleave(2)
         layers: list[DecoderLayer] = list(self.layers)  # type: ignore[arg-type]
         x, y, attended = trunk, trunk, None
         for i, layer in enumerate(layers):
             is_last = i + 1 == len(layers)
-            if is_last and self.tokens_per_step == 2:
-                # The means are read at the state tokens: the others are done here.
+            # The means are read at the state tokens: in the last layer the others are done.
+            every = self.tokens_per_step if is_last else 1
+            if is_last:
                 cu_seqlens = steps
-                x = x.view(-1, 2, x.shape[-1])[:, 0]
-                attended = None if attended is None else attended.view(-1, 2, x.shape[-1])[:, 0]
             norm, after = (self.norm, self.head) if is_last else (layers[i + 1].norm1, layers[i + 1].qkv)
             plan_k, plan_v = layer.plan_keys(z)
             weights = layer.block_weights(attended is not None, norm, after)
-            x, y = ops.decoder_block(x, attended, plan_k, plan_v, cu_seqlens, weights, bf16)
+            x, y = ops.decoder_block(x, attended, plan_k, plan_v, cu_seqlens, weights, bf16, every)
             if not is_last:
-                attended = layers[i + 1].attend(y, cu_seqlens, self.window, every)
+                attended = layers[i + 1].attend(y, cu_seqlens, self.window, positions)
         return torch.tanh(y)

@@ -120,13 +120,18 @@ def _packed_by_content(engine: ModuleType, weights: Sequence[Tensor], bf16: bool
 # Registered ops
 
 
+def _first_of(x: Tensor | None, every: int) -> Tensor | None:
+    """Rows 0, every, 2 every, ... in place."""
+    return x if x is None or every == 1 else x.reshape(-1, every * x.shape[1])[:, : x.shape[1]]
+
+
 def _outputs(
-    x: Tensor, plan_k: Tensor, weights: Sequence[Tensor], bf16: bool, save: bool
+    x: Tensor, plan_k: Tensor, weights: Sequence[Tensor], bf16: bool, save: bool, every: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """x_out and y, then what the backward reads: two normalised streams, 1 / std of both, the plan's softmax; in
     float32 also queries and pre-activations. bfloat16 computes those two again: on tiles that is faster than memory.
     """
-    n, dim = x.shape
+    n, dim = x.shape[0] // every, x.shape[1]
     dtype = torch.bfloat16 if bf16 else torch.float32
     w = _unflatten(weights)
     n_plan = plan_k.shape[1] * plan_k.shape[2]
@@ -154,8 +159,9 @@ def _block(
     save: bool,
     wants_dx: bool,
     wants_weights: bool,
+    every: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    outputs = _outputs(x, plan_k, weights, bf16, save)
+    outputs = _outputs(x, plan_k, weights, bf16, save, every)
     dtype = outputs[1].dtype
     with torch.autocast("cpu", enabled=False):
         packs = _packed(weights, bf16, save)
@@ -163,9 +169,9 @@ def _block(
     if bf16:
         saved[4:] = None, None
     _dispatch.cpp_engine()._block(
-        packs, _array(_rows(x, torch.float32)), _array(_rows(attended, dtype)), _array(_rows(plan_k, plan_k.dtype)),
-        _array(_rows(plan_v, plan_v.dtype)), _array(cu_seqlens), _array(outputs[0]), _array(outputs[1]), *saved,
-        _threads.count(),
+        packs, _array(_rows(_first_of(x, every), torch.float32)), _array(_rows(_first_of(attended, every), dtype)),
+        _array(_rows(plan_k, plan_k.dtype)), _array(_rows(plan_v, plan_v.dtype)), _array(cu_seqlens),
+        _array(outputs[0]), _array(outputs[1]), *saved, _threads.count(),
     )  # fmt: skip
     return outputs
 
@@ -173,22 +179,23 @@ def _block(
 @_block.register_fake
 def _(
     x: Tensor, attended: Tensor | None, plan_k: Tensor, plan_v: Tensor, cu_seqlens: Tensor, weights: Sequence[Tensor],
-    bf16: bool, save: bool, wants_dx: bool, wants_weights: bool,
+    bf16: bool, save: bool, wants_dx: bool, wants_weights: bool, every: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return _outputs(x, plan_k, weights, bf16, save)
+    return _outputs(x, plan_k, weights, bf16, save, every)
 
 
 def _gradients(
-    x: Tensor, attended: Tensor | None, plan_k: Tensor, weights: Sequence[Tensor], bf16: bool, wants_dx: bool,
-    wants_weights: bool,
+    x_out: Tensor, has_attended: bool, plan_k: Tensor, weights: Sequence[Tensor], bf16: bool, wants_dx: bool,
+    wants_weights: bool, every: int,
 ) -> list[Tensor]:  # fmt: skip
     """Plan keys and values; then, where wanted, x and attended; then, where wanted, the weights."""
     dtype = torch.bfloat16 if bf16 else torch.float32
     grads = [torch.empty_like(plan_k, dtype=torch.float32, memory_format=torch.contiguous_format) for _ in range(2)]
     if wants_dx or wants_weights:
-        grads.append(x.new_empty(x.shape, dtype=torch.float32))
-        if attended is not None:
-            grads.append(x.new_empty(x.shape, dtype=dtype))
+        shape = every * x_out.shape[0], x_out.shape[1]
+        grads.append(x_out.new_empty(shape, dtype=torch.float32))
+        if has_attended:
+            grads.append(x_out.new_empty(shape, dtype=dtype))
     if wants_weights:
         grads += [torch.empty_like(w) for w in weights]
     return grads
@@ -207,15 +214,17 @@ def _block_backward(
     bf16: bool,
     wants_dx: bool,
     wants_weights: bool,
+    every: int,
 ) -> list[Tensor]:
     x_out = saved[0]
     n, dim = x_out.shape
     dtype = torch.bfloat16 if bf16 else torch.float32
     w = _unflatten(weights)
     dplan = [torch.empty(plan_k.shape, dtype=torch.float32) for _ in range(2)]
-    stream = [torch.empty((n, dim), dtype=torch.float32)] if wants_dx or wants_weights else []
+    # Rows that the block does not read get a gradient of zero, written where the others are.
+    stream = [torch.empty((every * n, dim), dtype=torch.float32)] if wants_dx or wants_weights else []
     if stream and w.w_o is not None:
-        stream.append(torch.empty((n, dim), dtype=dtype))
+        stream.append(torch.empty((every * n, dim), dtype=dtype))
     operands: list[Tensor] = []
     dbias = None
     hidden, n_next = w.w_in.shape[0], w.w_next.shape[0]
@@ -229,16 +238,17 @@ def _block_backward(
     read = [_array(x) for x in saved]
     if bf16:
         read[5:] = None, None
+    dx, dattended, *_ = (*(_array(x.view(n, every * dim)) for x in stream), None, None)
     _dispatch.cpp_engine()._block_backward(
         packs, _array(_rows(dx_out, torch.float32)), _array(dy), *read, _array(_rows(plan_k, plan_k.dtype)),
-        _array(_rows(plan_v, plan_v.dtype)), _array(cu_seqlens), *(_array(x) for x in (*stream, None, None)[:2]),
+        _array(_rows(plan_v, plan_v.dtype)), _array(cu_seqlens), dx, dattended,
         *(_array(x.view(x.shape[0], -1)) for x in dplan), [_array(x) for x in operands], _array(dbias),
         _threads.count(),
     )  # fmt: skip
     if dbias is None:
         return [*dplan, *stream]
     with torch.autocast("cpu", enabled=False):
-        return [*dplan, *stream, *_weight_gradients(w, dy, attended, saved, operands, dbias)]
+        return [*dplan, *stream, *_weight_gradients(w, dy, _first_of(attended, every), saved, operands, dbias)]
 
 
 def _weight_gradients(
@@ -289,13 +299,14 @@ def _weight_gradients(
 def _(
     dx_out: Tensor | None, dy: Tensor | None, saved: Sequence[Tensor], attended: Tensor | None, plan_k: Tensor,
     plan_v: Tensor, cu_seqlens: Tensor, weights: Sequence[Tensor], bf16: bool, wants_dx: bool, wants_weights: bool,
+    every: int,
 ) -> list[Tensor]:  # fmt: skip
     has_o = len(weights) == len(BlockWeights._fields)
-    return _gradients(saved[0], saved[0] if has_o else None, plan_k, weights, bf16, wants_dx, wants_weights)
+    return _gradients(saved[0], has_o, plan_k, weights, bf16, wants_dx, wants_weights, every)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, attended, plan_k, plan_v, cu_seqlens, weights, ctx.bf16, _, ctx.wants_dx, ctx.wants_weights = inputs
+    _, attended, plan_k, plan_v, cu_seqlens, weights, ctx.bf16, _, ctx.wants_dx, ctx.wants_weights, ctx.every = inputs
     ctx.has_attended = attended is not None
     ctx.set_materialize_grads(False)
     x_out, _, *saved = output
@@ -308,17 +319,19 @@ def _backward(ctx: Any, dx_out: Tensor | None, dy: Tensor | None, *_: None) -> t
         list(ctx.saved_tensors[:7]), ctx.saved_tensors[7:11], list(ctx.saved_tensors[11:])
     )  # fmt: skip
     if dx_out is None and dy is None:
-        return (None,) * 5 + ([None] * len(weights), *(None,) * 4)
+        return (None,) * 5 + ([None] * len(weights), *(None,) * 5)
     dplan_k, dplan_v, *rest = torch.ops.gac_fast.block_backward(
-        dx_out, dy, saved, attended, plan_k, plan_v, cu_seqlens, weights, ctx.bf16, ctx.wants_dx, ctx.wants_weights
-    )
+        dx_out, dy, saved, attended, plan_k, plan_v, cu_seqlens, weights, ctx.bf16, ctx.wants_dx, ctx.wants_weights,
+        ctx.every,
+    )  # fmt: skip
     dx = dattended = None
     if ctx.wants_dx or ctx.wants_weights:
         dx = rest.pop(0)
         if ctx.has_attended:
             dattended = rest.pop(0)
     dweights = rest if ctx.wants_weights else [None] * len(weights)
-    return dx, dattended, dplan_k.to(plan_k.dtype), dplan_v.to(plan_v.dtype), None, dweights, None, None, None, None
+    dplan = dplan_k.to(plan_k.dtype), dplan_v.to(plan_v.dtype)
+    return dx, dattended, *dplan, None, dweights, *(None,) * 5
 
 
 _block.register_autograd(_backward, setup_context=_setup_context)
@@ -332,6 +345,7 @@ def decoder_block(
     cu_seqlens: Tensor,
     weights: BlockWeights,
     bf16: bool = False,
+    every: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """A decoder layer from its window attention to the map that reads it.
 
@@ -339,13 +353,14 @@ def decoder_block(
     them asks for it.
 
     Args:
-        x: [N, D], float32 (or float64, which the reference takes); the residual stream.
-        attended: [N, D], float32 or bfloat16, what window attention read; None where ``weights.w_o`` is.
+        x: [every * N, D], float32 (or float64, which the reference takes); the residual stream.
+        attended: [every * N, D], float32 or bfloat16, what window attention read; None where ``weights.w_o`` is.
         plan_k, plan_v: [B, n_z, H, d], float32 or bfloat16.
         cu_seqlens: int32 or int64 [B + 1], token offsets of the packed trajectories, rising from 0 to N.
         weights: of dtype and device of x. The C++ engine packs them once and keeps that while they stay as they are.
         bf16: round the operands of products to bfloat16; sums, norms and the stream stay as they are. (Gradients of
             matrices come out rounded to it, as under autocast.)
+        every: the block takes rows 0, every, 2 every, ... of x and attended, and leaves the others out.
 
     Returns:
         x_out [N, D] and y [N, n_next]; y in bfloat16 where ``bf16``.
@@ -356,13 +371,15 @@ def decoder_block(
     """
     _check.dtype("x", x, torch.float32, torch.float64)
     _check.shape("x", x, "N", "D")
-    n, dim = x.shape
+    if every < 1 or x.shape[0] % every != 0:
+        raise ValueError(f"every: expected a divisor of the {x.shape[0]} rows of x, got {every}")
+    n, dim = x.shape[0] // every, x.shape[1]
     if (attended is None) != (weights.w_o is None):
         raise ValueError("attended: expected None where weights.w_o is None, and only there")
     if attended is not None:
         _check.dtype("attended", attended, x.dtype, torch.bfloat16)
         _check.device("attended", attended, "x", x)
-        _check.shape("attended", attended, n, dim)
+        _check.shape("attended", attended, *x.shape)
     for name, plan in (("plan_k", plan_k), ("plan_v", plan_v)):
         _check.dtype(name, plan, x.dtype, torch.bfloat16)
         _check.device(name, plan, "x", x)
@@ -400,6 +417,9 @@ def decoder_block(
     if refused is None and _dispatch.active(OP, x.device) == "triton":
         refused = _block_triton.refusal(x, plan_k)
     engine = _dispatch.choose(OP, x.device, refused)
+    if engine != "cpp" and every > 1:
+        x = x.view(n, every, dim)[:, 0]
+        attended = None if attended is None else attended.view(n, every, dim)[:, 0]
     if engine == "reference":
         return reference.decoder_block(x, attended, plan_k, plan_v, cu_seqlens, weights, bf16)
     if attended is not None:
@@ -411,6 +431,6 @@ def decoder_block(
     wants_plan = torch.is_grad_enabled() and (plan_k.requires_grad or plan_v.requires_grad)
     x_out, y, *_ = torch.ops.gac_fast.block(
         x, attended, plan_k, plan_v, cu_seqlens.to(torch.int64), given, bf16,
-        wants_weights or wants_dx or wants_plan, wants_dx, wants_weights,
+        wants_weights or wants_dx or wants_plan, wants_dx, wants_weights, every,
     )  # fmt: skip
     return x_out, y
