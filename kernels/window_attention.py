@@ -1,0 +1,573 @@
+"""Causal window attention over packed trajectories, rotary positions inside: forward and backward.
+
+A program owns a tile of BT tokens that never crosses a trajectory. Its keys are those of the tile itself and, before
+it, blocks of BP tokens back to the start of the window; in the backward its queries go on in blocks of BP tokens to
+where the window of the tile's last token ends. So the work is tokens times window, and one kernel gives dq, dk and dv
+with each score computed once for the tile itself and once more at either side.
+
+Short windows (one block before, one after) rotate q and k on the fly; a program then runs over HEADS heads, which
+share their cosines and sines. Long ones read q and k that :func:`rotate_kernel` has rotated, block after block.
+Scores are in base 2: exp2 is what the hardware has.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gac_fast.kernels._launch import INTERPRETED, Launch, Option, choose
+from gac_fast.kernels._rotary import cos_sin, rotary_turns
+from gac_fast.kernels._tiles import find_tile, n_tiles
+
+__all__ = ["shipped", "window_attention", "window_attention_backward"]
+
+_LOG2_E = 1.4426950408889634
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Device functions: rows of one head, its two halves apart, because rotary pairs are (i, i + d / 2)
+
+
+@triton.jit
+def _angles(p_positions, stride_position, p_turns, o_t, m_t, HALF: tl.constexpr, BH: tl.constexpr):
+    """Cosines and sines [rows, BH] of tokens ``o_t``."""
+    o_d = tl.arange(0, BH)
+    # [rows], [BH]
+    b_position = tl.load(p_positions + o_t.to(tl.int64) * stride_position, mask=m_t, other=0).to(tl.int64)
+    b_turns = tl.load(p_turns + o_d, mask=o_d < HALF, other=0)
+    return cos_sin(b_position[:, None], b_turns[None, :])
+
+
+@triton.jit
+def _moved(p_x, rows, stride_t):
+    """The pointer that many rows on; the rows of a long window times their stride may exceed 2^31."""
+    return p_x + rows * stride_t.to(tl.int64)
+
+
+@triton.jit
+def _load_halves(p_x, o_row, m_row, stride_t, HALF: tl.constexpr, BH: tl.constexpr):
+    o_d = tl.arange(0, BH)
+    # [rows, BH] twice
+    p = p_x + (o_row[:, None] * stride_t + o_d[None, :])
+    m = m_row[:, None] & (o_d < HALF)[None, :]
+    return tl.load(p, mask=m, other=0.0), tl.load(p + HALF, mask=m, other=0.0)
+
+
+@triton.jit
+def _load_rotated(
+    p_x, o_row, m_row, stride_t, b_cos, b_sin, HALF: tl.constexpr, BH: tl.constexpr, ROTATE: tl.constexpr,
+    DOT: tl.constexpr,
+):  # fmt: skip
+    b_x1, b_x2 = _load_halves(p_x, o_row, m_row, stride_t, HALF, BH)
+    if ROTATE:
+        b_x1, b_x2 = b_x1.to(tl.float32), b_x2.to(tl.float32)
+        b_x1, b_x2 = b_x1 * b_cos - b_x2 * b_sin, b_x2 * b_cos + b_x1 * b_sin
+    return b_x1.to(DOT), b_x2.to(DOT)
+
+
+@triton.jit
+def _load_rows(p_x, o_row, m_row, stride_t, WIDTH: tl.constexpr, BD: tl.constexpr):
+    o_d = tl.arange(0, BD)
+    # [rows, BD]
+    return tl.load(
+        p_x + (o_row[:, None] * stride_t + o_d[None, :]), mask=m_row[:, None] & (o_d < WIDTH)[None, :], other=0.0
+    )
+
+
+@triton.jit
+def _store_unrotated(
+    p_x, o_row, m_row, stride_t, b_x1, b_x2, b_cos, b_sin, HALF: tl.constexpr, BH: tl.constexpr, ROTATE: tl.constexpr
+):
+    """Gradients with respect to rotated rows, turned back and stored."""
+    if ROTATE:
+        b_x1, b_x2 = b_x1 * b_cos + b_x2 * b_sin, b_x2 * b_cos - b_x1 * b_sin
+    o_d = tl.arange(0, BH)
+    p = p_x + (o_row[:, None] * stride_t + o_d[None, :])
+    m = m_row[:, None] & (o_d < HALF)[None, :]
+    tl.store(p, b_x1.to(p_x.dtype.element_ty), mask=m)
+    tl.store(p + HALF, b_x2.to(p_x.dtype.element_ty), mask=m)
+
+
+@triton.jit
+def _product(b_a1, b_a2, b_b1, b_b2):
+    """a b^T over both halves, float32."""
+    return tl.dot(b_a2, tl.trans(b_b2), tl.dot(b_a1, tl.trans(b_b1), input_precision="ieee"), input_precision="ieee")
+
+
+@triton.jit
+def _absorb(b_s, b_v, b_o, b_max, b_sum, scale, DOT: tl.constexpr):
+    """One more block of scores and values into the running softmax."""
+    b_new = tl.maximum(b_max, tl.max(b_s, 1))
+    b_old = tl.exp2((b_max - b_new) * scale)
+    b_p = tl.exp2(b_s * scale - (b_new * scale)[:, None])
+    b_sum = b_sum * b_old + tl.sum(b_p, 1)
+    b_o = tl.dot(b_p.to(DOT), b_v, b_o * b_old[:, None], input_precision="ieee")
+    return b_o, b_new, b_sum
+
+
+@triton.jit
+def _score_gradient(b_s, b_lse, b_dp, b_delta, visible, scale):
+    """Softmax weights and the gradient of the scores; ``b_lse`` and ``b_delta`` broadcast against the scores."""
+    b_p = tl.where(visible, tl.exp2(b_s * scale - b_lse), 0.0)
+    return b_p, b_p * (b_dp - b_delta)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Kernels
+
+
+@triton.jit(do_not_specialize=["n_tokens", "n_sequences", "window"])
+def window_attention_kernel(
+    p_q, p_k, p_v, p_cu, p_positions, p_turns, p_o, p_lse,
+    n_tokens, n_sequences, window, scale,
+    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh, stride_position,
+    WIDTH: tl.constexpr, HALF: tl.constexpr, BH: tl.constexpr, BD: tl.constexpr, DOT: tl.constexpr,
+    BT: tl.constexpr, BP: tl.constexpr, HEADS: tl.constexpr,
+    ROTATE: tl.constexpr, LOOP: tl.constexpr, NARROW: tl.constexpr,
+):  # fmt: skip
+    """o, and the base-2 logarithm of each softmax denominator, [H, N]."""
+    _, start, end, first = find_tile(p_cu, n_tokens, n_sequences, tl.program_id(0), BT)
+    if first >= end:
+        return
+    first_row = first.to(tl.int64)
+    # Rows count from the first token of the tile; so do the bounds of what a row sees.
+    o_i = tl.arange(0, BT)
+    m_i = o_i < end - first
+    o_p = tl.arange(0, BP) - BP
+    b_low = tl.maximum(o_i - window + 1, start - first)
+    if ROTATE:
+        b_cos, b_sin = _angles(p_positions, stride_position, p_turns, first + o_i, m_i, HALF, BH)
+        b_pcos, b_psin = _angles(p_positions, stride_position, p_turns, first + o_p, o_p >= start - first, HALF, BH)
+    else:
+        b_cos, b_sin, b_pcos, b_psin = 0.0, 0.0, 0.0, 0.0
+
+    for i in range(HEADS):
+        i_h = (tl.program_id(1) * HEADS + i).to(tl.int64)
+        p_qh = p_q + first_row * stride_qt + i_h * stride_qh
+        p_kh = p_k + first_row * stride_kt + i_h * stride_kh
+        p_vh = p_v + first_row * stride_vt + i_h * stride_vh
+        b_q1, b_q2 = _load_rotated(p_qh, o_i, m_i, stride_qt, b_cos, b_sin, HALF, BH, ROTATE, DOT)
+        b_k1, b_k2 = _load_rotated(p_kh, o_i, m_i, stride_kt, b_cos, b_sin, HALF, BH, ROTATE, DOT)
+        b_v = _load_rows(p_vh, o_i, m_i, stride_vt, WIDTH, BD).to(DOT)
+
+        # The tile itself first: every row sees itself, so the running maximum is finite from here on.
+        visible = o_i[None, :] <= o_i[:, None]
+        if NARROW:
+            visible = visible & (o_i[None, :] >= b_low[:, None])
+        b_s = tl.where(visible, _product(b_q1, b_q2, b_k1, b_k2), -float("inf"))
+        b_max = tl.max(b_s, 1)
+        b_p = tl.exp2(b_s * scale - (b_max * scale)[:, None])
+        b_sum = tl.sum(b_p, 1)
+        b_o = tl.dot(b_p.to(DOT), b_v, input_precision="ieee")
+        if LOOP:
+            seen = tl.minimum(first - start, window - 1)
+            for i_p in range(0, seen, BP):
+                o_j = o_p - i_p
+                m_j = o_j >= start - first
+                p_kj, p_vj = _moved(p_kh, -i_p, stride_kt), _moved(p_vh, -i_p, stride_vt)
+                b_k1, b_k2 = _load_rotated(p_kj, o_p, m_j, stride_kt, b_pcos, b_psin, HALF, BH, False, DOT)
+                b_v = _load_rows(p_vj, o_p, m_j, stride_vt, WIDTH, BD).to(DOT)
+                b_s = _product(b_q1, b_q2, b_k1, b_k2)
+                b_s = tl.where(o_j[None, :] >= b_low[:, None], b_s, -float("inf"))
+                b_o, b_max, b_sum = _absorb(b_s, b_v, b_o, b_max, b_sum, scale, DOT)
+        else:
+            m_j = o_p >= start - first
+            b_k1, b_k2 = _load_rotated(p_kh, o_p, m_j, stride_kt, b_pcos, b_psin, HALF, BH, ROTATE, DOT)
+            b_v = _load_rows(p_vh, o_p, m_j, stride_vt, WIDTH, BD).to(DOT)
+            b_s = _product(b_q1, b_q2, b_k1, b_k2)
+            b_s = tl.where(o_p[None, :] >= b_low[:, None], b_s, -float("inf"))
+            b_o, b_max, b_sum = _absorb(b_s, b_v, b_o, b_max, b_sum, scale, DOT)
+
+        o_d = tl.arange(0, BD)
+        p_oh = p_o + first_row * stride_ot + i_h * stride_oh
+        tl.store(
+            p_oh + (o_i[:, None] * stride_ot + o_d[None, :]), (b_o / b_sum[:, None]).to(p_o.dtype.element_ty),
+            mask=m_i[:, None] & (o_d < WIDTH)[None, :],
+        )  # fmt: skip
+        tl.store(p_lse + i_h * n_tokens + first + o_i, b_max * scale + tl.log2(b_sum), mask=m_i)
+
+
+@triton.jit(do_not_specialize=["n_tokens", "n_sequences"])
+def rotate_kernel(
+    p_q, p_k, p_positions, p_turns, p_rotated,
+    n_tokens, n_heads, stride_qt, stride_qh, stride_kt, stride_kh, stride_position,
+    WIDTH: tl.constexpr, HALF: tl.constexpr, BH: tl.constexpr, DOT: tl.constexpr, BT: tl.constexpr,
+):  # fmt: skip
+    """Rotated q and k as one contiguous [2, N, H, d]."""
+    i_t = tl.program_id(0).to(tl.int64) * BT
+    o_i = tl.arange(0, BT)
+    m_i = i_t + o_i < n_tokens
+    b_cos, b_sin = _angles(p_positions, stride_position, p_turns, i_t + o_i, m_i, HALF, BH)
+    stride_t = n_heads * WIDTH
+    for i in range(n_heads):
+        i_h = (tl.program_id(1) + i).to(tl.int64)
+        p_to = p_rotated + (i_t * stride_t + i_h * WIDTH)
+        p_qh = p_q + i_t * stride_qt + i_h * stride_qh
+        p_kh = p_k + i_t * stride_kt + i_h * stride_kh
+        # Turning on is turning back by the negative sine.
+        b_x1, b_x2 = _load_halves(p_qh, o_i, m_i, stride_qt, HALF, BH)
+        _store_unrotated(
+            p_to, o_i, m_i, stride_t, b_x1.to(tl.float32), b_x2.to(tl.float32), b_cos, -b_sin, HALF, BH, True
+        )
+        b_x1, b_x2 = _load_halves(p_kh, o_i, m_i, stride_kt, HALF, BH)
+        p_to += n_tokens.to(tl.int64) * stride_t
+        _store_unrotated(
+            p_to, o_i, m_i, stride_t, b_x1.to(tl.float32), b_x2.to(tl.float32), b_cos, -b_sin, HALF, BH, True
+        )
+
+
+@triton.jit(do_not_specialize=["n_tokens", "n_sequences", "window"])
+def window_attention_backward_kernel(
+    p_do, p_q, p_k, p_v, p_o, p_lse, p_delta, p_cu, p_positions, p_turns, p_dq, p_dk, p_dv,
+    n_tokens, n_sequences, window, scale, grad_scale,
+    stride_gt, stride_gh, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh,
+    stride_dt, stride_dh, stride_position,
+    WIDTH: tl.constexpr, HALF: tl.constexpr, BH: tl.constexpr, BD: tl.constexpr, DOT: tl.constexpr,
+    BT: tl.constexpr, BP: tl.constexpr, HEADS: tl.constexpr,
+    ROTATE: tl.constexpr, TURN_BACK: tl.constexpr, LOOP: tl.constexpr, NARROW: tl.constexpr,
+    WITH_DQ: tl.constexpr, WITH_DKV: tl.constexpr,
+):  # fmt: skip
+    """dq of the tile's queries (WITH_DQ), dk and dv of its keys (WITH_DKV).
+
+    Both at once reads every row once; apart, the first leaves delta = sum(do * o) [H, N] for the second.
+    """
+    _, start, end, first = find_tile(p_cu, n_tokens, n_sequences, tl.program_id(0), BT)
+    if first >= end:
+        return
+    first_row = first.to(tl.int64)
+    # Rows count from the first token of the tile.
+    o_i = tl.arange(0, BT)
+    m_i = o_i < end - first
+    if ROTATE or TURN_BACK:
+        b_cos, b_sin = _angles(p_positions, stride_position, p_turns, first + o_i, m_i, HALF, BH)
+    else:
+        b_cos, b_sin = 0.0, 0.0
+    # Keys before the tile, queries after it (there are none after one that is not full).
+    o_p = tl.arange(0, BP) - BP
+    o_n = tl.arange(0, BP) + BT
+    b_pcos, b_psin, b_ncos, b_nsin = 0.0, 0.0, 0.0, 0.0
+    if ROTATE:
+        if WITH_DQ:
+            b_pcos, b_psin = _angles(p_positions, stride_position, p_turns, first + o_p, o_p >= start - first, HALF, BH)
+        if WITH_DKV:
+            b_ncos, b_nsin = _angles(p_positions, stride_position, p_turns, first + o_n, o_n < end - first, HALF, BH)
+    b_low = tl.maximum(o_i - window + 1, start - first)
+    b_high = tl.minimum(o_i + window, end - first)
+
+    for i in range(HEADS):
+        i_h = (tl.program_id(1) * HEADS + i).to(tl.int64)
+        p_gh = p_do + first_row * stride_gt + i_h * stride_gh
+        p_qh = p_q + first_row * stride_qt + i_h * stride_qh
+        p_kh = p_k + first_row * stride_kt + i_h * stride_kh
+        p_vh = p_v + first_row * stride_vt + i_h * stride_vh
+        p_oh = p_o + first_row * stride_ot + i_h * stride_oh
+        p_lseh = p_lse + i_h * n_tokens + first
+        if not (WITH_DQ and WITH_DKV):
+            p_deltah = p_delta + i_h * n_tokens + first
+
+        b_q1, b_q2 = _load_rotated(p_qh, o_i, m_i, stride_qt, b_cos, b_sin, HALF, BH, ROTATE, DOT)
+        b_k1, b_k2 = _load_rotated(p_kh, o_i, m_i, stride_kt, b_cos, b_sin, HALF, BH, ROTATE, DOT)
+        b_v = _load_rows(p_vh, o_i, m_i, stride_vt, WIDTH, BD).to(DOT)
+        b_do = _load_rows(p_gh, o_i, m_i, stride_gt, WIDTH, BD)
+        # [BT]
+        b_lse = tl.load(p_lseh + o_i, mask=m_i, other=0.0)
+        if WITH_DQ:
+            b_o = _load_rows(p_oh, o_i, m_i, stride_ot, WIDTH, BD)
+            b_delta = tl.sum(b_do.to(tl.float32) * b_o.to(tl.float32), 1)
+            if not WITH_DKV:
+                tl.store(p_deltah + o_i, b_delta, mask=m_i)
+        else:
+            b_delta = tl.load(p_deltah + o_i, mask=m_i, other=0.0)
+        b_do = b_do.to(DOT)
+
+        # The tile itself. Rows past the end have do = 0 and add nothing.
+        visible = o_i[None, :] <= o_i[:, None]
+        if NARROW:
+            visible = visible & (o_i[None, :] >= b_low[:, None])
+        b_s = _product(b_q1, b_q2, b_k1, b_k2)
+        b_dp = tl.dot(b_do, tl.trans(b_v), input_precision="ieee")
+        b_p, b_ds = _score_gradient(b_s, b_lse[:, None], b_dp, b_delta[:, None], visible, scale)
+        b_p, b_ds = b_p.to(DOT), b_ds.to(DOT)
+        if WITH_DKV:
+            b_dv = tl.dot(tl.trans(b_p), b_do, input_precision="ieee")
+            b_dk1 = tl.dot(tl.trans(b_ds), b_q1, input_precision="ieee")
+            b_dk2 = tl.dot(tl.trans(b_ds), b_q2, input_precision="ieee")
+
+        if WITH_DQ:
+            b_dq1 = tl.dot(b_ds, b_k1, input_precision="ieee")
+            b_dq2 = tl.dot(b_ds, b_k2, input_precision="ieee")
+            for i_p in range(0, tl.minimum(first - start, window - 1) if LOOP else 1, BP):
+                o_j = o_p - i_p
+                m_j = o_j >= start - first
+                p_kj, p_vj = _moved(p_kh, -i_p, stride_kt), _moved(p_vh, -i_p, stride_vt)
+                b_pk1, b_pk2 = _load_rotated(p_kj, o_p, m_j, stride_kt, b_pcos, b_psin, HALF, BH, ROTATE, DOT)
+                b_pv = _load_rows(p_vj, o_p, m_j, stride_vt, WIDTH, BD).to(DOT)
+                b_s = _product(b_q1, b_q2, b_pk1, b_pk2)
+                b_dp = tl.dot(b_do, tl.trans(b_pv), input_precision="ieee")
+                visible = o_j[None, :] >= b_low[:, None]
+                _, b_ds = _score_gradient(b_s, b_lse[:, None], b_dp, b_delta[:, None], visible, scale)
+                b_dq1 = tl.dot(b_ds.to(DOT), b_pk1, b_dq1, input_precision="ieee")
+                b_dq2 = tl.dot(b_ds.to(DOT), b_pk2, b_dq2, input_precision="ieee")
+            p_dqh = p_dq + first_row * stride_dt + i_h * stride_dh
+            _store_unrotated(
+                p_dqh, o_i, m_i, stride_dt, b_dq1 * grad_scale, b_dq2 * grad_scale, b_cos, b_sin, HALF, BH, TURN_BACK
+            )
+
+        if WITH_DKV:
+            for i_n in range(0, tl.minimum(end - first - BT, window - 1) if LOOP else 1, BP):
+                o_j = o_n + i_n
+                m_j = o_j < end - first
+                p_qj, p_gj = _moved(p_qh, i_n, stride_qt), _moved(p_gh, i_n, stride_gt)
+                b_nq1, b_nq2 = _load_rotated(p_qj, o_n, m_j, stride_qt, b_ncos, b_nsin, HALF, BH, ROTATE, DOT)
+                b_ndo = _load_rows(p_gj, o_n, m_j, stride_gt, WIDTH, BD)
+                # [BP]
+                b_nlse = tl.load(p_lseh + o_j, mask=m_j, other=0.0)
+                if WITH_DQ:
+                    b_no = _load_rows(_moved(p_oh, i_n, stride_ot), o_n, m_j, stride_ot, WIDTH, BD)
+                    b_ndelta = tl.sum(b_ndo.to(tl.float32) * b_no.to(tl.float32), 1)
+                else:
+                    b_ndelta = tl.load(p_deltah + o_j, mask=m_j, other=0.0)
+                b_ndo = b_ndo.to(DOT)
+                # [keys, queries]: what the products below want on their left.
+                b_s = _product(b_k1, b_k2, b_nq1, b_nq2)
+                b_dp = tl.dot(b_v, tl.trans(b_ndo), input_precision="ieee")
+                visible = o_j[None, :] < b_high[:, None]
+                b_p, b_ds = _score_gradient(b_s, b_nlse[None, :], b_dp, b_ndelta[None, :], visible, scale)
+                b_dv = tl.dot(b_p.to(DOT), b_ndo, b_dv, input_precision="ieee")
+                b_dk1 = tl.dot(b_ds.to(DOT), b_nq1, b_dk1, input_precision="ieee")
+                b_dk2 = tl.dot(b_ds.to(DOT), b_nq2, b_dk2, input_precision="ieee")
+            p_dkh = p_dk + first_row * stride_dt + i_h * stride_dh
+            _store_unrotated(
+                p_dkh, o_i, m_i, stride_dt, b_dk1 * grad_scale, b_dk2 * grad_scale, b_cos, b_sin, HALF, BH, TURN_BACK
+            )
+            o_d = tl.arange(0, BD)
+            p_dvh = p_dv + first_row * stride_dt + i_h * stride_dh
+            tl.store(
+                p_dvh + (o_i[:, None] * stride_dt + o_d[None, :]), b_dv.to(p_dv.dtype.element_ty),
+                mask=m_i[:, None] & (o_d < WIDTH)[None, :],
+            )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Launchers
+
+# The longest window whose keys before a tile are one block.
+_LONGEST_BLOCK = 128
+
+
+def _is_long(window: int, width: int, dtype: torch.dtype) -> bool:
+    """Whether the keys before a tile come block after block, rotated beforehand."""
+    return window - 1 > (_LONGEST_BLOCK if width <= 64 and dtype == torch.bfloat16 else 64)
+
+
+def _block(window: int) -> int:
+    """Keys before a tile that a short window may reach: a power of two that a tensor core takes."""
+    return max(16, triton.next_power_of_2(window - 1))
+
+
+def _options(n_tokens: int, heads: int, width: int, window: int, dtype: torch.dtype, backward: bool) -> list[Option]:
+    """The likely best first. Tiles as long as the window: shorter ones read keys more often, longer ones mask more."""
+    sizes: list[tuple[int, int, int]]
+    if dtype == torch.float32:
+        bp = 16 if _is_long(window, width, dtype) else _block(window)
+        sizes = [(16, bp, 4)] if width > 128 or backward else [(32, max(bp, 32), 4)]
+    elif _is_long(window, width, dtype):
+        if width > 128:
+            sizes = [(32, 32, 4)] if backward else [(64, 32, 4)]
+        elif width > 64 or backward:
+            sizes = [(64, 64, 4)]
+        else:
+            sizes = [(64, 64, 4), (128, 64, 8)]
+    else:
+        bp = _block(window)
+        if width > 64:
+            sizes = [(32, bp, 4)]
+        elif window <= 33:
+            sizes = [(32, bp, 2), (64, bp, 4)]
+        else:
+            sizes = [(64, bp, 4), (32, bp, 2)]
+    # All heads in one program share the angles; few tiles leave processors idle, and want them apart.
+    per_program = [heads, 1] if n_tokens >= 2**15 and heads > 1 and not _is_long(window, width, dtype) else [1]
+    return [
+        Option((("BT", bt), ("BP", bp), ("HEADS", n)), num_warps, 1) for n in per_program for bt, bp, num_warps in sizes
+    ]
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Kernels read [N, H, d] of any strides but these: elements of a head apart, rows that a tile cannot span."""
+    return x if x.stride(2) == 1 and x.stride(0) < 2**20 else x.contiguous()
+
+
+def _constants(q: Tensor, window: int) -> dict[str, object]:
+    width = q.shape[2]
+    return {
+        "WIDTH": width, "HALF": width // 2,
+        "BH": max(16, triton.next_power_of_2(width // 2)), "BD": max(16, triton.next_power_of_2(width)),
+        "DOT": tl.float32 if INTERPRETED or q.dtype == torch.float32 else tl.bfloat16,
+        "LOOP": _is_long(window, width, q.dtype),
+    }  # fmt: skip
+
+
+def _strides(**tensors: Tensor) -> dict[str, int]:
+    return {f"stride_{name}{axis}": x.stride(i) for name, x in tensors.items() for i, axis in enumerate("th")}
+
+
+def _grid(q: Tensor, cu_seqlens: Tensor, option: Option) -> tuple[int, int]:
+    tiles = dict(option.tiles)
+    return n_tiles(q.shape[0], cu_seqlens.shape[0] - 1, tiles["BT"]), q.shape[1] // tiles["HEADS"]
+
+
+def _rotation(q: Tensor, k: Tensor, positions: Tensor, turns: Tensor, rotated: Tensor) -> Launch:
+    n, heads, width = q.shape
+    option = Option((("BT", 32),), 4, 1)
+    arguments = {
+        "p_q": q, "p_k": k, "p_positions": positions, "p_turns": turns, "p_rotated": rotated,
+        "n_tokens": n, "n_heads": heads, **_strides(q=q, k=k), "stride_position": positions.stride(0),
+    }  # fmt: skip
+    constants = {name: value for name, value in _constants(q, 1).items() if name in ("WIDTH", "HALF", "BH", "DOT")}
+    return Launch(rotate_kernel, (triton.cdiv(n, 32),), arguments, constants, option)
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int, positions: Tensor | None, turns: Tensor | None,
+    rotated: Tensor | None, out: Tensor, lse: Tensor, option: Option,
+) -> list[Launch]:  # fmt: skip
+    launches = []
+    rotate = positions is not None
+    if positions is not None and turns is not None and rotated is not None:
+        launches.append(_rotation(q, k, positions, turns, rotated))
+        q, k = rotated.unbind(0)
+        rotate = False
+    arguments = {
+        "p_q": q, "p_k": k, "p_v": v, "p_cu": cu_seqlens,
+        "p_positions": positions if rotate else None, "p_turns": turns if rotate else None, "p_o": out, "p_lse": lse,
+        "n_tokens": q.shape[0], "n_sequences": cu_seqlens.shape[0] - 1, "window": window,
+        "scale": _LOG2_E / math.sqrt(q.shape[2]), **_strides(q=q, k=k, v=v, o=out),
+        "stride_position": positions.stride(0) if rotate and positions is not None else 0,
+    }  # fmt: skip
+    constants = _constants(q, window) | {"ROTATE": rotate, "NARROW": window < dict(option.tiles)["BT"]}
+    return [*launches, Launch(window_attention_kernel, _grid(q, cu_seqlens, option), arguments, constants, option)]
+
+
+def _backward(
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int, positions: Tensor | None,
+    turns: Tensor | None, rotated: Tensor | None, out: Tensor, lse: Tensor, delta: Tensor, grads: Tensor,
+    option: Option,
+) -> list[Launch]:  # fmt: skip
+    launches = []
+    rotate = turn_back = positions is not None
+    if positions is not None and turns is not None and rotated is not None:
+        launches.append(_rotation(q, k, positions, turns, rotated))
+        q, k = rotated.unbind(0)
+        rotate = False
+    d_q, d_k, d_v = grads.unbind(1)
+    tiles = dict(option.tiles)
+    arguments = {
+        "p_do": d_out, "p_q": q, "p_k": k, "p_v": v, "p_o": out, "p_lse": lse, "p_delta": delta, "p_cu": cu_seqlens,
+        "p_positions": positions, "p_turns": turns, "p_dq": d_q, "p_dk": d_k, "p_dv": d_v,
+        "n_tokens": q.shape[0], "n_sequences": cu_seqlens.shape[0] - 1, "window": window,
+        "scale": _LOG2_E / math.sqrt(q.shape[2]), "grad_scale": 1 / math.sqrt(q.shape[2]),
+        **_strides(g=d_out, q=q, k=k, v=v, o=out, d=d_q),
+        "stride_position": 0 if positions is None else positions.stride(0),
+    }  # fmt: skip
+    constants = _constants(q, window) | {
+        "ROTATE": rotate, "TURN_BACK": turn_back, "NARROW": window < tiles["BT"],
+    }  # fmt: skip
+    together = not constants["LOOP"] and q.shape[2] <= 64
+    for with_dq, with_dkv in [(True, True)] if together else [(True, False), (False, True)]:
+        flags = constants | {"WITH_DQ": with_dq, "WITH_DKV": with_dkv}
+        grid = _grid(q, cu_seqlens, option)
+        launches.append(Launch(window_attention_backward_kernel, grid, arguments, flags, option))
+    return launches
+
+
+def _prepared(
+    q: Tensor, k: Tensor, v: Tensor, window: int, positions: Tensor | None, base: float
+) -> tuple[Tensor, Tensor, Tensor, int, Tensor | None, Tensor | None]:
+    """q, k and v as the kernels read them, the window no longer than the batch, turns, memory for rotated q and k."""
+    window = min(window, q.shape[0])
+    turns = rotated = None
+    if positions is not None:
+        turns = rotary_turns(q.shape[2], base, q.device)
+        if _is_long(window, q.shape[2], q.dtype):
+            rotated = q.new_empty((2, *q.shape))
+    return _rows(q), _rows(k), _rows(v), window, turns, rotated
+
+
+def _key(what: str, q: Tensor, window: int, positions: Tensor | None) -> tuple[object, ...]:
+    """Sizes in classes: octaves of tokens, and windows that the same options serve."""
+    n, heads, width = q.shape
+    return what, q.dtype, heads, width, n.bit_length(), (window - 1).bit_length(), positions is not None
+
+
+def window_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int, positions: Tensor | None, base: float,
+    out: Tensor, lse: Tensor,
+) -> None:  # fmt: skip
+    """Fill ``out`` [N, H, d] and ``lse`` float32 [H, N], the base-2 logarithms of the softmax denominators.
+
+    Args:
+        q, k, v: [N, H, d], N < 2^31 - 256.
+        cu_seqlens: int [B + 1], contiguous.
+        window: in tokens.
+        positions: int [N] or None.
+        base: of the rotary frequencies.
+    """
+    n, heads, width = q.shape
+    if q.numel() == 0:
+        return
+    q, k, v, window, turns, rotated = _prepared(q, k, v, window, positions, base)
+
+    def launches(option: Option) -> list[Launch]:
+        return _forward(q, k, v, cu_seqlens, window, positions, turns, rotated, out, lse, option)
+
+    options = _options(n, heads, width, window, q.dtype, backward=False)
+    for launch in launches(choose(_key("window_attention", q, window, positions), launches, options)):
+        launch.run()
+
+
+def window_attention_backward(
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int, positions: Tensor | None,
+    base: float, out: Tensor, lse: Tensor, grads: Tensor,
+) -> None:  # fmt: skip
+    """Fill ``grads`` [N, 3, H, d] with the gradients of q, k and v; arguments as :func:`window_attention` had them."""
+    n, heads, width = q.shape
+    if q.numel() == 0:
+        return
+    q, k, v, window, turns, rotated = _prepared(q, k, v, window, positions, base)
+    d_out = _rows(d_out)
+    delta = torch.empty_like(lse)
+
+    def launches(option: Option) -> list[Launch]:
+        return _backward(
+            d_out, q, k, v, cu_seqlens, window, positions, turns, rotated, out, lse, delta, grads, option
+        )  # fmt: skip
+
+    options = _options(n, heads, width, window, q.dtype, backward=True)
+    for launch in launches(choose(_key("window_attention_backward", q, window, positions), launches, options)):
+        launch.run()
+
+
+def shipped(
+    dim: int, heads: int, window: int, dtype: torch.dtype, *, n_tokens: int = 2**20, rotate: bool = True
+) -> list[Launch]:
+    """Every launch, on tensors that hold nothing, that the launchers may pick at these sizes; ``window`` in tokens."""
+    width = dim // heads
+    qkv = torch.empty(n_tokens, 3, heads, width, dtype=dtype, device="meta")
+    out, grads = torch.empty(n_tokens, heads, width, dtype=dtype, device="meta"), torch.empty_like(qkv)
+    lse = torch.empty(heads, n_tokens, device="meta")
+    cu_seqlens = torch.empty(513, dtype=torch.int32, device="meta")
+    positions = torch.empty(n_tokens, dtype=torch.int64, device="meta") if rotate else None
+    q, k, v, window, turns, rotated = _prepared(*qkv.unbind(1), window, positions, 10000.0)
+    launches = []
+    for option in _options(n_tokens, heads, width, window, dtype, backward=False):
+        launches += _forward(q, k, v, cu_seqlens, window, positions, turns, rotated, out, lse, option)
+    for option in _options(n_tokens, heads, width, window, dtype, backward=True):
+        launches += _backward(
+            out, q, k, v, cu_seqlens, window, positions, turns, rotated, out, lse, lse, grads, option
+        )  # fmt: skip
+    return launches
