@@ -24,15 +24,28 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 @dataclass(frozen=True)
 class Option:
-    """One way to run a kernel; all fields but the last two are its constexpr tile sizes."""
+    """One way to run a kernel.
+
+    Attributes:
+        tiles: its constexpr tile sizes.
+        num_warps, num_stages: as Triton takes them.
+        registers: the most per thread, so that more programs fit on a processor; None leaves it to the compiler.
+    """
 
     tiles: tuple[tuple[str, int], ...]
     num_warps: int
     num_stages: int
+    registers: int | None = None
 
     def __str__(self) -> str:
         tiles = " ".join(f"{name}={size}" for name, size in self.tiles)
-        return f"{tiles} warps={self.num_warps} stages={self.num_stages}".strip()
+        limit = f" registers<={self.registers}" if self.registers else ""
+        return f"{tiles} warps={self.num_warps} stages={self.num_stages}{limit}".strip()
+
+    @property
+    def compiler_options(self) -> dict[str, int]:
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return options if self.registers is None else options | {"maxnreg": self.registers}
 
 
 @dataclass(frozen=True)
@@ -68,8 +81,7 @@ class Launch:
         device = next(x.device for x in self.arguments.values() if isinstance(x, Tensor))
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
             self.kernel[self.grid](
-                **self.arguments, **self.constants, **dict(self.option.tiles),
-                num_warps=self.option.num_warps, num_stages=self.option.num_stages,
+                **self.arguments, **self.constants, **dict(self.option.tiles), **self.option.compiler_options
             )  # fmt: skip
 
     def compile(self, architecture: int) -> Any:
@@ -86,8 +98,8 @@ class Launch:
             if name not in constexprs and specialised_to_16(value):
                 attributes[(i,)] = [["tt.divisibility", 16]]
         source = ASTSource(fn=self.kernel, signature=signature, constexprs=constexprs, attrs=attributes)
-        options = {"num_warps": self.option.num_warps, "num_stages": self.option.num_stages}
-        return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+        target = GPUTarget("cuda", architecture, 32)
+        return triton.compile(source, target=target, options=self.option.compiler_options)
 
 
 _TYPES = {

@@ -19,20 +19,24 @@ _ONE_TURN = Fraction(0x28BE60DB9391054A7F09D5F47D4D377036D8A566, 1 << 160)
 @triton.jit
 def cos_sin(positions, turns):
     """Cosine and sine, float32, of positions * turns / 2^64 full turns; both int64, broadcast against one another."""
-    # The product wraps modulo 2^64, one turn; its upper word is the phase to 2^-32 of a turn.
-    phase = ((positions * turns) >> 32).to(tl.uint32)
-    # Nearest quarter turn in integers, so that the float32 angle stays within pi/4 of zero.
-    quarter = (phase + 0x20000000) >> 30
-    theta = (phase - (quarter << 30)).to(tl.int32, bitcast=True).to(tl.float32) * 1.4629180792671596e-09
-    t2 = theta * theta
-    s = theta + theta * t2 * (-1.6666654611e-1 + t2 * (8.3321608736e-3 - t2 * 1.9515295891e-4))
-    c = 1.0 - 0.5 * t2 + t2 * t2 * (4.166664568298827e-2 + t2 * (-1.388731625493765e-3 + t2 * 2.443315711809948e-5))
-    odd = (quarter & 1) != 0
-    cosine = tl.where(odd, s, c)
-    sine = tl.where(odd, c, s)
-    cosine = tl.where(((quarter + 1) & 2) != 0, -cosine, cosine)
-    sine = tl.where((quarter & 2) != 0, -sine, sine)
-    return cosine, sine
+    # The product wraps modulo 2^64, one turn; its upper word is the phase to 2^-32 of a turn, signed.
+    phase = ((positions * turns) >> 32).to(tl.int32)
+    # x in [-1/2, 1/2) turns; sin(2 pi x) / x and cos(2 pi x) are minimax polynomials of x^2, both to 4e-7.
+    x = phase.to(tl.float32) * 2.3283064365386963e-10
+    u = x * x
+    s = u * 3.238494873046875 - 14.900115013122559
+    s = s * u + 42.0260009765625
+    s = s * u - 76.7030258178711
+    s = s * u + 81.60513305664062
+    s = s * u - 41.34170150756836
+    s = s * u + 6.2831854820251465
+    c = u * 6.529609680175781 - 25.968313217163086
+    c = c * u + 60.16783142089844
+    c = c * u - 85.45016479492188
+    c = c * u + 64.93911743164062
+    c = c * u - 19.73920440673828
+    c = c * u + 1.0
+    return c, s * x
 
 
 @functools.lru_cache(maxsize=64)

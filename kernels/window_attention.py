@@ -43,6 +43,15 @@ def _angles(p_positions, stride_position, p_turns, o_t, m_t, HALF: tl.constexpr,
 
 
 @triton.jit
+def _store_halves(p_x, o_row, m_row, stride_t, b_x1, b_x2, HALF: tl.constexpr, BH: tl.constexpr):
+    o_d = tl.arange(0, BH)
+    p = p_x + (o_row[:, None] * stride_t + o_d[None, :])
+    m = m_row[:, None] & (o_d < HALF)[None, :]
+    tl.store(p, b_x1.to(p_x.dtype.element_ty), mask=m)
+    tl.store(p + HALF, b_x2.to(p_x.dtype.element_ty), mask=m)
+
+
+@triton.jit
 def _moved(p_x, rows, stride_t):
     """The pointer that many rows on; the rows of a long window times their stride may exceed 2^31."""
     return p_x + rows * stride_t.to(tl.int64)
@@ -58,15 +67,9 @@ def _load_halves(p_x, o_row, m_row, stride_t, HALF: tl.constexpr, BH: tl.constex
 
 
 @triton.jit
-def _load_rotated(
-    p_x, o_row, m_row, stride_t, b_cos, b_sin, HALF: tl.constexpr, BH: tl.constexpr, ROTATE: tl.constexpr,
-    DOT: tl.constexpr,
-):  # fmt: skip
-    b_x1, b_x2 = _load_halves(p_x, o_row, m_row, stride_t, HALF, BH)
-    if ROTATE:
-        b_x1, b_x2 = b_x1.to(tl.float32), b_x2.to(tl.float32)
-        b_x1, b_x2 = b_x1 * b_cos - b_x2 * b_sin, b_x2 * b_cos + b_x1 * b_sin
-    return b_x1.to(DOT), b_x2.to(DOT)
+def _rotated(b_x1, b_x2, b_cos, b_sin):
+    b_x1, b_x2 = b_x1.to(tl.float32), b_x2.to(tl.float32)
+    return b_x1 * b_cos - b_x2 * b_sin, b_x2 * b_cos + b_x1 * b_sin
 
 
 @triton.jit
@@ -79,28 +82,25 @@ def _load_rows(p_x, o_row, m_row, stride_t, WIDTH: tl.constexpr, BD: tl.constexp
 
 
 @triton.jit
-def _store_unrotated(
-    p_x, o_row, m_row, stride_t, b_x1, b_x2, b_cos, b_sin, HALF: tl.constexpr, BH: tl.constexpr, ROTATE: tl.constexpr
-):
-    """Gradients with respect to rotated rows, turned back and stored."""
-    if ROTATE:
-        b_x1, b_x2 = b_x1 * b_cos + b_x2 * b_sin, b_x2 * b_cos - b_x1 * b_sin
-    o_d = tl.arange(0, BH)
-    p = p_x + (o_row[:, None] * stride_t + o_d[None, :])
-    m = m_row[:, None] & (o_d < HALF)[None, :]
-    tl.store(p, b_x1.to(p_x.dtype.element_ty), mask=m)
-    tl.store(p + HALF, b_x2.to(p_x.dtype.element_ty), mask=m)
-
-
-@triton.jit
 def _product(b_a1, b_a2, b_b1, b_b2):
     """a b^T over both halves, float32."""
     return tl.dot(b_a2, tl.trans(b_b2), tl.dot(b_a1, tl.trans(b_b1), input_precision="ieee"), input_precision="ieee")
 
 
 @triton.jit
-def _absorb(b_s, b_v, b_o, b_max, b_sum, scale, DOT: tl.constexpr):
-    """One more block of scores and values into the running softmax."""
+def _attend(
+    b_o, b_max, b_sum, b_q1, b_q2, p_k, p_v, o_row, o_j, b_low, low, stride_kt, stride_vt, b_cos, b_sin, scale,
+    WIDTH: tl.constexpr, HALF: tl.constexpr, BH: tl.constexpr, BD: tl.constexpr, ROTATE: tl.constexpr,
+    DOT: tl.constexpr,
+):  # fmt: skip
+    """One block of keys before the tile into the running softmax of its queries."""
+    m_j = o_j >= low
+    b_k1, b_k2 = _load_halves(p_k, o_row, m_j, stride_kt, HALF, BH)
+    if ROTATE:
+        b_k1, b_k2 = _rotated(b_k1, b_k2, b_cos, b_sin)
+    b_v = _load_rows(p_v, o_row, m_j, stride_vt, WIDTH, BD).to(DOT)
+    b_s = _product(b_q1, b_q2, b_k1.to(DOT), b_k2.to(DOT))
+    b_s = tl.where(o_j[None, :] >= b_low[:, None], b_s, -float("inf"))
     b_new = tl.maximum(b_max, tl.max(b_s, 1))
     b_old = tl.exp2((b_max - b_new) * scale)
     b_p = tl.exp2(b_s * scale - (b_new * scale)[:, None])
@@ -116,13 +116,69 @@ def _score_gradient(b_s, b_lse, b_dp, b_delta, visible, scale):
     return b_p, b_p * (b_dp - b_delta)
 
 
+@triton.jit
+def _query_gradient(
+    b_dq1, b_dq2, b_q1, b_q2, b_do, b_lse, b_delta, p_k, p_v, o_row, o_j, b_low, low, stride_kt, stride_vt,
+    p_angles, scale, WIDTH: tl.constexpr, HALF: tl.constexpr, BH: tl.constexpr, BD: tl.constexpr,
+    ROTATE: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """What one block of keys before the tile adds to its dq."""
+    m_j = o_j >= low
+    b_k1, b_k2 = _load_halves(p_k, o_row, m_j, stride_kt, HALF, BH)
+    if ROTATE:
+        b_cos, b_sin = _load_halves(p_angles, o_row, m_j, WIDTH, HALF, BH)
+        b_k1, b_k2 = _rotated(b_k1, b_k2, b_cos, b_sin)
+    b_k1, b_k2 = b_k1.to(DOT), b_k2.to(DOT)
+    b_v = _load_rows(p_v, o_row, m_j, stride_vt, WIDTH, BD).to(DOT)
+    b_s = _product(b_q1, b_q2, b_k1, b_k2)
+    b_dp = tl.dot(b_do, tl.trans(b_v), input_precision="ieee")
+    visible = o_j[None, :] >= b_low[:, None]
+    _, b_ds = _score_gradient(b_s, b_lse[:, None], b_dp, b_delta[:, None], visible, scale)
+    b_dq1 = tl.dot(b_ds.to(DOT), b_k1, b_dq1, input_precision="ieee")
+    b_dq2 = tl.dot(b_ds.to(DOT), b_k2, b_dq2, input_precision="ieee")
+    return b_dq1, b_dq2
+
+
+@triton.jit
+def _key_gradient(
+    b_dk1, b_dk2, b_dv, b_k1, b_k2, b_v, p_q, p_do, p_o, p_lse, p_delta, o_row, o_j, b_high, high,
+    stride_qt, stride_gt, stride_ot, p_angles, scale, WIDTH: tl.constexpr, HALF: tl.constexpr, BH: tl.constexpr,
+    BD: tl.constexpr, ROTATE: tl.constexpr, READ_O: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """What one block of queries after the tile adds to its dk and dv; delta comes from o where READ_O."""
+    m_j = o_j < high
+    b_q1, b_q2 = _load_halves(p_q, o_row, m_j, stride_qt, HALF, BH)
+    if ROTATE:
+        b_cos, b_sin = _load_halves(p_angles, o_row, m_j, WIDTH, HALF, BH)
+        b_q1, b_q2 = _rotated(b_q1, b_q2, b_cos, b_sin)
+    b_q1, b_q2 = b_q1.to(DOT), b_q2.to(DOT)
+    b_do = _load_rows(p_do, o_row, m_j, stride_gt, WIDTH, BD)
+    # [BP]
+    b_lse = tl.load(p_lse + o_j, mask=m_j, other=0.0)
+    if READ_O:
+        b_o = _load_rows(p_o, o_row, m_j, stride_ot, WIDTH, BD)
+        b_delta = tl.sum(b_do.to(tl.float32) * b_o.to(tl.float32), 1)
+    else:
+        b_delta = tl.load(p_delta + o_j, mask=m_j, other=0.0)
+    b_do = b_do.to(DOT)
+    # [keys, queries]: what the products below want on their left.
+    b_s = _product(b_k1, b_k2, b_q1, b_q2)
+    b_dp = tl.dot(b_v, tl.trans(b_do), input_precision="ieee")
+    visible = o_j[None, :] < b_high[:, None]
+    b_p, b_ds = _score_gradient(b_s, b_lse[None, :], b_dp, b_delta[None, :], visible, scale)
+    b_dv = tl.dot(b_p.to(DOT), b_do, b_dv, input_precision="ieee")
+    b_dk1 = tl.dot(b_ds.to(DOT), b_q1, b_dk1, input_precision="ieee")
+    b_dk2 = tl.dot(b_ds.to(DOT), b_q2, b_dk2, input_precision="ieee")
+    return b_dk1, b_dk2, b_dv
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Kernels
 
 
 @triton.jit(do_not_specialize=["n_tokens", "n_sequences", "window"])
 def window_attention_kernel(
-    p_q, p_k, p_v, p_cu, p_positions, p_turns, p_o, p_lse,
+    p_q, p_k, p_v, p_cu, p_positions, p_turns, p_o, p_lse, p_angles,
     n_tokens, n_sequences, window, scale,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh, stride_position,
     WIDTH: tl.constexpr, HALF: tl.constexpr, BH: tl.constexpr, BD: tl.constexpr, DOT: tl.constexpr,
@@ -142,16 +198,22 @@ def window_attention_kernel(
     if ROTATE:
         b_cos, b_sin = _angles(p_positions, stride_position, p_turns, first + o_i, m_i, HALF, BH)
         b_pcos, b_psin = _angles(p_positions, stride_position, p_turns, first + o_p, o_p >= start - first, HALF, BH)
+        if tl.program_id(1) == 0:
+            _store_halves(p_angles + first_row * WIDTH, o_i, m_i, WIDTH, b_cos, b_sin, HALF, BH)
     else:
-        b_cos, b_sin, b_pcos, b_psin = 0.0, 0.0, 0.0, 0.0
+        b_pcos, b_psin = 0.0, 0.0
 
     for i in range(HEADS):
         i_h = (tl.program_id(1) * HEADS + i).to(tl.int64)
         p_qh = p_q + first_row * stride_qt + i_h * stride_qh
         p_kh = p_k + first_row * stride_kt + i_h * stride_kh
         p_vh = p_v + first_row * stride_vt + i_h * stride_vh
-        b_q1, b_q2 = _load_rotated(p_qh, o_i, m_i, stride_qt, b_cos, b_sin, HALF, BH, ROTATE, DOT)
-        b_k1, b_k2 = _load_rotated(p_kh, o_i, m_i, stride_kt, b_cos, b_sin, HALF, BH, ROTATE, DOT)
+        b_q1, b_q2 = _load_halves(p_qh, o_i, m_i, stride_qt, HALF, BH)
+        b_k1, b_k2 = _load_halves(p_kh, o_i, m_i, stride_kt, HALF, BH)
+        if ROTATE:
+            b_q1, b_q2 = _rotated(b_q1, b_q2, b_cos, b_sin)
+            b_k1, b_k2 = _rotated(b_k1, b_k2, b_cos, b_sin)
+        b_q1, b_q2, b_k1, b_k2 = b_q1.to(DOT), b_q2.to(DOT), b_k1.to(DOT), b_k2.to(DOT)
         b_v = _load_rows(p_vh, o_i, m_i, stride_vt, WIDTH, BD).to(DOT)
 
         # The tile itself first: every row sees itself, so the running maximum is finite from here on.
@@ -163,24 +225,12 @@ def window_attention_kernel(
         b_p = tl.exp2(b_s * scale - (b_max * scale)[:, None])
         b_sum = tl.sum(b_p, 1)
         b_o = tl.dot(b_p.to(DOT), b_v, input_precision="ieee")
-        if LOOP:
-            seen = tl.minimum(first - start, window - 1)
-            for i_p in range(0, seen, BP):
-                o_j = o_p - i_p
-                m_j = o_j >= start - first
-                p_kj, p_vj = _moved(p_kh, -i_p, stride_kt), _moved(p_vh, -i_p, stride_vt)
-                b_k1, b_k2 = _load_rotated(p_kj, o_p, m_j, stride_kt, b_pcos, b_psin, HALF, BH, False, DOT)
-                b_v = _load_rows(p_vj, o_p, m_j, stride_vt, WIDTH, BD).to(DOT)
-                b_s = _product(b_q1, b_q2, b_k1, b_k2)
-                b_s = tl.where(o_j[None, :] >= b_low[:, None], b_s, -float("inf"))
-                b_o, b_max, b_sum = _absorb(b_s, b_v, b_o, b_max, b_sum, scale, DOT)
-        else:
-            m_j = o_p >= start - first
-            b_k1, b_k2 = _load_rotated(p_kh, o_p, m_j, stride_kt, b_pcos, b_psin, HALF, BH, ROTATE, DOT)
-            b_v = _load_rows(p_vh, o_p, m_j, stride_vt, WIDTH, BD).to(DOT)
-            b_s = _product(b_q1, b_q2, b_k1, b_k2)
-            b_s = tl.where(o_p[None, :] >= b_low[:, None], b_s, -float("inf"))
-            b_o, b_max, b_sum = _absorb(b_s, b_v, b_o, b_max, b_sum, scale, DOT)
+        for i_p in range(0, tl.minimum(first - start, window - 1) if LOOP else 1, BP):
+            b_o, b_max, b_sum = _attend(
+                b_o, b_max, b_sum, b_q1, b_q2, _moved(p_kh, -i_p, stride_kt), _moved(p_vh, -i_p, stride_vt),
+                o_p, o_p - i_p, b_low, start - first, stride_kt, stride_vt, b_pcos, b_psin, scale,
+                WIDTH, HALF, BH, BD, ROTATE, DOT,
+            )  # fmt: skip
 
         o_d = tl.arange(0, BD)
         p_oh = p_o + first_row * stride_ot + i_h * stride_oh
@@ -191,41 +241,36 @@ def window_attention_kernel(
         tl.store(p_lse + i_h * n_tokens + first + o_i, b_max * scale + tl.log2(b_sum), mask=m_i)
 
 
-@triton.jit(do_not_specialize=["n_tokens", "n_sequences"])
+@triton.jit(do_not_specialize=["n_tokens"])
 def rotate_kernel(
-    p_q, p_k, p_positions, p_turns, p_rotated,
+    p_q, p_k, p_positions, p_turns, p_rotated, p_angles,
     n_tokens, n_heads, stride_qt, stride_qh, stride_kt, stride_kh, stride_position,
-    WIDTH: tl.constexpr, HALF: tl.constexpr, BH: tl.constexpr, DOT: tl.constexpr, BT: tl.constexpr,
+    WIDTH: tl.constexpr, HALF: tl.constexpr, BH: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    """Rotated q and k as one contiguous [2, N, H, d]."""
+    """Rotated q and k as one contiguous [2, N, H, d], and the angles."""
     i_t = tl.program_id(0).to(tl.int64) * BT
     o_i = tl.arange(0, BT)
     m_i = i_t + o_i < n_tokens
     b_cos, b_sin = _angles(p_positions, stride_position, p_turns, i_t + o_i, m_i, HALF, BH)
+    _store_halves(p_angles + i_t * WIDTH, o_i, m_i, WIDTH, b_cos, b_sin, HALF, BH)
     stride_t = n_heads * WIDTH
     for i in range(n_heads):
         i_h = (tl.program_id(1) + i).to(tl.int64)
         p_to = p_rotated + (i_t * stride_t + i_h * WIDTH)
-        p_qh = p_q + i_t * stride_qt + i_h * stride_qh
-        p_kh = p_k + i_t * stride_kt + i_h * stride_kh
-        # Turning on is turning back by the negative sine.
-        b_x1, b_x2 = _load_halves(p_qh, o_i, m_i, stride_qt, HALF, BH)
-        _store_unrotated(
-            p_to, o_i, m_i, stride_t, b_x1.to(tl.float32), b_x2.to(tl.float32), b_cos, -b_sin, HALF, BH, True
-        )
-        b_x1, b_x2 = _load_halves(p_kh, o_i, m_i, stride_kt, HALF, BH)
-        p_to += n_tokens.to(tl.int64) * stride_t
-        _store_unrotated(
-            p_to, o_i, m_i, stride_t, b_x1.to(tl.float32), b_x2.to(tl.float32), b_cos, -b_sin, HALF, BH, True
-        )
+        b_q1, b_q2 = _load_halves(p_q + i_t * stride_qt + i_h * stride_qh, o_i, m_i, stride_qt, HALF, BH)
+        b_q1, b_q2 = _rotated(b_q1, b_q2, b_cos, b_sin)
+        _store_halves(p_to, o_i, m_i, stride_t, b_q1, b_q2, HALF, BH)
+        b_k1, b_k2 = _load_halves(p_k + i_t * stride_kt + i_h * stride_kh, o_i, m_i, stride_kt, HALF, BH)
+        b_k1, b_k2 = _rotated(b_k1, b_k2, b_cos, b_sin)
+        _store_halves(_moved(p_to, n_tokens, (i_h * 0) + stride_t), o_i, m_i, stride_t, b_k1, b_k2, HALF, BH)
 
 
 @triton.jit(do_not_specialize=["n_tokens", "n_sequences", "window"])
 def window_attention_backward_kernel(
-    p_do, p_q, p_k, p_v, p_o, p_lse, p_delta, p_cu, p_positions, p_turns, p_dq, p_dk, p_dv,
+    p_do, p_q, p_k, p_v, p_o, p_lse, p_delta, p_angles, p_cu, p_dq, p_dk, p_dv,
     n_tokens, n_sequences, window, scale, grad_scale,
     stride_gt, stride_gh, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh,
-    stride_dt, stride_dh, stride_position,
+    stride_dt, stride_dh,
     WIDTH: tl.constexpr, HALF: tl.constexpr, BH: tl.constexpr, BD: tl.constexpr, DOT: tl.constexpr,
     BT: tl.constexpr, BP: tl.constexpr, HEADS: tl.constexpr,
     ROTATE: tl.constexpr, TURN_BACK: tl.constexpr, LOOP: tl.constexpr, NARROW: tl.constexpr,
@@ -242,19 +287,10 @@ def window_attention_backward_kernel(
     # Rows count from the first token of the tile.
     o_i = tl.arange(0, BT)
     m_i = o_i < end - first
-    if ROTATE or TURN_BACK:
-        b_cos, b_sin = _angles(p_positions, stride_position, p_turns, first + o_i, m_i, HALF, BH)
-    else:
-        b_cos, b_sin = 0.0, 0.0
     # Keys before the tile, queries after it (there are none after one that is not full).
     o_p = tl.arange(0, BP) - BP
     o_n = tl.arange(0, BP) + BT
-    b_pcos, b_psin, b_ncos, b_nsin = 0.0, 0.0, 0.0, 0.0
-    if ROTATE:
-        if WITH_DQ:
-            b_pcos, b_psin = _angles(p_positions, stride_position, p_turns, first + o_p, o_p >= start - first, HALF, BH)
-        if WITH_DKV:
-            b_ncos, b_nsin = _angles(p_positions, stride_position, p_turns, first + o_n, o_n < end - first, HALF, BH)
+    p_angles += first_row * WIDTH
     b_low = tl.maximum(o_i - window + 1, start - first)
     b_high = tl.minimum(o_i + window, end - first)
 
@@ -266,11 +302,15 @@ def window_attention_backward_kernel(
         p_vh = p_v + first_row * stride_vt + i_h * stride_vh
         p_oh = p_o + first_row * stride_ot + i_h * stride_oh
         p_lseh = p_lse + i_h * n_tokens + first
-        if not (WITH_DQ and WITH_DKV):
-            p_deltah = p_delta + i_h * n_tokens + first
+        p_deltah = p_delta + i_h * n_tokens + first
 
-        b_q1, b_q2 = _load_rotated(p_qh, o_i, m_i, stride_qt, b_cos, b_sin, HALF, BH, ROTATE, DOT)
-        b_k1, b_k2 = _load_rotated(p_kh, o_i, m_i, stride_kt, b_cos, b_sin, HALF, BH, ROTATE, DOT)
+        b_q1, b_q2 = _load_halves(p_qh, o_i, m_i, stride_qt, HALF, BH)
+        b_k1, b_k2 = _load_halves(p_kh, o_i, m_i, stride_kt, HALF, BH)
+        if ROTATE:
+            b_cos, b_sin = _load_halves(p_angles, o_i, m_i, WIDTH, HALF, BH)
+            b_q1, b_q2 = _rotated(b_q1, b_q2, b_cos, b_sin)
+            b_k1, b_k2 = _rotated(b_k1, b_k2, b_cos, b_sin)
+        b_q1, b_q2, b_k1, b_k2 = b_q1.to(DOT), b_q2.to(DOT), b_k1.to(DOT), b_k2.to(DOT)
         b_v = _load_rows(p_vh, o_i, m_i, stride_vt, WIDTH, BD).to(DOT)
         b_do = _load_rows(p_gh, o_i, m_i, stride_gt, WIDTH, BD)
         # [BT]
@@ -301,49 +341,32 @@ def window_attention_backward_kernel(
             b_dq1 = tl.dot(b_ds, b_k1, input_precision="ieee")
             b_dq2 = tl.dot(b_ds, b_k2, input_precision="ieee")
             for i_p in range(0, tl.minimum(first - start, window - 1) if LOOP else 1, BP):
-                o_j = o_p - i_p
-                m_j = o_j >= start - first
-                p_kj, p_vj = _moved(p_kh, -i_p, stride_kt), _moved(p_vh, -i_p, stride_vt)
-                b_pk1, b_pk2 = _load_rotated(p_kj, o_p, m_j, stride_kt, b_pcos, b_psin, HALF, BH, ROTATE, DOT)
-                b_pv = _load_rows(p_vj, o_p, m_j, stride_vt, WIDTH, BD).to(DOT)
-                b_s = _product(b_q1, b_q2, b_pk1, b_pk2)
-                b_dp = tl.dot(b_do, tl.trans(b_pv), input_precision="ieee")
-                visible = o_j[None, :] >= b_low[:, None]
-                _, b_ds = _score_gradient(b_s, b_lse[:, None], b_dp, b_delta[:, None], visible, scale)
-                b_dq1 = tl.dot(b_ds.to(DOT), b_pk1, b_dq1, input_precision="ieee")
-                b_dq2 = tl.dot(b_ds.to(DOT), b_pk2, b_dq2, input_precision="ieee")
+                b_dq1, b_dq2 = _query_gradient(
+                    b_dq1, b_dq2, b_q1, b_q2, b_do, b_lse, b_delta,
+                    _moved(p_kh, -i_p, stride_kt), _moved(p_vh, -i_p, stride_vt), o_p, o_p - i_p, b_low, start - first,
+                    stride_kt, stride_vt, p_angles, scale, WIDTH, HALF, BH, BD, ROTATE, DOT,
+                )  # fmt: skip
             p_dqh = p_dq + first_row * stride_dt + i_h * stride_dh
-            _store_unrotated(
-                p_dqh, o_i, m_i, stride_dt, b_dq1 * grad_scale, b_dq2 * grad_scale, b_cos, b_sin, HALF, BH, TURN_BACK
-            )
+            b_dq1, b_dq2 = b_dq1 * grad_scale, b_dq2 * grad_scale
+            if TURN_BACK:
+                b_cos, b_sin = _load_halves(p_angles, o_i, m_i, WIDTH, HALF, BH)
+                b_dq1, b_dq2 = _rotated(b_dq1, b_dq2, b_cos, -b_sin)
+            _store_halves(p_dqh, o_i, m_i, stride_dt, b_dq1, b_dq2, HALF, BH)
 
         if WITH_DKV:
             for i_n in range(0, tl.minimum(end - first - BT, window - 1) if LOOP else 1, BP):
-                o_j = o_n + i_n
-                m_j = o_j < end - first
-                p_qj, p_gj = _moved(p_qh, i_n, stride_qt), _moved(p_gh, i_n, stride_gt)
-                b_nq1, b_nq2 = _load_rotated(p_qj, o_n, m_j, stride_qt, b_ncos, b_nsin, HALF, BH, ROTATE, DOT)
-                b_ndo = _load_rows(p_gj, o_n, m_j, stride_gt, WIDTH, BD)
-                # [BP]
-                b_nlse = tl.load(p_lseh + o_j, mask=m_j, other=0.0)
-                if WITH_DQ:
-                    b_no = _load_rows(_moved(p_oh, i_n, stride_ot), o_n, m_j, stride_ot, WIDTH, BD)
-                    b_ndelta = tl.sum(b_ndo.to(tl.float32) * b_no.to(tl.float32), 1)
-                else:
-                    b_ndelta = tl.load(p_deltah + o_j, mask=m_j, other=0.0)
-                b_ndo = b_ndo.to(DOT)
-                # [keys, queries]: what the products below want on their left.
-                b_s = _product(b_k1, b_k2, b_nq1, b_nq2)
-                b_dp = tl.dot(b_v, tl.trans(b_ndo), input_precision="ieee")
-                visible = o_j[None, :] < b_high[:, None]
-                b_p, b_ds = _score_gradient(b_s, b_nlse[None, :], b_dp, b_ndelta[None, :], visible, scale)
-                b_dv = tl.dot(b_p.to(DOT), b_ndo, b_dv, input_precision="ieee")
-                b_dk1 = tl.dot(b_ds.to(DOT), b_nq1, b_dk1, input_precision="ieee")
-                b_dk2 = tl.dot(b_ds.to(DOT), b_nq2, b_dk2, input_precision="ieee")
+                b_dk1, b_dk2, b_dv = _key_gradient(
+                    b_dk1, b_dk2, b_dv, b_k1, b_k2, b_v,
+                    _moved(p_qh, i_n, stride_qt), _moved(p_gh, i_n, stride_gt), _moved(p_oh, i_n, stride_ot),
+                    p_lseh, p_deltah, o_n, o_n + i_n, b_high, end - first, stride_qt, stride_gt, stride_ot,
+                    p_angles, scale, WIDTH, HALF, BH, BD, ROTATE, WITH_DQ, DOT,
+                )  # fmt: skip
             p_dkh = p_dk + first_row * stride_dt + i_h * stride_dh
-            _store_unrotated(
-                p_dkh, o_i, m_i, stride_dt, b_dk1 * grad_scale, b_dk2 * grad_scale, b_cos, b_sin, HALF, BH, TURN_BACK
-            )
+            b_dk1, b_dk2 = b_dk1 * grad_scale, b_dk2 * grad_scale
+            if TURN_BACK:
+                b_cos, b_sin = _load_halves(p_angles, o_i, m_i, WIDTH, HALF, BH)
+                b_dk1, b_dk2 = _rotated(b_dk1, b_dk2, b_cos, -b_sin)
+            _store_halves(p_dkh, o_i, m_i, stride_dt, b_dk1, b_dk2, HALF, BH)
             o_d = tl.arange(0, BD)
             p_dvh = p_dv + first_row * stride_dt + i_h * stride_dh
             tl.store(
@@ -421,31 +444,31 @@ def _grid(q: Tensor, cu_seqlens: Tensor, option: Option) -> tuple[int, int]:
     return n_tiles(q.shape[0], cu_seqlens.shape[0] - 1, tiles["BT"]), q.shape[1] // tiles["HEADS"]
 
 
-def _rotation(q: Tensor, k: Tensor, positions: Tensor, turns: Tensor, rotated: Tensor) -> Launch:
+def _rotation(q: Tensor, k: Tensor, positions: Tensor, turns: Tensor, rotated: Tensor, angles: Tensor) -> Launch:
     n, heads, width = q.shape
     option = Option((("BT", 32),), 4, 1)
     arguments = {
         "p_q": q, "p_k": k, "p_positions": positions, "p_turns": turns, "p_rotated": rotated,
-        "n_tokens": n, "n_heads": heads, **_strides(q=q, k=k), "stride_position": positions.stride(0),
+        "p_angles": angles, "n_tokens": n, "n_heads": heads, **_strides(q=q, k=k), "stride_position": positions.stride(0),
     }  # fmt: skip
-    constants = {name: value for name, value in _constants(q, 1).items() if name in ("WIDTH", "HALF", "BH", "DOT")}
+    constants = {name: value for name, value in _constants(q, 1).items() if name in ("WIDTH", "HALF", "BH")}
     return Launch(rotate_kernel, (triton.cdiv(n, 32),), arguments, constants, option)
 
 
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int, positions: Tensor | None, turns: Tensor | None,
-    rotated: Tensor | None, out: Tensor, lse: Tensor, option: Option,
+    rotated: Tensor | None, out: Tensor, lse: Tensor, angles: Tensor, option: Option,
 ) -> list[Launch]:  # fmt: skip
     launches = []
     rotate = positions is not None
     if positions is not None and turns is not None and rotated is not None:
-        launches.append(_rotation(q, k, positions, turns, rotated))
+        launches.append(_rotation(q, k, positions, turns, rotated, angles))
         q, k = rotated.unbind(0)
         rotate = False
     arguments = {
         "p_q": q, "p_k": k, "p_v": v, "p_cu": cu_seqlens,
         "p_positions": positions if rotate else None, "p_turns": turns if rotate else None, "p_o": out, "p_lse": lse,
-        "n_tokens": q.shape[0], "n_sequences": cu_seqlens.shape[0] - 1, "window": window,
+        "p_angles": angles, "n_tokens": q.shape[0], "n_sequences": cu_seqlens.shape[0] - 1, "window": window,
         "scale": _LOG2_E / math.sqrt(q.shape[2]), **_strides(q=q, k=k, v=v, o=out),
         "stride_position": positions.stride(0) if rotate and positions is not None else 0,
     }  # fmt: skip
@@ -455,24 +478,23 @@ def _forward(
 
 def _backward(
     d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int, positions: Tensor | None,
-    turns: Tensor | None, rotated: Tensor | None, out: Tensor, lse: Tensor, delta: Tensor, grads: Tensor,
-    option: Option,
+    turns: Tensor | None, rotated: Tensor | None, out: Tensor, lse: Tensor, angles: Tensor, delta: Tensor,
+    grads: Tensor, option: Option,
 ) -> list[Launch]:  # fmt: skip
     launches = []
     rotate = turn_back = positions is not None
     if positions is not None and turns is not None and rotated is not None:
-        launches.append(_rotation(q, k, positions, turns, rotated))
+        launches.append(_rotation(q, k, positions, turns, rotated, angles))
         q, k = rotated.unbind(0)
         rotate = False
     d_q, d_k, d_v = grads.unbind(1)
     tiles = dict(option.tiles)
     arguments = {
-        "p_do": d_out, "p_q": q, "p_k": k, "p_v": v, "p_o": out, "p_lse": lse, "p_delta": delta, "p_cu": cu_seqlens,
-        "p_positions": positions, "p_turns": turns, "p_dq": d_q, "p_dk": d_k, "p_dv": d_v,
+        "p_do": d_out, "p_q": q, "p_k": k, "p_v": v, "p_o": out, "p_lse": lse, "p_delta": delta,
+        "p_angles": angles, "p_cu": cu_seqlens, "p_dq": d_q, "p_dk": d_k, "p_dv": d_v,
         "n_tokens": q.shape[0], "n_sequences": cu_seqlens.shape[0] - 1, "window": window,
         "scale": _LOG2_E / math.sqrt(q.shape[2]), "grad_scale": 1 / math.sqrt(q.shape[2]),
         **_strides(g=d_out, q=q, k=k, v=v, o=out, d=d_q),
-        "stride_position": 0 if positions is None else positions.stride(0),
     }  # fmt: skip
     constants = _constants(q, window) | {
         "ROTATE": rotate, "TURN_BACK": turn_back, "NARROW": window < tiles["BT"],
@@ -506,9 +528,12 @@ def _key(what: str, q: Tensor, window: int, positions: Tensor | None) -> tuple[o
 
 def window_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int, positions: Tensor | None, base: float,
-    out: Tensor, lse: Tensor,
+    out: Tensor, lse: Tensor, angles: Tensor,
 ) -> None:  # fmt: skip
-    """Fill ``out`` [N, H, d] and ``lse`` float32 [H, N], the base-2 logarithms of the softmax denominators.
+    """Fill ``out`` [N, H, d] and what the backward reads again.
+
+    That is ``lse`` float32 [H, N], the base-2 logarithms of the softmax denominators, and, with positions, ``angles``
+    float32 [N, d]: d / 2 cosines and d / 2 sines of each token.
 
     Args:
         q, k, v: [N, H, d], N < 2^31 - 256.
@@ -523,7 +548,7 @@ def window_attention(
     q, k, v, window, turns, rotated = _prepared(q, k, v, window, positions, base)
 
     def launches(option: Option) -> list[Launch]:
-        return _forward(q, k, v, cu_seqlens, window, positions, turns, rotated, out, lse, option)
+        return _forward(q, k, v, cu_seqlens, window, positions, turns, rotated, out, lse, angles, option)
 
     options = _options(n, heads, width, window, q.dtype, backward=False)
     for launch in launches(choose(_key("window_attention", q, window, positions), launches, options)):
@@ -532,7 +557,7 @@ def window_attention(
 
 def window_attention_backward(
     d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int, positions: Tensor | None,
-    base: float, out: Tensor, lse: Tensor, grads: Tensor,
+    base: float, out: Tensor, lse: Tensor, angles: Tensor, grads: Tensor,
 ) -> None:  # fmt: skip
     """Fill ``grads`` [N, 3, H, d] with the gradients of q, k and v; arguments as :func:`window_attention` had them."""
     n, heads, width = q.shape
@@ -544,7 +569,7 @@ def window_attention_backward(
 
     def launches(option: Option) -> list[Launch]:
         return _backward(
-            d_out, q, k, v, cu_seqlens, window, positions, turns, rotated, out, lse, delta, grads, option
+            d_out, q, k, v, cu_seqlens, window, positions, turns, rotated, out, lse, angles, delta, grads, option
         )  # fmt: skip
 
     options = _options(n, heads, width, window, q.dtype, backward=True)
@@ -560,14 +585,15 @@ def shipped(
     qkv = torch.empty(n_tokens, 3, heads, width, dtype=dtype, device="meta")
     out, grads = torch.empty(n_tokens, heads, width, dtype=dtype, device="meta"), torch.empty_like(qkv)
     lse = torch.empty(heads, n_tokens, device="meta")
+    angles = torch.empty(n_tokens, width, device="meta")
     cu_seqlens = torch.empty(513, dtype=torch.int32, device="meta")
     positions = torch.empty(n_tokens, dtype=torch.int64, device="meta") if rotate else None
     q, k, v, window, turns, rotated = _prepared(*qkv.unbind(1), window, positions, 10000.0)
     launches = []
     for option in _options(n_tokens, heads, width, window, dtype, backward=False):
-        launches += _forward(q, k, v, cu_seqlens, window, positions, turns, rotated, out, lse, option)
+        launches += _forward(q, k, v, cu_seqlens, window, positions, turns, rotated, out, lse, angles, option)
     for option in _options(n_tokens, heads, width, window, dtype, backward=True):
         launches += _backward(
-            out, q, k, v, cu_seqlens, window, positions, turns, rotated, out, lse, lse, grads, option
+            out, q, k, v, cu_seqlens, window, positions, turns, rotated, out, lse, angles, lse, grads, option
         )  # fmt: skip
     return launches
