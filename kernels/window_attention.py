@@ -179,32 +179,39 @@ def _key_gradient(
 @triton.jit(do_not_specialize=["n_tokens", "n_sequences", "window"])
 def window_attention_kernel(
     p_q, p_k, p_v, p_cu, p_positions, p_turns, p_o, p_lse, p_angles,
-    n_tokens, n_sequences, window, scale,
+    n_tokens, n_sequences, n_groups, window, scale,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh, stride_position,
     WIDTH: tl.constexpr, HALF: tl.constexpr, BH: tl.constexpr, BD: tl.constexpr, DOT: tl.constexpr,
     BT: tl.constexpr, BP: tl.constexpr, HEADS: tl.constexpr,
     ROTATE: tl.constexpr, LOOP: tl.constexpr, NARROW: tl.constexpr,
 ):  # fmt: skip
     """o, and the base-2 logarithm of each softmax denominator, [H, N]."""
-    _, start, end, first = find_tile(p_cu, n_tokens, n_sequences, tl.program_id(0), BT)
+    i_sequence, start, end, first = find_tile(p_cu, n_tokens, n_sequences, tl.program_id(0) // n_groups, BT)
     if first >= end:
         return
+    number = (first - start) // BT
+    i_group = tl.program_id(0) % n_groups
     first_row = first.to(tl.int64)
     # Rows count from the first token of the tile; so do the bounds of what a row sees.
     o_i = tl.arange(0, BT)
     m_i = o_i < end - first
     o_p = tl.arange(0, BP) - BP
-    b_low = tl.maximum(o_i - window + 1, start - first)
     if ROTATE:
         b_cos, b_sin = _angles(p_positions, stride_position, p_turns, first + o_i, m_i, HALF, BH)
         b_pcos, b_psin = _angles(p_positions, stride_position, p_turns, first + o_p, o_p >= start - first, HALF, BH)
-        if tl.program_id(1) == 0:
+        if i_group == 0:
             _store_halves(p_angles + first_row * WIDTH, o_i, m_i, WIDTH, b_cos, b_sin, HALF, BH)
     else:
         b_pcos, b_psin = 0.0, 0.0
 
     for i in range(HEADS):
-        i_h = (tl.program_id(1) * HEADS + i).to(tl.int64)
+        # Read again, or all that follows from it would be carried, in registers, from head to head.
+        start = tl.load(p_cu + i_sequence).to(tl.int32)
+        first = start + number * BT
+        first_row = first.to(tl.int64)
+        m_i = o_i < tl.load(p_cu + i_sequence + 1).to(tl.int32) - first
+        b_low = tl.maximum(o_i - window + 1, start - first)
+        i_h = (i_group * HEADS + i).to(tl.int64)
         p_qh = p_q + first_row * stride_qt + i_h * stride_qh
         p_kh = p_k + first_row * stride_kt + i_h * stride_kh
         p_vh = p_v + first_row * stride_vt + i_h * stride_vh
@@ -268,7 +275,7 @@ def rotate_kernel(
 @triton.jit(do_not_specialize=["n_tokens", "n_sequences", "window"])
 def window_attention_backward_kernel(
     p_do, p_q, p_k, p_v, p_o, p_lse, p_delta, p_angles, p_cu, p_dq, p_dk, p_dv,
-    n_tokens, n_sequences, window, scale, grad_scale,
+    n_tokens, n_sequences, n_groups, window, scale, grad_scale,
     stride_gt, stride_gh, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh,
     stride_dt, stride_dh,
     WIDTH: tl.constexpr, HALF: tl.constexpr, BH: tl.constexpr, BD: tl.constexpr, DOT: tl.constexpr,
@@ -280,22 +287,28 @@ def window_attention_backward_kernel(
 
     Both at once reads every row once; apart, the first leaves delta = sum(do * o) [H, N] for the second.
     """
-    _, start, end, first = find_tile(p_cu, n_tokens, n_sequences, tl.program_id(0), BT)
+    i_sequence, start, end, first = find_tile(p_cu, n_tokens, n_sequences, tl.program_id(0) // n_groups, BT)
     if first >= end:
         return
-    first_row = first.to(tl.int64)
-    # Rows count from the first token of the tile.
-    o_i = tl.arange(0, BT)
-    m_i = o_i < end - first
-    # Keys before the tile, queries after it (there are none after one that is not full).
-    o_p = tl.arange(0, BP) - BP
-    o_n = tl.arange(0, BP) + BT
-    p_angles += first_row * WIDTH
-    b_low = tl.maximum(o_i - window + 1, start - first)
-    b_high = tl.minimum(o_i + window, end - first)
+    number = (first - start) // BT
+    i_group = tl.program_id(0) % n_groups
 
     for i in range(HEADS):
-        i_h = (tl.program_id(1) * HEADS + i).to(tl.int64)
+        # Read again, or all that follows from it would be carried, in registers, from head to head.
+        start = tl.load(p_cu + i_sequence).to(tl.int32)
+        end = tl.load(p_cu + i_sequence + 1).to(tl.int32)
+        first = start + number * BT
+        first_row = first.to(tl.int64)
+        # Rows count from the first token of the tile.
+        o_i = tl.arange(0, BT)
+        m_i = o_i < end - first
+        # Keys before the tile, queries after it (there are none after one that is not full).
+        o_p = tl.arange(0, BP) - BP
+        o_n = tl.arange(0, BP) + BT
+        p_anglest = p_angles + first_row * WIDTH
+        b_low = tl.maximum(o_i - window + 1, start - first)
+        b_high = tl.minimum(o_i + window, end - first)
+        i_h = (i_group * HEADS + i).to(tl.int64)
         p_gh = p_do + first_row * stride_gt + i_h * stride_gh
         p_qh = p_q + first_row * stride_qt + i_h * stride_qh
         p_kh = p_k + first_row * stride_kt + i_h * stride_kh
@@ -307,7 +320,7 @@ def window_attention_backward_kernel(
         b_q1, b_q2 = _load_halves(p_qh, o_i, m_i, stride_qt, HALF, BH)
         b_k1, b_k2 = _load_halves(p_kh, o_i, m_i, stride_kt, HALF, BH)
         if ROTATE:
-            b_cos, b_sin = _load_halves(p_angles, o_i, m_i, WIDTH, HALF, BH)
+            b_cos, b_sin = _load_halves(p_anglest, o_i, m_i, WIDTH, HALF, BH)
             b_q1, b_q2 = _rotated(b_q1, b_q2, b_cos, b_sin)
             b_k1, b_k2 = _rotated(b_k1, b_k2, b_cos, b_sin)
         b_q1, b_q2, b_k1, b_k2 = b_q1.to(DOT), b_q2.to(DOT), b_k1.to(DOT), b_k2.to(DOT)
@@ -324,7 +337,17 @@ def window_attention_backward_kernel(
             b_delta = tl.load(p_deltah + o_i, mask=m_i, other=0.0)
         b_do = b_do.to(DOT)
 
-        # The tile itself. Rows past the end have do = 0 and add nothing.
+        # Keys before the tile, the tile itself, queries after it: in this order fewest accumulators live at once.
+        if WITH_DQ:
+            b_dq1, b_dq2 = tl.zeros((BT, BH), tl.float32), tl.zeros((BT, BH), tl.float32)
+            for i_p in range(0, tl.minimum(first - start, window - 1) if LOOP else 1, BP):
+                b_dq1, b_dq2 = _query_gradient(
+                    b_dq1, b_dq2, b_q1, b_q2, b_do, b_lse, b_delta,
+                    _moved(p_kh, -i_p, stride_kt), _moved(p_vh, -i_p, stride_vt), o_p, o_p - i_p, b_low, start - first,
+                    stride_kt, stride_vt, p_anglest, scale, WIDTH, HALF, BH, BD, ROTATE, DOT,
+                )  # fmt: skip
+
+        # Rows past the end have do = 0 and add nothing.
         visible = o_i[None, :] <= o_i[:, None]
         if NARROW:
             visible = visible & (o_i[None, :] >= b_low[:, None])
@@ -332,39 +355,30 @@ def window_attention_backward_kernel(
         b_dp = tl.dot(b_do, tl.trans(b_v), input_precision="ieee")
         b_p, b_ds = _score_gradient(b_s, b_lse[:, None], b_dp, b_delta[:, None], visible, scale)
         b_p, b_ds = b_p.to(DOT), b_ds.to(DOT)
+        if WITH_DQ:
+            b_dq1 = tl.dot(b_ds, b_k1, b_dq1, input_precision="ieee") * grad_scale
+            b_dq2 = tl.dot(b_ds, b_k2, b_dq2, input_precision="ieee") * grad_scale
+            if TURN_BACK:
+                b_cos, b_sin = _load_halves(p_anglest, o_i, m_i, WIDTH, HALF, BH)
+                b_dq1, b_dq2 = _rotated(b_dq1, b_dq2, b_cos, -b_sin)
+            p_dqh = p_dq + first_row * stride_dt + i_h * stride_dh
+            _store_halves(p_dqh, o_i, m_i, stride_dt, b_dq1, b_dq2, HALF, BH)
+
         if WITH_DKV:
             b_dv = tl.dot(tl.trans(b_p), b_do, input_precision="ieee")
             b_dk1 = tl.dot(tl.trans(b_ds), b_q1, input_precision="ieee")
             b_dk2 = tl.dot(tl.trans(b_ds), b_q2, input_precision="ieee")
-
-        if WITH_DQ:
-            b_dq1 = tl.dot(b_ds, b_k1, input_precision="ieee")
-            b_dq2 = tl.dot(b_ds, b_k2, input_precision="ieee")
-            for i_p in range(0, tl.minimum(first - start, window - 1) if LOOP else 1, BP):
-                b_dq1, b_dq2 = _query_gradient(
-                    b_dq1, b_dq2, b_q1, b_q2, b_do, b_lse, b_delta,
-                    _moved(p_kh, -i_p, stride_kt), _moved(p_vh, -i_p, stride_vt), o_p, o_p - i_p, b_low, start - first,
-                    stride_kt, stride_vt, p_angles, scale, WIDTH, HALF, BH, BD, ROTATE, DOT,
-                )  # fmt: skip
-            p_dqh = p_dq + first_row * stride_dt + i_h * stride_dh
-            b_dq1, b_dq2 = b_dq1 * grad_scale, b_dq2 * grad_scale
-            if TURN_BACK:
-                b_cos, b_sin = _load_halves(p_angles, o_i, m_i, WIDTH, HALF, BH)
-                b_dq1, b_dq2 = _rotated(b_dq1, b_dq2, b_cos, -b_sin)
-            _store_halves(p_dqh, o_i, m_i, stride_dt, b_dq1, b_dq2, HALF, BH)
-
-        if WITH_DKV:
             for i_n in range(0, tl.minimum(end - first - BT, window - 1) if LOOP else 1, BP):
                 b_dk1, b_dk2, b_dv = _key_gradient(
                     b_dk1, b_dk2, b_dv, b_k1, b_k2, b_v,
                     _moved(p_qh, i_n, stride_qt), _moved(p_gh, i_n, stride_gt), _moved(p_oh, i_n, stride_ot),
                     p_lseh, p_deltah, o_n, o_n + i_n, b_high, end - first, stride_qt, stride_gt, stride_ot,
-                    p_angles, scale, WIDTH, HALF, BH, BD, ROTATE, WITH_DQ, DOT,
+                    p_anglest, scale, WIDTH, HALF, BH, BD, ROTATE, WITH_DQ, DOT,
                 )  # fmt: skip
             p_dkh = p_dk + first_row * stride_dt + i_h * stride_dh
             b_dk1, b_dk2 = b_dk1 * grad_scale, b_dk2 * grad_scale
             if TURN_BACK:
-                b_cos, b_sin = _load_halves(p_angles, o_i, m_i, WIDTH, HALF, BH)
+                b_cos, b_sin = _load_halves(p_anglest, o_i, m_i, WIDTH, HALF, BH)
                 b_dk1, b_dk2 = _rotated(b_dk1, b_dk2, b_cos, -b_sin)
             _store_halves(p_dkh, o_i, m_i, stride_dt, b_dk1, b_dk2, HALF, BH)
             o_d = tl.arange(0, BD)
@@ -439,9 +453,10 @@ def _strides(**tensors: Tensor) -> dict[str, int]:
     return {f"stride_{name}{axis}": x.stride(i) for name, x in tensors.items() for i, axis in enumerate("th")}
 
 
-def _grid(q: Tensor, cu_seqlens: Tensor, option: Option) -> tuple[int, int]:
+def _grid(q: Tensor, cu_seqlens: Tensor, option: Option) -> tuple[int]:
+    # The heads of a tile side by side: neighbours in memory, they share sectors and angles in the L2 cache.
     tiles = dict(option.tiles)
-    return n_tiles(q.shape[0], cu_seqlens.shape[0] - 1, tiles["BT"]), q.shape[1] // tiles["HEADS"]
+    return (n_tiles(q.shape[0], cu_seqlens.shape[0] - 1, tiles["BT"]) * (q.shape[1] // tiles["HEADS"]),)
 
 
 def _rotation(q: Tensor, k: Tensor, positions: Tensor, turns: Tensor, rotated: Tensor, angles: Tensor) -> Launch:
@@ -468,7 +483,8 @@ def _forward(
     arguments = {
         "p_q": q, "p_k": k, "p_v": v, "p_cu": cu_seqlens,
         "p_positions": positions if rotate else None, "p_turns": turns if rotate else None, "p_o": out, "p_lse": lse,
-        "p_angles": angles, "n_tokens": q.shape[0], "n_sequences": cu_seqlens.shape[0] - 1, "window": window,
+        "p_angles": angles, "n_tokens": q.shape[0], "n_sequences": cu_seqlens.shape[0] - 1,
+        "n_groups": q.shape[1] // dict(option.tiles)["HEADS"], "window": window,
         "scale": _LOG2_E / math.sqrt(q.shape[2]), **_strides(q=q, k=k, v=v, o=out),
         "stride_position": positions.stride(0) if rotate and positions is not None else 0,
     }  # fmt: skip
@@ -492,7 +508,8 @@ def _backward(
     arguments = {
         "p_do": d_out, "p_q": q, "p_k": k, "p_v": v, "p_o": out, "p_lse": lse, "p_delta": delta,
         "p_angles": angles, "p_cu": cu_seqlens, "p_dq": d_q, "p_dk": d_k, "p_dv": d_v,
-        "n_tokens": q.shape[0], "n_sequences": cu_seqlens.shape[0] - 1, "window": window,
+        "n_tokens": q.shape[0], "n_sequences": cu_seqlens.shape[0] - 1,
+        "n_groups": q.shape[1] // dict(option.tiles)["HEADS"], "window": window,
         "scale": _LOG2_E / math.sqrt(q.shape[2]), "grad_scale": 1 / math.sqrt(q.shape[2]),
         **_strides(g=d_out, q=q, k=k, v=v, o=out, d=d_q),
     }  # fmt: skip
