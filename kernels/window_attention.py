@@ -33,16 +33,6 @@ _LOG2_E = 1.4426950408889634
 
 
 @triton.jit
-def _angles(p_positions, stride_position, p_turns, o_t, m_t, HALF: tl.constexpr, BH: tl.constexpr):
-    """Cosines and sines [rows, BH] of tokens ``o_t``."""
-    o_d = tl.arange(0, BH)
-    # [rows], [BH]
-    b_position = tl.load(p_positions + o_t.to(tl.int64) * stride_position, mask=m_t, other=0).to(tl.int64)
-    b_turns = tl.load(p_turns + o_d, mask=o_d < HALF, other=0)
-    return cos_sin(b_position[:, None], b_turns[None, :])
-
-
-@triton.jit
 def _store_halves(p_x, o_row, m_row, stride_t, b_x1, b_x2, HALF: tl.constexpr, BH: tl.constexpr):
     o_d = tl.arange(0, BH)
     p = p_x + (o_row[:, None] * stride_t + o_d[None, :])
@@ -89,7 +79,7 @@ def _product(b_a1, b_a2, b_b1, b_b2):
 
 @triton.jit
 def _attend(
-    b_o, b_max, b_sum, b_q1, b_q2, p_k, p_v, o_row, o_j, b_low, low, stride_kt, stride_vt, b_cos, b_sin, scale,
+    b_o, b_max, b_sum, b_q1, b_q2, p_k, p_v, o_row, o_j, b_low, low, stride_kt, stride_vt, p_angles, scale,
     WIDTH: tl.constexpr, HALF: tl.constexpr, BH: tl.constexpr, BD: tl.constexpr, ROTATE: tl.constexpr,
     DOT: tl.constexpr,
 ):  # fmt: skip
@@ -97,6 +87,7 @@ def _attend(
     m_j = o_j >= low
     b_k1, b_k2 = _load_halves(p_k, o_row, m_j, stride_kt, HALF, BH)
     if ROTATE:
+        b_cos, b_sin = _load_halves(p_angles, o_row, m_j, WIDTH, HALF, BH)
         b_k1, b_k2 = _rotated(b_k1, b_k2, b_cos, b_sin)
     b_v = _load_rows(p_v, o_row, m_j, stride_vt, WIDTH, BD).to(DOT)
     b_s = _product(b_q1, b_q2, b_k1.to(DOT), b_k2.to(DOT))
@@ -178,9 +169,9 @@ def _key_gradient(
 
 @triton.jit(do_not_specialize=["n_tokens", "n_sequences", "window"])
 def window_attention_kernel(
-    p_q, p_k, p_v, p_cu, p_positions, p_turns, p_o, p_lse, p_angles,
+    p_q, p_k, p_v, p_angles, p_cu, p_o, p_lse,
     n_tokens, n_sequences, n_groups, window, scale,
-    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh, stride_position,
+    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh,
     WIDTH: tl.constexpr, HALF: tl.constexpr, BH: tl.constexpr, BD: tl.constexpr, DOT: tl.constexpr,
     BT: tl.constexpr, BP: tl.constexpr, HEADS: tl.constexpr,
     ROTATE: tl.constexpr, LOOP: tl.constexpr, NARROW: tl.constexpr,
@@ -191,18 +182,9 @@ def window_attention_kernel(
         return
     number = (first - start) // BT
     i_group = tl.program_id(0) % n_groups
-    first_row = first.to(tl.int64)
     # Rows count from the first token of the tile; so do the bounds of what a row sees.
     o_i = tl.arange(0, BT)
-    m_i = o_i < end - first
     o_p = tl.arange(0, BP) - BP
-    if ROTATE:
-        b_cos, b_sin = _angles(p_positions, stride_position, p_turns, first + o_i, m_i, HALF, BH)
-        b_pcos, b_psin = _angles(p_positions, stride_position, p_turns, first + o_p, o_p >= start - first, HALF, BH)
-        if i_group == 0:
-            _store_halves(p_angles + first_row * WIDTH, o_i, m_i, WIDTH, b_cos, b_sin, HALF, BH)
-    else:
-        b_pcos, b_psin = 0.0, 0.0
 
     for i in range(HEADS):
         # Read again, or all that follows from it would be carried, in registers, from head to head.
@@ -217,7 +199,9 @@ def window_attention_kernel(
         p_vh = p_v + first_row * stride_vt + i_h * stride_vh
         b_q1, b_q2 = _load_halves(p_qh, o_i, m_i, stride_qt, HALF, BH)
         b_k1, b_k2 = _load_halves(p_kh, o_i, m_i, stride_kt, HALF, BH)
+        p_anglest = p_angles + first_row * WIDTH
         if ROTATE:
+            b_cos, b_sin = _load_halves(p_anglest, o_i, m_i, WIDTH, HALF, BH)
             b_q1, b_q2 = _rotated(b_q1, b_q2, b_cos, b_sin)
             b_k1, b_k2 = _rotated(b_k1, b_k2, b_cos, b_sin)
         b_q1, b_q2, b_k1, b_k2 = b_q1.to(DOT), b_q2.to(DOT), b_k1.to(DOT), b_k2.to(DOT)
@@ -235,7 +219,7 @@ def window_attention_kernel(
         for i_p in range(0, tl.minimum(first - start, window - 1) if LOOP else 1, BP):
             b_o, b_max, b_sum = _attend(
                 b_o, b_max, b_sum, b_q1, b_q2, _moved(p_kh, -i_p, stride_kt), _moved(p_vh, -i_p, stride_vt),
-                o_p, o_p - i_p, b_low, start - first, stride_kt, stride_vt, b_pcos, b_psin, scale,
+                o_p, o_p - i_p, b_low, start - first, stride_kt, stride_vt, p_anglest, scale,
                 WIDTH, HALF, BH, BD, ROTATE, DOT,
             )  # fmt: skip
 
@@ -249,27 +233,33 @@ def window_attention_kernel(
 
 
 @triton.jit(do_not_specialize=["n_tokens"])
-def rotate_kernel(
-    p_q, p_k, p_positions, p_turns, p_rotated, p_angles,
-    n_tokens, n_heads, stride_qt, stride_qh, stride_kt, stride_kh, stride_position,
-    WIDTH: tl.constexpr, HALF: tl.constexpr, BH: tl.constexpr, BT: tl.constexpr,
+def rotary_kernel(
+    p_positions, p_turns, p_angles, p_q, p_k, p_rotated,
+    n_tokens, n_heads, stride_position, stride_qt, stride_qh, stride_kt, stride_kh,
+    WIDTH: tl.constexpr, HALF: tl.constexpr, BH: tl.constexpr, BT: tl.constexpr, ROTATE: tl.constexpr,
 ):  # fmt: skip
-    """Rotated q and k as one contiguous [2, N, H, d], and the angles."""
+    """Angles [N, d], d / 2 cosines and d / 2 sines of each token; with ROTATE q and k too, rotated, [2, N, H, d]."""
     i_t = tl.program_id(0).to(tl.int64) * BT
     o_i = tl.arange(0, BT)
+    o_d = tl.arange(0, BH)
     m_i = i_t + o_i < n_tokens
-    b_cos, b_sin = _angles(p_positions, stride_position, p_turns, i_t + o_i, m_i, HALF, BH)
+    # [BT], [BH]
+    b_position = tl.load(p_positions + (i_t + o_i) * stride_position, mask=m_i, other=0).to(tl.int64)
+    b_turns = tl.load(p_turns + o_d, mask=o_d < HALF, other=0)
+    b_cos, b_sin = cos_sin(b_position[:, None], b_turns[None, :])
     _store_halves(p_angles + i_t * WIDTH, o_i, m_i, WIDTH, b_cos, b_sin, HALF, BH)
-    stride_t = n_heads * WIDTH
-    for i in range(n_heads):
-        i_h = (tl.program_id(1) + i).to(tl.int64)
-        p_to = p_rotated + (i_t * stride_t + i_h * WIDTH)
-        b_q1, b_q2 = _load_halves(p_q + i_t * stride_qt + i_h * stride_qh, o_i, m_i, stride_qt, HALF, BH)
-        b_q1, b_q2 = _rotated(b_q1, b_q2, b_cos, b_sin)
-        _store_halves(p_to, o_i, m_i, stride_t, b_q1, b_q2, HALF, BH)
-        b_k1, b_k2 = _load_halves(p_k + i_t * stride_kt + i_h * stride_kh, o_i, m_i, stride_kt, HALF, BH)
-        b_k1, b_k2 = _rotated(b_k1, b_k2, b_cos, b_sin)
-        _store_halves(_moved(p_to, n_tokens, (i_h * 0) + stride_t), o_i, m_i, stride_t, b_k1, b_k2, HALF, BH)
+    if ROTATE:
+        stride_t = n_heads * WIDTH
+        for i in range(n_heads):
+            i_h = (tl.program_id(1) + i).to(tl.int64)
+            p_to = p_rotated + (i_t * stride_t + i_h * WIDTH)
+            b_q1, b_q2 = _load_halves(p_q + i_t * stride_qt + i_h * stride_qh, o_i, m_i, stride_qt, HALF, BH)
+            b_q1, b_q2 = _rotated(b_q1, b_q2, b_cos, b_sin)
+            _store_halves(p_to, o_i, m_i, stride_t, b_q1, b_q2, HALF, BH)
+            b_k1, b_k2 = _load_halves(p_k + i_t * stride_kt + i_h * stride_kh, o_i, m_i, stride_kt, HALF, BH)
+            b_k1, b_k2 = _rotated(b_k1, b_k2, b_cos, b_sin)
+            p_to += (i_t * 0 + n_tokens) * stride_t
+            _store_halves(p_to, o_i, m_i, stride_t, b_k1, b_k2, HALF, BH)
 
 
 @triton.jit(do_not_specialize=["n_tokens", "n_sequences", "window"])
@@ -459,15 +449,17 @@ def _grid(q: Tensor, cu_seqlens: Tensor, option: Option) -> tuple[int]:
     return (n_tiles(q.shape[0], cu_seqlens.shape[0] - 1, tiles["BT"]) * (q.shape[1] // tiles["HEADS"]),)
 
 
-def _rotation(q: Tensor, k: Tensor, positions: Tensor, turns: Tensor, rotated: Tensor, angles: Tensor) -> Launch:
-    n, heads, width = q.shape
+def _rotary(
+    q: Tensor, k: Tensor, positions: Tensor, turns: Tensor, angles: Tensor, rotated: Tensor | None
+) -> Launch:  # fmt: skip
+    n, heads, _ = q.shape
     option = Option((("BT", 32),), 4, 1)
     arguments = {
-        "p_q": q, "p_k": k, "p_positions": positions, "p_turns": turns, "p_rotated": rotated,
-        "p_angles": angles, "n_tokens": n, "n_heads": heads, **_strides(q=q, k=k), "stride_position": positions.stride(0),
+        "p_positions": positions, "p_turns": turns, "p_angles": angles, "p_q": q, "p_k": k, "p_rotated": rotated,
+        "n_tokens": n, "n_heads": heads, "stride_position": positions.stride(0), **_strides(q=q, k=k),
     }  # fmt: skip
     constants = {name: value for name, value in _constants(q, 1).items() if name in ("WIDTH", "HALF", "BH")}
-    return Launch(rotate_kernel, (triton.cdiv(n, 32),), arguments, constants, option)
+    return Launch(rotary_kernel, (triton.cdiv(n, 32),), arguments, constants | {"ROTATE": rotated is not None}, option)
 
 
 def _forward(
@@ -475,20 +467,19 @@ def _forward(
     rotated: Tensor | None, out: Tensor, lse: Tensor, angles: Tensor, option: Option,
 ) -> list[Launch]:  # fmt: skip
     launches = []
-    rotate = positions is not None
-    if positions is not None and turns is not None and rotated is not None:
-        launches.append(_rotation(q, k, positions, turns, rotated, angles))
+    if positions is not None and turns is not None:
+        launches.append(_rotary(q, k, positions, turns, angles, rotated))
+    if rotated is not None:
         q, k = rotated.unbind(0)
-        rotate = False
     arguments = {
-        "p_q": q, "p_k": k, "p_v": v, "p_cu": cu_seqlens,
-        "p_positions": positions if rotate else None, "p_turns": turns if rotate else None, "p_o": out, "p_lse": lse,
-        "p_angles": angles, "n_tokens": q.shape[0], "n_sequences": cu_seqlens.shape[0] - 1,
+        "p_q": q, "p_k": k, "p_v": v, "p_angles": angles, "p_cu": cu_seqlens, "p_o": out, "p_lse": lse,
+        "n_tokens": q.shape[0], "n_sequences": cu_seqlens.shape[0] - 1,
         "n_groups": q.shape[1] // dict(option.tiles)["HEADS"], "window": window,
         "scale": _LOG2_E / math.sqrt(q.shape[2]), **_strides(q=q, k=k, v=v, o=out),
-        "stride_position": positions.stride(0) if rotate and positions is not None else 0,
     }  # fmt: skip
-    constants = _constants(q, window) | {"ROTATE": rotate, "NARROW": window < dict(option.tiles)["BT"]}
+    constants = _constants(q, window) | {
+        "ROTATE": positions is not None and rotated is None, "NARROW": window < dict(option.tiles)["BT"],
+    }  # fmt: skip
     return [*launches, Launch(window_attention_kernel, _grid(q, cu_seqlens, option), arguments, constants, option)]
 
 
@@ -498,11 +489,9 @@ def _backward(
     grads: Tensor, option: Option,
 ) -> list[Launch]:  # fmt: skip
     launches = []
-    rotate = turn_back = positions is not None
     if positions is not None and turns is not None and rotated is not None:
-        launches.append(_rotation(q, k, positions, turns, rotated, angles))
+        launches.append(_rotary(q, k, positions, turns, angles, rotated))
         q, k = rotated.unbind(0)
-        rotate = False
     d_q, d_k, d_v = grads.unbind(1)
     tiles = dict(option.tiles)
     arguments = {
@@ -514,7 +503,8 @@ def _backward(
         **_strides(g=d_out, q=q, k=k, v=v, o=out, d=d_q),
     }  # fmt: skip
     constants = _constants(q, window) | {
-        "ROTATE": rotate, "TURN_BACK": turn_back, "NARROW": window < tiles["BT"],
+        "ROTATE": positions is not None and rotated is None, "TURN_BACK": positions is not None,
+        "NARROW": window < tiles["BT"],
     }  # fmt: skip
     together = not constants["LOOP"] and q.shape[2] <= 64
     for with_dq, with_dkv in [(True, True)] if together else [(True, False), (False, True)]:
