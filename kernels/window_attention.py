@@ -6,7 +6,7 @@ where the window of the tile's last token ends. So the work is tokens times wind
 with each score computed once for the tile itself and once more at either side.
 
 Short windows (one block before, one after) rotate q and k on the fly; a program then runs over HEADS heads, which
-share their cosines and sines. Long ones read q and k that :func:`rotate_kernel` has rotated, block after block.
+share their cosines and sines. Long ones read q and k that :func:`rotary_kernel` has rotated, block after block.
 Scores are in base 2: exp2 is what the hardware has.
 """
 
@@ -382,13 +382,22 @@ def window_attention_backward_kernel(
 # ---------------------------------------------------------------------------------------------------------------------
 # Launchers
 
-# The longest window whose keys before a tile are one block.
+# The longest window whose keys before a tile are one block, and the widest head that then fits into registers.
 _LONGEST_BLOCK = 128
+_WIDEST_BLOCK = 64
 
 
-def _is_long(window: int, width: int, dtype: torch.dtype) -> bool:
-    """Whether the keys before a tile come block after block, rotated beforehand."""
-    return window - 1 > (_LONGEST_BLOCK if width <= 64 and dtype == torch.bfloat16 else 64)
+def _is_hopper(q: Tensor) -> bool:
+    return not q.is_cuda or torch.cuda.get_device_capability(q.device) >= (9, 0)
+
+
+def _is_long(window: int, width: int, dtype: torch.dtype, hopper: bool) -> bool:
+    """Whether the keys before a tile come block after block, rotated beforehand.
+
+    Before Hopper always: products read both operands from registers there, and larger blocks would spill.
+    """
+    share = 1 if dtype == torch.bfloat16 else 2
+    return not hopper or window - 1 > _LONGEST_BLOCK // share or width > _WIDEST_BLOCK // share
 
 
 def _block(window: int) -> int:
@@ -396,31 +405,42 @@ def _block(window: int) -> int:
     return max(16, triton.next_power_of_2(window - 1))
 
 
-def _options(n_tokens: int, heads: int, width: int, window: int, dtype: torch.dtype, backward: bool) -> list[Option]:
-    """The likely best first. Tiles as long as the window: shorter ones read keys more often, longer ones mask more."""
-    sizes: list[tuple[int, int, int]]
-    if dtype == torch.float32:
-        bp = 16 if _is_long(window, width, dtype) else _block(window)
-        sizes = [(16, bp, 4)] if width > 128 or backward else [(32, max(bp, 32), 4)]
-    elif _is_long(window, width, dtype):
-        if width > 128:
-            sizes = [(32, 32, 4)] if backward else [(64, 32, 4)]
-        elif width > 64 or backward:
-            sizes = [(64, 64, 4)]
+def _options(q: Tensor, window: int, hopper: bool, backward: bool) -> list[Option]:
+    """The likely best first, each as (BT, BP, HEADS, warps, stages, registers).
+
+    Tiles of 64 tokens are what one group of four warps multiplies at once. All heads in one program read the angles
+    once; few tiles leave processors idle, and want the heads apart.
+    """
+    n, heads, width = q.shape
+    is_long = _is_long(window, width, q.dtype, hopper)
+    found: list[tuple[int, int, int, int, int, int | None]]
+    if q.dtype == torch.float32:
+        if is_long:
+            found = [(32, 16, 1, 4, 1, None) if width <= 64 else (16, 16, 1, 8, 1, None)]
         else:
-            sizes = [(64, 64, 4), (128, 64, 8)]
+            # Blocks of 64 keys even where fewer would do: smaller ones made the compiler spill.
+            found = [(32, 64, 1, 4, 1, None)]
+    elif is_long:
+        if width > 64:
+            found = [(64, 32, 1, 8, 2, None)]
+            if backward and (width > 128 or not hopper):
+                found = [(16, 32, 1, 8, 2, None)]
+        else:
+            found = [(64, 32, 1, 4, 2, None)]
+            if hopper:
+                found = [(64, 64, 1, 4, 2, None), (64, 32, 1, 4, 3, None)]
     else:
         bp = _block(window)
-        if width > 64:
-            sizes = [(32, bp, 4)]
-        elif window <= 33:
-            sizes = [(32, bp, 2), (64, bp, 4)]
-        else:
-            sizes = [(64, bp, 4), (32, bp, 2)]
-    # All heads in one program share the angles; few tiles leave processors idle, and want them apart.
-    per_program = [heads, 1] if n_tokens >= 2**15 and heads > 1 and not _is_long(window, width, dtype) else [1]
+        apart = [(64, bp, 1, 4, 1, None)]
+        together: list[tuple[int, int, int, int, int, int | None]] = []
+        if width <= 32 and heads > 1 and n >= 2**15 and bp <= 64:
+            together = [(64, bp, heads, 4, 2, None)] if backward else [
+                (64, bp, heads, 4, 1, 128), (64, bp, heads, 4, 2, 168),
+            ]  # fmt: skip
+        found = apart + together if backward else together + apart
     return [
-        Option((("BT", bt), ("BP", bp), ("HEADS", n)), num_warps, 1) for n in per_program for bt, bp, num_warps in sizes
+        Option((("BT", bt), ("BP", bp), ("HEADS", n_together)), warps, stages, registers)
+        for bt, bp, n_together, warps, stages, registers in found
     ]
 
 
@@ -429,13 +449,12 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(2) == 1 and x.stride(0) < 2**20 else x.contiguous()
 
 
-def _constants(q: Tensor, window: int) -> dict[str, object]:
+def _constants(q: Tensor) -> dict[str, object]:
     width = q.shape[2]
     return {
         "WIDTH": width, "HALF": width // 2,
         "BH": max(16, triton.next_power_of_2(width // 2)), "BD": max(16, triton.next_power_of_2(width)),
         "DOT": tl.float32 if INTERPRETED or q.dtype == torch.float32 else tl.bfloat16,
-        "LOOP": _is_long(window, width, q.dtype),
     }  # fmt: skip
 
 
@@ -458,13 +477,13 @@ def _rotary(
         "p_positions": positions, "p_turns": turns, "p_angles": angles, "p_q": q, "p_k": k, "p_rotated": rotated,
         "n_tokens": n, "n_heads": heads, "stride_position": positions.stride(0), **_strides(q=q, k=k),
     }  # fmt: skip
-    constants = {name: value for name, value in _constants(q, 1).items() if name in ("WIDTH", "HALF", "BH")}
+    constants = {name: value for name, value in _constants(q).items() if name in ("WIDTH", "HALF", "BH")}
     return Launch(rotary_kernel, (triton.cdiv(n, 32),), arguments, constants | {"ROTATE": rotated is not None}, option)
 
 
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int, positions: Tensor | None, turns: Tensor | None,
-    rotated: Tensor | None, out: Tensor, lse: Tensor, angles: Tensor, option: Option,
+    rotated: Tensor | None, is_long: bool, out: Tensor, lse: Tensor, angles: Tensor, option: Option,
 ) -> list[Launch]:  # fmt: skip
     launches = []
     if positions is not None and turns is not None:
@@ -477,15 +496,15 @@ def _forward(
         "n_groups": q.shape[1] // dict(option.tiles)["HEADS"], "window": window,
         "scale": _LOG2_E / math.sqrt(q.shape[2]), **_strides(q=q, k=k, v=v, o=out),
     }  # fmt: skip
-    constants = _constants(q, window) | {
-        "ROTATE": positions is not None and rotated is None, "NARROW": window < dict(option.tiles)["BT"],
+    constants = _constants(q) | {
+        "ROTATE": positions is not None and not is_long, "LOOP": is_long, "NARROW": window < dict(option.tiles)["BT"],
     }  # fmt: skip
     return [*launches, Launch(window_attention_kernel, _grid(q, cu_seqlens, option), arguments, constants, option)]
 
 
 def _backward(
     d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int, positions: Tensor | None,
-    turns: Tensor | None, rotated: Tensor | None, out: Tensor, lse: Tensor, angles: Tensor, delta: Tensor,
+    turns: Tensor | None, rotated: Tensor | None, is_long: bool, out: Tensor, lse: Tensor, angles: Tensor, delta: Tensor,
     grads: Tensor, option: Option,
 ) -> list[Launch]:  # fmt: skip
     launches = []
@@ -493,7 +512,6 @@ def _backward(
         launches.append(_rotary(q, k, positions, turns, angles, rotated))
         q, k = rotated.unbind(0)
     d_q, d_k, d_v = grads.unbind(1)
-    tiles = dict(option.tiles)
     arguments = {
         "p_do": d_out, "p_q": q, "p_k": k, "p_v": v, "p_o": out, "p_lse": lse, "p_delta": delta,
         "p_angles": angles, "p_cu": cu_seqlens, "p_dq": d_q, "p_dk": d_k, "p_dv": d_v,
@@ -502,12 +520,11 @@ def _backward(
         "scale": _LOG2_E / math.sqrt(q.shape[2]), "grad_scale": 1 / math.sqrt(q.shape[2]),
         **_strides(g=d_out, q=q, k=k, v=v, o=out, d=d_q),
     }  # fmt: skip
-    constants = _constants(q, window) | {
-        "ROTATE": positions is not None and rotated is None, "TURN_BACK": positions is not None,
-        "NARROW": window < tiles["BT"],
+    constants = _constants(q) | {
+        "ROTATE": positions is not None and not is_long, "TURN_BACK": positions is not None, "LOOP": is_long,
+        "NARROW": window < dict(option.tiles)["BT"],
     }  # fmt: skip
-    together = not constants["LOOP"] and q.shape[2] <= 64
-    for with_dq, with_dkv in [(True, True)] if together else [(True, False), (False, True)]:
+    for with_dq, with_dkv in [(True, False), (False, True)] if is_long else [(True, True)]:
         flags = constants | {"WITH_DQ": with_dq, "WITH_DKV": with_dkv}
         grid = _grid(q, cu_seqlens, option)
         launches.append(Launch(window_attention_backward_kernel, grid, arguments, flags, option))
@@ -515,16 +532,15 @@ def _backward(
 
 
 def _prepared(
-    q: Tensor, k: Tensor, v: Tensor, window: int, positions: Tensor | None, base: float
-) -> tuple[Tensor, Tensor, Tensor, int, Tensor | None, Tensor | None]:
-    """q, k and v as the kernels read them, the window no longer than the batch, turns, memory for rotated q and k."""
-    window = min(window, q.shape[0])
-    turns = rotated = None
-    if positions is not None:
-        turns = rotary_turns(q.shape[2], base, q.device)
-        if _is_long(window, q.shape[2], q.dtype):
-            rotated = q.new_empty((2, *q.shape))
-    return _rows(q), _rows(k), _rows(v), window, turns, rotated
+    q: Tensor, k: Tensor, v: Tensor, window: int, positions: Tensor | None, base: float, hopper: bool
+) -> tuple[Tensor, Tensor, Tensor, int, Tensor | None, Tensor | None, bool]:
+    """q, k and v as the kernels read them, window at most N, turns, memory for rotated q and k, whether it is long."""
+    n, _, width = q.shape
+    window = min(window, n)
+    is_long = _is_long(window, width, q.dtype, hopper)
+    turns = None if positions is None else rotary_turns(width, base, q.device)
+    rotated = q.new_empty((2, *q.shape)) if is_long and positions is not None else None
+    return _rows(q), _rows(k), _rows(v), window, turns, rotated, is_long
 
 
 def _key(what: str, q: Tensor, window: int, positions: Tensor | None) -> tuple[object, ...]:
@@ -549,15 +565,15 @@ def window_attention(
         positions: int [N] or None.
         base: of the rotary frequencies.
     """
-    n, heads, width = q.shape
     if q.numel() == 0:
         return
-    q, k, v, window, turns, rotated = _prepared(q, k, v, window, positions, base)
+    hopper = _is_hopper(q)
+    q, k, v, window, turns, rotated, is_long = _prepared(q, k, v, window, positions, base, hopper)
 
     def launches(option: Option) -> list[Launch]:
-        return _forward(q, k, v, cu_seqlens, window, positions, turns, rotated, out, lse, angles, option)
+        return _forward(q, k, v, cu_seqlens, window, positions, turns, rotated, is_long, out, lse, angles, option)
 
-    options = _options(n, heads, width, window, q.dtype, backward=False)
+    options = _options(q, window, hopper, backward=False)
     for launch in launches(choose(_key("window_attention", q, window, positions), launches, options)):
         launch.run()
 
@@ -567,40 +583,41 @@ def window_attention_backward(
     base: float, out: Tensor, lse: Tensor, angles: Tensor, grads: Tensor,
 ) -> None:  # fmt: skip
     """Fill ``grads`` [N, 3, H, d] with the gradients of q, k and v; arguments as :func:`window_attention` had them."""
-    n, heads, width = q.shape
     if q.numel() == 0:
         return
-    q, k, v, window, turns, rotated = _prepared(q, k, v, window, positions, base)
+    hopper = _is_hopper(q)
+    q, k, v, window, turns, rotated, is_long = _prepared(q, k, v, window, positions, base, hopper)
     d_out = _rows(d_out)
     delta = torch.empty_like(lse)
 
     def launches(option: Option) -> list[Launch]:
         return _backward(
-            d_out, q, k, v, cu_seqlens, window, positions, turns, rotated, out, lse, angles, delta, grads, option
+            d_out, q, k, v, cu_seqlens, window, positions, turns, rotated, is_long, out, lse, angles, delta, grads, option
         )  # fmt: skip
 
-    options = _options(n, heads, width, window, q.dtype, backward=True)
+    options = _options(q, window, hopper, backward=True)
     for launch in launches(choose(_key("window_attention_backward", q, window, positions), launches, options)):
         launch.run()
 
 
 def shipped(
-    dim: int, heads: int, window: int, dtype: torch.dtype, *, n_tokens: int = 2**20, rotate: bool = True
-) -> list[Launch]:
+    dim: int, heads: int, window: int, dtype: torch.dtype, *, n_tokens: int = 2**20, rotate: bool = True,
+    architecture: int = 90,
+) -> list[Launch]:  # fmt: skip
     """Every launch, on tensors that hold nothing, that the launchers may pick at these sizes; ``window`` in tokens."""
-    width = dim // heads
+    width, hopper = dim // heads, architecture >= 90
     qkv = torch.empty(n_tokens, 3, heads, width, dtype=dtype, device="meta")
     out, grads = torch.empty(n_tokens, heads, width, dtype=dtype, device="meta"), torch.empty_like(qkv)
     lse = torch.empty(heads, n_tokens, device="meta")
     angles = torch.empty(n_tokens, width, device="meta")
     cu_seqlens = torch.empty(513, dtype=torch.int32, device="meta")
     positions = torch.empty(n_tokens, dtype=torch.int64, device="meta") if rotate else None
-    q, k, v, window, turns, rotated = _prepared(*qkv.unbind(1), window, positions, 10000.0)
+    q, k, v, window, turns, rotated, is_long = _prepared(*qkv.unbind(1), window, positions, 10000.0, hopper)
     launches = []
-    for option in _options(n_tokens, heads, width, window, dtype, backward=False):
-        launches += _forward(q, k, v, cu_seqlens, window, positions, turns, rotated, out, lse, angles, option)
-    for option in _options(n_tokens, heads, width, window, dtype, backward=True):
+    for option in _options(q, window, hopper, backward=False):
+        launches += _forward(q, k, v, cu_seqlens, window, positions, turns, rotated, is_long, out, lse, angles, option)
+    for option in _options(q, window, hopper, backward=True):
         launches += _backward(
-            out, q, k, v, cu_seqlens, window, positions, turns, rotated, out, lse, angles, lse, grads, option
+            out, q, k, v, cu_seqlens, window, positions, turns, rotated, is_long, out, lse, angles, lse, grads, option
         )  # fmt: skip
     return launches
