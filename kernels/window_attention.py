@@ -13,7 +13,7 @@ Scores are in base 2: exp2 is what the hardware has.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import triton
@@ -431,7 +431,7 @@ def _options(q: Tensor, window: int, hopper: bool, backward: bool) -> list[Optio
                 found = [(64, 64, 1, 4, 2, None), (64, 32, 1, 4, 3, None)]
     else:
         bp = _block(window)
-        apart = [(64, bp, 1, 4, 1, None)]
+        apart = [(64, bp, 1, 4, 1, 168 if width <= 32 and bp <= 64 else None)]
         together: list[tuple[int, int, int, int, int, int | None]] = []
         if width <= 32 and heads > 1 and n >= 2**15 and bp <= 64:
             together = [(64, bp, heads, 4, 2, None)] if backward else [
@@ -462,91 +462,93 @@ def _strides(**tensors: Tensor) -> dict[str, int]:
     return {f"stride_{name}{axis}": x.stride(i) for name, x in tensors.items() for i, axis in enumerate("th")}
 
 
-def _grid(q: Tensor, cu_seqlens: Tensor, option: Option) -> tuple[int]:
-    # The heads of a tile side by side: neighbours in memory, they share sectors and angles in the L2 cache.
-    tiles = dict(option.tiles)
-    return (n_tiles(q.shape[0], cu_seqlens.shape[0] - 1, tiles["BT"]) * (q.shape[1] // tiles["HEADS"]),)
+class _Inputs(NamedTuple):
+    """What forward and backward have in common, as the kernels read it."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    cu_seqlens: Tensor
+    window: int
+    positions: Tensor | None
+    turns: Tensor | None
+    rotated: Tensor | None
+    """Memory for q and k of a long window, [2, N, H, d]."""
+    is_long: bool
 
 
-def _rotary(
-    q: Tensor, k: Tensor, positions: Tensor, turns: Tensor, angles: Tensor, rotated: Tensor | None
-) -> Launch:  # fmt: skip
-    n, heads, _ = q.shape
-    option = Option((("BT", 32),), 4, 1)
-    arguments = {
-        "p_positions": positions, "p_turns": turns, "p_angles": angles, "p_q": q, "p_k": k, "p_rotated": rotated,
-        "n_tokens": n, "n_heads": heads, "stride_position": positions.stride(0), **_strides(q=q, k=k),
-    }  # fmt: skip
-    constants = {name: value for name, value in _constants(q).items() if name in ("WIDTH", "HALF", "BH")}
-    return Launch(rotary_kernel, (triton.cdiv(n, 32),), arguments, constants | {"ROTATE": rotated is not None}, option)
-
-
-def _forward(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int, positions: Tensor | None, turns: Tensor | None,
-    rotated: Tensor | None, is_long: bool, out: Tensor, lse: Tensor, angles: Tensor, option: Option,
-) -> list[Launch]:  # fmt: skip
-    launches = []
-    if positions is not None and turns is not None:
-        launches.append(_rotary(q, k, positions, turns, angles, rotated))
-    if rotated is not None:
-        q, k = rotated.unbind(0)
-    arguments = {
-        "p_q": q, "p_k": k, "p_v": v, "p_angles": angles, "p_cu": cu_seqlens, "p_o": out, "p_lse": lse,
-        "n_tokens": q.shape[0], "n_sequences": cu_seqlens.shape[0] - 1,
-        "n_groups": q.shape[1] // dict(option.tiles)["HEADS"], "window": window,
-        "scale": _LOG2_E / math.sqrt(q.shape[2]), **_strides(q=q, k=k, v=v, o=out),
-    }  # fmt: skip
-    constants = _constants(q) | {
-        "ROTATE": positions is not None and not is_long, "LOOP": is_long, "NARROW": window < dict(option.tiles)["BT"],
-    }  # fmt: skip
-    return [*launches, Launch(window_attention_kernel, _grid(q, cu_seqlens, option), arguments, constants, option)]
-
-
-def _backward(
-    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int, positions: Tensor | None,
-    turns: Tensor | None, rotated: Tensor | None, is_long: bool, out: Tensor, lse: Tensor, angles: Tensor, delta: Tensor,
-    grads: Tensor, option: Option,
-) -> list[Launch]:  # fmt: skip
-    launches = []
-    if positions is not None and turns is not None and rotated is not None:
-        launches.append(_rotary(q, k, positions, turns, angles, rotated))
-        q, k = rotated.unbind(0)
-    d_q, d_k, d_v = grads.unbind(1)
-    arguments = {
-        "p_do": d_out, "p_q": q, "p_k": k, "p_v": v, "p_o": out, "p_lse": lse, "p_delta": delta,
-        "p_angles": angles, "p_cu": cu_seqlens, "p_dq": d_q, "p_dk": d_k, "p_dv": d_v,
-        "n_tokens": q.shape[0], "n_sequences": cu_seqlens.shape[0] - 1,
-        "n_groups": q.shape[1] // dict(option.tiles)["HEADS"], "window": window,
-        "scale": _LOG2_E / math.sqrt(q.shape[2]), "grad_scale": 1 / math.sqrt(q.shape[2]),
-        **_strides(g=d_out, q=q, k=k, v=v, o=out, d=d_q),
-    }  # fmt: skip
-    constants = _constants(q) | {
-        "ROTATE": positions is not None and not is_long, "TURN_BACK": positions is not None, "LOOP": is_long,
-        "NARROW": window < dict(option.tiles)["BT"],
-    }  # fmt: skip
-    for with_dq, with_dkv in [(True, False), (False, True)] if is_long else [(True, True)]:
-        flags = constants | {"WITH_DQ": with_dq, "WITH_DKV": with_dkv}
-        grid = _grid(q, cu_seqlens, option)
-        launches.append(Launch(window_attention_backward_kernel, grid, arguments, flags, option))
-    return launches
-
-
-def _prepared(
-    q: Tensor, k: Tensor, v: Tensor, window: int, positions: Tensor | None, base: float, hopper: bool
-) -> tuple[Tensor, Tensor, Tensor, int, Tensor | None, Tensor | None, bool]:
-    """q, k and v as the kernels read them, window at most N, turns, memory for rotated q and k, whether it is long."""
+def _inputs(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int, positions: Tensor | None, base: float,
+    hopper: bool,
+) -> _Inputs:  # fmt: skip
     n, _, width = q.shape
     window = min(window, n)
     is_long = _is_long(window, width, q.dtype, hopper)
     turns = None if positions is None else rotary_turns(width, base, q.device)
     rotated = q.new_empty((2, *q.shape)) if is_long and positions is not None else None
-    return _rows(q), _rows(k), _rows(v), window, turns, rotated, is_long
+    return _Inputs(_rows(q), _rows(k), _rows(v), cu_seqlens, window, positions, turns, rotated, is_long)
 
 
-def _key(what: str, q: Tensor, window: int, positions: Tensor | None) -> tuple[object, ...]:
+def _rotary(x: _Inputs, angles: Tensor) -> list[Launch]:
+    """None without positions."""
+    if x.positions is None:
+        return []
+    option = Option((("BT", 32),), 4, 1)
+    arguments = {
+        "p_positions": x.positions, "p_turns": x.turns, "p_angles": angles,
+        "p_q": x.q, "p_k": x.k, "p_rotated": x.rotated, "n_tokens": x.q.shape[0], "n_heads": x.q.shape[1],
+        "stride_position": x.positions.stride(0), **_strides(q=x.q, k=x.k),
+    }  # fmt: skip
+    constants = {name: value for name, value in _constants(x.q).items() if name in ("WIDTH", "HALF", "BH")}
+    constants["ROTATE"] = x.rotated is not None
+    return [Launch(rotary_kernel, (triton.cdiv(x.q.shape[0], 32),), arguments, constants, option)]
+
+
+def _tile_launch(
+    kernel: object, x: _Inputs, option: Option, arguments: dict[str, Tensor | int | float | None],
+    strides: dict[str, Tensor], flags: dict[str, bool],
+) -> Launch:  # fmt: skip
+    """A launch over tiles and heads with what both kernels take."""
+    q, k = (x.q, x.k) if x.rotated is None else x.rotated.unbind(0)
+    (n, heads, width), tiles, n_sequences = q.shape, dict(option.tiles), x.cu_seqlens.shape[0] - 1
+    # The heads of a tile side by side: neighbours in memory, they share sectors and angles in the L2 cache.
+    n_groups = heads // tiles["HEADS"]
+    arguments = {
+        "p_q": q, "p_k": k, "p_v": x.v, "p_cu": x.cu_seqlens, "n_tokens": n, "n_sequences": n_sequences,
+        "n_groups": n_groups, "window": x.window, "scale": _LOG2_E / math.sqrt(width),
+        **arguments, **_strides(q=q, k=k, v=x.v, **strides),
+    }  # fmt: skip
+    constants = _constants(q) | flags | {
+        "ROTATE": x.positions is not None and not x.is_long, "LOOP": x.is_long, "NARROW": x.window < tiles["BT"],
+    }  # fmt: skip
+    return Launch(kernel, (n_tiles(n, n_sequences, tiles["BT"]) * n_groups,), arguments, constants, option)
+
+
+def _forward(x: _Inputs, out: Tensor, lse: Tensor, angles: Tensor, option: Option) -> list[Launch]:
+    arguments: dict[str, Tensor | int | float | None] = {"p_angles": angles, "p_o": out, "p_lse": lse}
+    return [*_rotary(x, angles), _tile_launch(window_attention_kernel, x, option, arguments, {"o": out}, {})]
+
+
+def _backward(
+    x: _Inputs, d_out: Tensor, out: Tensor, lse: Tensor, angles: Tensor, delta: Tensor, grads: Tensor, option: Option
+) -> list[Launch]:
+    d_q, d_k, d_v = grads.unbind(1)
+    arguments: dict[str, Tensor | int | float | None] = {
+        "p_do": d_out, "p_o": out, "p_lse": lse, "p_delta": delta, "p_angles": angles,
+        "p_dq": d_q, "p_dk": d_k, "p_dv": d_v, "grad_scale": 1 / math.sqrt(x.q.shape[2]),
+    }  # fmt: skip
+    strides = {"g": d_out, "o": out, "d": d_q}
+    launches = _rotary(x, angles) if x.is_long else []
+    for with_dq, with_dkv in [(True, False), (False, True)] if x.is_long else [(True, True)]:
+        flags = {"TURN_BACK": x.positions is not None, "WITH_DQ": with_dq, "WITH_DKV": with_dkv}
+        launches.append(_tile_launch(window_attention_backward_kernel, x, option, arguments, strides, flags))
+    return launches
+
+
+def _key(what: str, x: _Inputs) -> tuple[object, ...]:
     """Sizes in classes: octaves of tokens, and windows that the same options serve."""
-    n, heads, width = q.shape
-    return what, q.dtype, heads, width, n.bit_length(), (window - 1).bit_length(), positions is not None
+    n, heads, width = x.q.shape
+    return what, x.q.dtype, heads, width, n.bit_length(), (x.window - 1).bit_length(), x.positions is not None
 
 
 def window_attention(
@@ -559,7 +561,7 @@ def window_attention(
     float32 [N, d]: d / 2 cosines and d / 2 sines of each token.
 
     Args:
-        q, k, v: [N, H, d], N < 2^31 - 256.
+        q, k, v: [N, H, d], N * H < 2^31.
         cu_seqlens: int [B + 1], contiguous.
         window: in tokens.
         positions: int [N] or None.
@@ -568,13 +570,13 @@ def window_attention(
     if q.numel() == 0:
         return
     hopper = _is_hopper(q)
-    q, k, v, window, turns, rotated, is_long = _prepared(q, k, v, window, positions, base, hopper)
+    x = _inputs(q, k, v, cu_seqlens, window, positions, base, hopper)
 
     def launches(option: Option) -> list[Launch]:
-        return _forward(q, k, v, cu_seqlens, window, positions, turns, rotated, is_long, out, lse, angles, option)
+        return _forward(x, out, lse, angles, option)
 
-    options = _options(q, window, hopper, backward=False)
-    for launch in launches(choose(_key("window_attention", q, window, positions), launches, options)):
+    options = _options(x.q, x.window, hopper, backward=False)
+    for launch in launches(choose(_key("window_attention", x), launches, options)):
         launch.run()
 
 
@@ -586,17 +588,14 @@ def window_attention_backward(
     if q.numel() == 0:
         return
     hopper = _is_hopper(q)
-    q, k, v, window, turns, rotated, is_long = _prepared(q, k, v, window, positions, base, hopper)
-    d_out = _rows(d_out)
-    delta = torch.empty_like(lse)
+    x = _inputs(q, k, v, cu_seqlens, window, positions, base, hopper)
+    d_out, delta = _rows(d_out), torch.empty_like(lse) if x.is_long else lse
 
     def launches(option: Option) -> list[Launch]:
-        return _backward(
-            d_out, q, k, v, cu_seqlens, window, positions, turns, rotated, is_long, out, lse, angles, delta, grads, option
-        )  # fmt: skip
+        return _backward(x, d_out, out, lse, angles, delta, grads, option)
 
-    options = _options(q, window, hopper, backward=True)
-    for launch in launches(choose(_key("window_attention_backward", q, window, positions), launches, options)):
+    options = _options(x.q, x.window, hopper, backward=True)
+    for launch in launches(choose(_key("window_attention_backward", x), launches, options)):
         launch.run()
 
 
@@ -608,16 +607,15 @@ def shipped(
     width, hopper = dim // heads, architecture >= 90
     qkv = torch.empty(n_tokens, 3, heads, width, dtype=dtype, device="meta")
     out, grads = torch.empty(n_tokens, heads, width, dtype=dtype, device="meta"), torch.empty_like(qkv)
-    lse = torch.empty(heads, n_tokens, device="meta")
-    angles = torch.empty(n_tokens, width, device="meta")
+    lse, angles = torch.empty(heads, n_tokens, device="meta"), torch.empty(n_tokens, width, device="meta")
     cu_seqlens = torch.empty(513, dtype=torch.int32, device="meta")
     positions = torch.empty(n_tokens, dtype=torch.int64, device="meta") if rotate else None
-    q, k, v, window, turns, rotated, is_long = _prepared(*qkv.unbind(1), window, positions, 10000.0, hopper)
-    launches = []
-    for option in _options(q, window, hopper, backward=False):
-        launches += _forward(q, k, v, cu_seqlens, window, positions, turns, rotated, is_long, out, lse, angles, option)
-    for option in _options(q, window, hopper, backward=True):
-        launches += _backward(
-            out, q, k, v, cu_seqlens, window, positions, turns, rotated, is_long, out, lse, angles, lse, grads, option
-        )  # fmt: skip
-    return launches
+    q, k, v = qkv.unbind(1)
+    x = _inputs(q, k, v, cu_seqlens, window, positions, 10000.0, hopper)
+    found = []
+    for option in _options(q, x.window, hopper, backward=False):
+        found += _forward(x, out, lse, angles, option)
+    for option in _options(q, x.window, hopper, backward=True):
+        found += _backward(x, out, out, lse, angles, lse, grads, option)
+    # The launch of the angles is the same for every option.
+    return list({(str(one.option), one.name, *one.constants.items()): one for one in found}.values())

@@ -43,8 +43,8 @@ class DecoderLayer(nn.Module):
     def attend(self, qkv: Tensor, cu_seqlens: Tensor, window: int, positions: Tensor) -> Tensor:
         """What window attention reads: [N, 3 D] -> [N, D]."""
         n, dim = qkv.shape[0], qkv.shape[1] // 3
-        q, k, v = qkv.view(n, 3, self.n_heads, dim // self.n_heads).unbind(1)
-        return ops.window_attention(q, k, v, cu_seqlens, window, positions, self.rope_base).reshape(n, dim)
+        qkv = qkv.view(n, 3, self.n_heads, dim // self.n_heads)
+        return ops.window_attention_packed(qkv, cu_seqlens, window, positions, self.rope_base).reshape(n, dim)
 
     def attend_window(self, x: Tensor, cu_seqlens: Tensor, window: int, positions: Tensor) -> Tensor:
         """The part that does not depend on the plan: [N, D] -> [N, D]."""

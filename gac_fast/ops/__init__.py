@@ -7,7 +7,7 @@ from gac_fast.ops.pack_batch import PackedBatch, draw_trajectories, drop_steps, 
 from gac_fast.ops.philox_normal import philox_normal
 from gac_fast.ops.plan_ascent import plan_ascent, plan_langevin
 from gac_fast.ops.plan_attention import plan_attention
-from gac_fast.ops.window_attention import window_attention
+from gac_fast.ops.window_attention import window_attention, window_attention_packed
 
 __all__ = [
     "BACKENDS",
@@ -32,4 +32,5 @@ __all__ = [
     "reset_dispatch_counts",
     "status",
     "window_attention",
+    "window_attention_packed",
 ]

@@ -11,13 +11,16 @@ from torch import Tensor
 from gac_fast import reference
 from gac_fast.ops import _arrays, _check, _dispatch
 
-__all__ = ["window_attention"]
+__all__ = ["window_attention", "window_attention_packed"]
 
 OP = "window_attention"
-_dispatch.register(OP, "cpp")
+_dispatch.register(OP, "triton", "cpp")
 
 # The engine counts tokens in 31 bits; a longer window sees no more.
 _MOST_TOKENS = 2**31 - 1
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The C++ engine
 
 
 @torch.library.custom_op("gac_fast::window_attention", mutates_args=())
@@ -120,6 +123,134 @@ def _differentiate(ctx: Any, d_out: Tensor | None, _: Tensor | None) -> tuple[Te
 _forward.register_autograd(_differentiate, setup_context=_save)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The Triton engine: one backward for q, k and v apart and for all in one tensor
+
+
+def _triton_outputs(q: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, logarithms of the softmax denominators [H, N], angles [N, d] (none without positions)."""
+    n, heads, width = q.shape
+    lse = q.new_empty((heads, n), dtype=torch.float32)
+    angles = q.new_empty((0 if positions is None else n, width), dtype=torch.float32)
+    return q.new_empty(q.shape), lse, angles
+
+
+def _run_triton(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int, positions: Tensor | None, rope_base: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    from gac_fast.kernels import window_attention as kernel
+
+    outputs = _triton_outputs(q, positions)
+    kernel.window_attention(q, k, v, cu_seqlens.contiguous(), window, positions, rope_base, *outputs)
+    return outputs
+
+
+@torch.library.custom_op("gac_fast::window_attention_triton", mutates_args=())
+def _triton_forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int, positions: Tensor | None, rope_base: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The output [N, H, d], and what the backward needs of the softmax and of the rotation."""
+    return _run_triton(q, k, v, cu_seqlens, window, positions, rope_base)
+
+
+@_triton_forward.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int, positions: Tensor | None, rope_base: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _triton_outputs(q, positions)
+
+
+@torch.library.custom_op("gac_fast::window_attention_packed_triton", mutates_args=())
+def _triton_packed_forward(
+    qkv: Tensor, cu_seqlens: Tensor, window: int, positions: Tensor | None, rope_base: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same on one [N, 3, H, d]."""
+    q, k, v = qkv.unbind(1)
+    return _run_triton(q, k, v, cu_seqlens, window, positions, rope_base)
+
+
+@_triton_packed_forward.register_fake
+def _(
+    qkv: Tensor, cu_seqlens: Tensor, window: int, positions: Tensor | None, rope_base: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _triton_outputs(qkv[:, 0], positions)
+
+
+@torch.library.custom_op("gac_fast::window_attention_triton_backward", mutates_args=())
+def _triton_backward(
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    window: int,
+    positions: Tensor | None,
+    rope_base: float,
+    out: Tensor,
+    lse: Tensor,
+    angles: Tensor,
+) -> Tensor:
+    """The gradients of q, k and v as one [N, 3, H, d]."""
+    from gac_fast.kernels import window_attention as kernel
+
+    n, heads, width = q.shape
+    grads = q.new_empty((n, 3, heads, width))
+    cu_seqlens = cu_seqlens.contiguous()
+    kernel.window_attention_backward(
+        d_out, q, k, v, cu_seqlens, window, positions, rope_base, out, lse, angles, grads
+    )  # fmt: skip
+    return grads
+
+
+@_triton_backward.register_fake
+def _(
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    window: int,
+    positions: Tensor | None,
+    rope_base: float,
+    out: Tensor,
+    lse: Tensor,
+    angles: Tensor,
+) -> Tensor:
+    n, heads, width = q.shape
+    return q.new_empty((n, 3, heads, width))
+
+
+def _triton_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    *tensors, cu_seqlens, ctx.window, positions, ctx.rope_base = inputs
+    _, lse, angles = output
+    ctx.mark_non_differentiable(lse, angles)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, cu_seqlens, positions, *output)
+
+
+def _triton_differentiate(ctx: Any, d_out: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if d_out is None:
+        return (None,) * 7
+    q, k, v, cu_seqlens, positions, *output = ctx.saved_tensors
+    grads = _triton_backward(d_out, q, k, v, cu_seqlens, ctx.window, positions, ctx.rope_base, *output)
+    return (*grads.unbind(1), None, None, None, None)
+
+
+def _triton_packed_differentiate(ctx: Any, d_out: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if d_out is None:
+        return (None,) * 5
+    qkv, cu_seqlens, positions, *output = ctx.saved_tensors
+    q, k, v = qkv.unbind(1)
+    grads = _triton_backward(d_out, q, k, v, cu_seqlens, ctx.window, positions, ctx.rope_base, *output)
+    return grads, None, None, None, None
+
+
+_triton_forward.register_autograd(_triton_differentiate, setup_context=_triton_save)
+_triton_packed_forward.register_autograd(_triton_packed_differentiate, setup_context=_triton_save)
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
 def window_attention(
     q: Tensor,
     k: Tensor,
@@ -132,8 +263,8 @@ def window_attention(
     """Each token attends to itself and the ``window - 1`` tokens before it in its own trajectory.
 
     Equivalent to :func:`gac_fast.reference.window_attention`. Softmax scale 1/sqrt(d); rotary pairs are (i, i + d/2).
-    The C++ engine takes float32 and bfloat16 (float32 inside), reads strided q, k and v in place where the elements of
-    a head are neighbours, and gives the same bits on any number of threads.
+    The engines take float32 and bfloat16 (sums and softmax in float32) and read strided q, k and v in place where the
+    elements of a head are neighbours. They give the same bits every time, the C++ engine on any number of threads.
 
     Args:
         q, k, v: [N, H, d], float32, bfloat16 or float64, one dtype and device; d even, 8 to 256.
@@ -161,6 +292,44 @@ def window_attention(
     _check.head_width(width)
     _check.shape("k", k, n, heads, width)
     _check.shape("v", v, n, heads, width)
+    _check_rest(q, cu_seqlens, window, positions, rope_base)
+    engine = _choose(q)
+    if engine == "triton":
+        return _triton_forward(q, k, v, cu_seqlens, min(window, _MOST_TOKENS), positions, rope_base)[0]
+    return _run(engine, q, k, v, cu_seqlens, window, positions, rope_base)
+
+
+def window_attention_packed(
+    qkv: Tensor, cu_seqlens: Tensor, window: int, positions: Tensor | None = None, rope_base: float = 10000.0
+) -> Tensor:
+    """:func:`window_attention` of the q, k and v that one product made, ``qkv.unbind(1)``.
+
+    On the Triton engine its gradient is one tensor too, where that of three views would be stacked first.
+
+    Args:
+        qkv: [N, 3, H, d], float32, bfloat16 or float64; d even, 8 to 256.
+        cu_seqlens, window, positions, rope_base: as :func:`window_attention` takes them.
+
+    Returns:
+        [N, H, d].
+
+    Raises:
+        ValueError, BackendError: as :func:`window_attention`.
+    """
+    _check.dtype("qkv", qkv, torch.float32, torch.bfloat16, torch.float64)
+    _check.device("cu_seqlens", cu_seqlens, "qkv", qkv)
+    _check.shape("qkv", qkv, "N", 3, "H", "d")
+    _check.head_width(qkv.shape[3])
+    q, k, v = qkv.unbind(1)
+    _check_rest(q, cu_seqlens, window, positions, rope_base)
+    engine = _choose(q)
+    if engine == "triton":
+        return _triton_packed_forward(qkv, cu_seqlens, min(window, _MOST_TOKENS), positions, rope_base)[0]
+    return _run(engine, q, k, v, cu_seqlens, window, positions, rope_base)
+
+
+def _check_rest(q: Tensor, cu_seqlens: Tensor, window: int, positions: Tensor | None, rope_base: float) -> None:
+    n = q.shape[0]
     _check.cu_seqlens(cu_seqlens, n)
     if window < 1:
         raise ValueError(f"window: expected at least 1 token, got {window}")
@@ -171,6 +340,19 @@ def window_attention(
     if not 0.0 < rope_base < math.inf:
         raise ValueError(f"rope_base: expected a positive number, got {rope_base}")
 
-    if _dispatch.choose(OP, q.device, _dispatch.refusal(q)) == "cpp":
+
+def _choose(q: Tensor) -> str:
+    refused = _dispatch.refusal(q)
+    n, heads, _ = q.shape
+    if refused is None and n * heads >= 2**31 and _dispatch.is_for_triton(OP, q.device):
+        refused = f"the Triton engine takes fewer than 2^31 tokens times heads, got {n} x {heads}"
+    return _dispatch.choose(OP, q.device, refused)
+
+
+def _run(
+    engine: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int, positions: Tensor | None,
+    rope_base: float,
+) -> Tensor:  # fmt: skip
+    if engine == "cpp":
         return _forward(q, k, v, cu_seqlens, min(window, _MOST_TOKENS), positions, rope_base)[0]
     return reference.window_attention(q, k, v, cu_seqlens, window, positions, rope_base)
