@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gac_fast.kernels._launch import INTERPRETED, Launch, Option, choose
-from gac_fast.kernels._tiles import find_tile, n_tiles
+from gac_fast.kernels._tiles import bounds, find_tile, n_tiles
 
 __all__ = ["MOST_PLAN_VECTORS", "plan_attention", "plan_attention_backward", "shipped"]
 
@@ -111,8 +111,7 @@ def plan_sum_kernel(p_parts, p_cu, p_out, n_tokens, size, BT: tl.constexpr, BLOC
     """Adds the parts of one trajectory, in the order of its tiles; one program per trajectory and BLOCK elements."""
     i_b = tl.program_id(0).to(tl.int64)
     o = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    start = tl.maximum(tl.load(p_cu + i_b).to(tl.int64), 0)
-    end = tl.minimum(tl.load(p_cu + i_b + 1).to(tl.int64), n_tokens)
+    start, end = bounds(p_cu, n_tokens, i_b)
     # Where find_tile puts them.
     p_part = p_parts + (start // BT + i_b) * size
     b_sum = tl.zeros((BLOCK,), tl.float32)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from gac_fast.kernels._launch import INTERPRETED, Launch, Option, choose
 from gac_fast.kernels._rotary import cos_sin, rotary_turns
-from gac_fast.kernels._tiles import find_tile, n_tiles
+from gac_fast.kernels._tiles import bounds, find_tile, n_tiles
 
 __all__ = ["shipped", "window_attention", "window_attention_backward"]
 
@@ -188,10 +188,10 @@ def window_attention_kernel(
 
     for i in range(HEADS):
         # Read again, or all that follows from it would be carried, in registers, from head to head.
-        start = tl.load(p_cu + i_sequence).to(tl.int32)
+        start, end = bounds(p_cu, n_tokens, i_sequence)
         first = start + number * BT
         first_row = first.to(tl.int64)
-        m_i = o_i < tl.load(p_cu + i_sequence + 1).to(tl.int32) - first
+        m_i = o_i < end - first
         b_low = tl.maximum(o_i - window + 1, start - first)
         i_h = (i_group * HEADS + i).to(tl.int64)
         p_qh = p_q + first_row * stride_qt + i_h * stride_qh
@@ -285,8 +285,7 @@ def window_attention_backward_kernel(
 
     for i in range(HEADS):
         # Read again, or all that follows from it would be carried, in registers, from head to head.
-        start = tl.load(p_cu + i_sequence).to(tl.int32)
-        end = tl.load(p_cu + i_sequence + 1).to(tl.int32)
+        start, end = bounds(p_cu, n_tokens, i_sequence)
         first = start + number * BT
         first_row = first.to(tl.int64)
         # Rows count from the first token of the tile.
@@ -382,10 +381,6 @@ def window_attention_backward_kernel(
 # ---------------------------------------------------------------------------------------------------------------------
 # Launchers
 
-# The longest window whose keys before a tile are one block, and the widest head that then fits into registers.
-_LONGEST_BLOCK = 128
-_WIDEST_BLOCK = 64
-
 
 def _is_hopper(q: Tensor) -> bool:
     return not q.is_cuda or torch.cuda.get_device_capability(q.device) >= (9, 0)
@@ -396,8 +391,12 @@ def _is_long(window: int, width: int, dtype: torch.dtype, hopper: bool) -> bool:
 
     Before Hopper always: products read both operands from registers there, and larger blocks would spill.
     """
-    share = 1 if dtype == torch.bfloat16 else 2
-    return not hopper or window - 1 > _LONGEST_BLOCK // share or width > _WIDEST_BLOCK // share
+    if not hopper:
+        return True
+    if dtype == torch.float32:
+        return window > 65 or width > 32
+    # What fits into registers; halves of a head that are no power of two cost more of them.
+    return width > 64 or window > (129 if width in (8, 16, 32) else 65)
 
 
 def _block(window: int) -> int:
@@ -431,13 +430,15 @@ def _options(q: Tensor, window: int, hopper: bool, backward: bool) -> list[Optio
                 found = [(64, 64, 1, 4, 2, None), (64, 32, 1, 4, 3, None)]
     else:
         bp = _block(window)
-        apart = [(64, bp, 1, 4, 1, 168 if width <= 32 and bp <= 64 else None)]
-        together: list[tuple[int, int, int, int, int, int | None]] = []
-        if width <= 32 and heads > 1 and n >= 2**15 and bp <= 64:
-            together = [(64, bp, heads, 4, 2, None)] if backward else [
-                (64, bp, heads, 4, 1, 128), (64, bp, heads, 4, 2, 168),
-            ]  # fmt: skip
-        found = apart + together if backward else together + apart
+        found = [(64, bp, 1, 4, 1, None)]
+        if width == 32 and 32 <= bp <= 64:
+            # Found by compiling: as few registers as need no spills, for three or four programs on a processor.
+            found = [(64, bp, 1, 4, 1, 168)]
+            if heads > 1 and n >= 2**15:
+                if backward:
+                    found = [*found, (64, bp, heads, 4, 2, None)]
+                else:
+                    found = [(64, bp, heads, 4, 1, 128), (64, bp, heads, 4, 2, 168), *found]
     return [
         Option((("BT", bt), ("BP", bp), ("HEADS", n_together)), warps, stages, registers)
         for bt, bp, n_together, warps, stages, registers in found
