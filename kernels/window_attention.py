@@ -382,6 +382,10 @@ def window_attention_backward_kernel(
 # Launchers
 
 
+# By head width, the longest window whose keys before a tile are one block; others would not fit into registers.
+_LONGEST_BLOCK = {8: 65, 16: 129, 32: 129, 48: 65, 64: 65}
+
+
 def _is_hopper(q: Tensor) -> bool:
     return not q.is_cuda or torch.cuda.get_device_capability(q.device) >= (9, 0)
 
@@ -395,8 +399,7 @@ def _is_long(window: int, width: int, dtype: torch.dtype, hopper: bool) -> bool:
         return True
     if dtype == torch.float32:
         return window > 65 or width > 32
-    # What fits into registers; halves of a head that are no power of two cost more of them.
-    return width > 64 or window > (129 if width in (8, 16, 32) else 65)
+    return window > _LONGEST_BLOCK.get(width, 0)
 
 
 def _block(window: int) -> int:
@@ -423,9 +426,9 @@ def _options(q: Tensor, window: int, hopper: bool, backward: bool) -> list[Optio
         if width > 64:
             found = [(64, 32, 1, 8, 2, None)]
             if backward and (width > 128 or not hopper):
-                found = [(16, 32, 1, 8, 2, None)]
+                found = [(16, 16, 1, 8, 2, None)]
         else:
-            found = [(64, 32, 1, 4, 2, None)]
+            found = [(64, 32 if width >= 16 else 16, 1, 4, 2, None)]
             if hopper:
                 found = [(64, 64, 1, 4, 2, None), (64, 32, 1, 4, 3, None)]
     else:
