@@ -170,6 +170,17 @@ def active(op: str, device: torch.device) -> str:
 active._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def is_for_triton(op: str, device: torch.device) -> bool:
+    """Whether the Triton engine would take a call on tensors of ``device``: limits of its own then count."""
+    try:
+        return _select(op, device) == "triton"
+    except BackendError:
+        return False
+
+
+is_for_triton._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def problem(op: str, name: str, device: torch.device) -> str | None:
     """Why backend ``name`` cannot run ``op`` on ``device``; None where it can."""
     if name == "reference":

@@ -13,7 +13,10 @@ from gac_fast.ops import _arrays, _check, _dispatch, _threads
 __all__ = ["plan_attention"]
 
 OP = "plan_attention"
-_dispatch.register(OP, "cpp")
+_dispatch.register(OP, "triton", "cpp")
+
+# What one tile of the Triton kernels holds.
+_MOST_PLAN_VECTORS = 16
 
 
 @torch.library.custom_op("gac_fast::plan_attention", mutates_args=())
@@ -76,12 +79,50 @@ def _differentiate(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
 _forward.register_autograd(_differentiate, setup_context=_save)
 
 
+@torch.library.custom_op("gac_fast::plan_attention_triton", mutates_args=())
+def _triton_forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
+    from gac_fast.kernels import plan_attention as kernel
+
+    out = q.new_empty(q.shape)
+    kernel.plan_attention(q, k, v, cu_seqlens.contiguous(), out)
+    return out
+
+
+@_triton_forward.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
+    return q.new_empty(q.shape)
+
+
+@torch.library.custom_op("gac_fast::plan_attention_triton_backward", mutates_args=())
+def _triton_backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of q [N, H, d], and of k and v as one [B, n_z, 2, H, d]."""
+    from gac_fast.kernels import plan_attention as kernel
+
+    d_q, d_plan = _empty_grads(q, k)
+    kernel.plan_attention_backward(d_out, q, k, v, cu_seqlens.contiguous(), d_q, d_plan)
+    return d_q, d_plan
+
+
+@_triton_backward.register_fake
+def _(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    return _empty_grads(q, k)
+
+
+def _triton_differentiate(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+    d_q, d_plan = _triton_backward(d_out, *ctx.saved_tensors)
+    return (d_q, *d_plan.unbind(2), None)
+
+
+_triton_forward.register_autograd(_triton_differentiate, setup_context=_save)
+
+
 def plan_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Each token attends to all ``n_z`` plan vectors of its trajectory.
 
-    Equivalent to :func:`gac_fast.reference.plan_attention`. Softmax scale 1/sqrt(d). The C++ engine takes float32 and
-    bfloat16 (float32 inside), reads strided q, k and v in place where the elements of a head are neighbours, and gives
-    the same bits on any number of threads.
+    Equivalent to :func:`gac_fast.reference.plan_attention`. Softmax scale 1/sqrt(d). The engines take float32 and
+    bfloat16 (sums and softmax in float32), read strided q, k and v in place where the elements of a head are
+    neighbours, and give the same bits every time (the C++ engine on any number of threads). The Triton engine takes at
+    most 16 plan vectors.
 
     Args:
         q: [N, H, d], float32, bfloat16 or float64; d even, 8 to 256.
@@ -112,6 +153,14 @@ def plan_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tenso
         raise ValueError("k: expected at least 1 plan vector per trajectory, got 0")
     _check.shape("v", v, cu_seqlens.shape[0] - 1, n_plan_vectors, heads, width)
 
-    if _dispatch.choose(OP, q.device, _dispatch.refusal(q)) == "cpp":
+    refused = _dispatch.refusal(q)
+    if refused is None and n_plan_vectors > _MOST_PLAN_VECTORS and _dispatch.is_for_triton(OP, q.device):
+        refused = f"the Triton engine takes 1 to {_MOST_PLAN_VECTORS} plan vectors, got {n_plan_vectors}"
+    elif refused is None and n * heads >= 2**31 and _dispatch.is_for_triton(OP, q.device):
+        refused = f"the Triton engine takes fewer than 2^31 tokens times heads, got {n} x {heads}"
+    engine = _dispatch.choose(OP, q.device, refused)
+    if engine == "triton":
+        return _triton_forward(q, k, v, cu_seqlens)
+    if engine == "cpp":
         return _forward(q, k, v, cu_seqlens)
     return reference.plan_attention(q, k, v, cu_seqlens)

@@ -14,7 +14,7 @@ from gac_fast.ops import _arrays, _check, _dispatch, _threads
 __all__ = ["window_attention", "window_attention_qkv"]
 
 OP = "window_attention"
-_dispatch.register(OP, "cpp")
+_dispatch.register(OP, "triton", "cpp")
 
 # The engine counts tokens in 31 bits; a longer window sees no more.
 _MOST_TOKENS = 2**31 - 1
@@ -188,6 +188,134 @@ def _differentiate_qkv(ctx: Any, d_out: Tensor | None, _: Tensor | None) -> tupl
 _forward_qkv.register_autograd(_differentiate_qkv, setup_context=_save_qkv)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The Triton engine: one backward for q, k and v apart and for all in one tensor
+
+
+def _triton_outputs(q: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, logarithms of the softmax denominators [H, N], angles [N, d] (none without positions)."""
+    n, heads, width = q.shape
+    lse = q.new_empty((heads, n), dtype=torch.float32)
+    angles = q.new_empty((0 if positions is None else n, width), dtype=torch.float32)
+    return q.new_empty(q.shape), lse, angles
+
+
+def _run_triton(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int, positions: Tensor | None, rope_base: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    from gac_fast.kernels import window_attention as kernel
+
+    outputs = _triton_outputs(q, positions)
+    kernel.window_attention(q, k, v, cu_seqlens.contiguous(), window, positions, rope_base, *outputs)
+    return outputs
+
+
+@torch.library.custom_op("gac_fast::window_attention_triton", mutates_args=())
+def _triton_forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int, positions: Tensor | None, rope_base: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The output [N, H, d], and what the backward needs of the softmax and of the rotation."""
+    return _run_triton(q, k, v, cu_seqlens, window, positions, rope_base)
+
+
+@_triton_forward.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int, positions: Tensor | None, rope_base: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _triton_outputs(q, positions)
+
+
+@torch.library.custom_op("gac_fast::window_attention_qkv_triton", mutates_args=())
+def _triton_qkv_forward(
+    qkv: Tensor, cu_seqlens: Tensor, window: int, positions: Tensor | None, rope_base: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same on one [N, 3, H, d]."""
+    q, k, v = qkv.unbind(1)
+    return _run_triton(q, k, v, cu_seqlens, window, positions, rope_base)
+
+
+@_triton_qkv_forward.register_fake
+def _(
+    qkv: Tensor, cu_seqlens: Tensor, window: int, positions: Tensor | None, rope_base: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _triton_outputs(qkv[:, 0], positions)
+
+
+@torch.library.custom_op("gac_fast::window_attention_triton_backward", mutates_args=())
+def _triton_backward(
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    window: int,
+    positions: Tensor | None,
+    rope_base: float,
+    out: Tensor,
+    lse: Tensor,
+    angles: Tensor,
+) -> Tensor:
+    """The gradients of q, k and v as one [N, 3, H, d]."""
+    from gac_fast.kernels import window_attention as kernel
+
+    n, heads, width = q.shape
+    grads = q.new_empty((n, 3, heads, width))
+    cu_seqlens = cu_seqlens.contiguous()
+    kernel.window_attention_backward(
+        d_out, q, k, v, cu_seqlens, window, positions, rope_base, out, lse, angles, grads
+    )  # fmt: skip
+    return grads
+
+
+@_triton_backward.register_fake
+def _(
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    window: int,
+    positions: Tensor | None,
+    rope_base: float,
+    out: Tensor,
+    lse: Tensor,
+    angles: Tensor,
+) -> Tensor:
+    n, heads, width = q.shape
+    return q.new_empty((n, 3, heads, width))
+
+
+def _triton_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    *tensors, cu_seqlens, ctx.window, positions, ctx.rope_base = inputs
+    _, lse, angles = output
+    ctx.mark_non_differentiable(lse, angles)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, cu_seqlens, positions, *output)
+
+
+def _triton_differentiate(ctx: Any, d_out: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if d_out is None:
+        return (None,) * 7
+    q, k, v, cu_seqlens, positions, *output = ctx.saved_tensors
+    grads = _triton_backward(d_out, q, k, v, cu_seqlens, ctx.window, positions, ctx.rope_base, *output)
+    return (*grads.unbind(1), None, None, None, None)
+
+
+def _triton_qkv_differentiate(ctx: Any, d_out: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if d_out is None:
+        return (None,) * 5
+    qkv, cu_seqlens, positions, *output = ctx.saved_tensors
+    q, k, v = qkv.unbind(1)
+    grads = _triton_backward(d_out, q, k, v, cu_seqlens, ctx.window, positions, ctx.rope_base, *output)
+    return grads, None, None, None, None
+
+
+_triton_forward.register_autograd(_triton_differentiate, setup_context=_triton_save)
+_triton_qkv_forward.register_autograd(_triton_qkv_differentiate, setup_context=_triton_save)
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
 def window_attention(
     q: Tensor,
     k: Tensor,
@@ -200,8 +328,8 @@ def window_attention(
     """Each token attends to itself and the ``window - 1`` tokens before it in its own trajectory.
 
     Equivalent to :func:`gac_fast.reference.window_attention`. Softmax scale 1/sqrt(d); rotary pairs are (i, i + d/2).
-    The C++ engine takes float32 and bfloat16 (float32 inside), reads strided q, k and v in place where the elements of
-    a head are neighbours, and gives the same bits on any number of threads.
+    The engines take float32 and bfloat16 (sums and softmax in float32) and read strided q, k and v in place where the
+    elements of a head are neighbours. They give the same bits every time, the C++ engine on any number of threads.
 
     Args:
         q, k, v: [N, H, d], float32, bfloat16 or float64, one dtype and device; d even, 8 to 256.
@@ -228,9 +356,11 @@ def window_attention(
     _check.shape("v", v, *q.shape)
     _check_inputs("q", q, cu_seqlens, window, positions, rope_base)
 
-    if _dispatch.choose(OP, q.device, _dispatch.refusal(q)) == "cpp":
-        return _forward(q, k, v, cu_seqlens, min(window, _MOST_TOKENS), positions, rope_base)[0]
-    return reference.window_attention(q, k, v, cu_seqlens, window, positions, rope_base)
+    engine = _choose(q)
+    if engine == "reference":
+        return reference.window_attention(q, k, v, cu_seqlens, window, positions, rope_base)
+    run = _triton_forward if engine == "triton" else _forward
+    return run(q, k, v, cu_seqlens, min(window, _MOST_TOKENS), positions, rope_base)[0]
 
 
 def window_attention_qkv(
@@ -256,10 +386,12 @@ def window_attention_qkv(
     _check.shape("qkv", qkv, "N", 3, "H", "d")
     _check_inputs("qkv", qkv, cu_seqlens, window, positions, rope_base)
 
-    if _dispatch.choose(OP, qkv.device, _dispatch.refusal(qkv)) == "cpp":
-        return _forward_qkv(qkv, cu_seqlens, min(window, _MOST_TOKENS), positions, rope_base)[0]
-    q, k, v = qkv.unbind(1)
-    return reference.window_attention(q, k, v, cu_seqlens, window, positions, rope_base)
+    engine = _choose(qkv[:, 0])
+    if engine == "reference":
+        q, k, v = qkv.unbind(1)
+        return reference.window_attention(q, k, v, cu_seqlens, window, positions, rope_base)
+    run = _triton_qkv_forward if engine == "triton" else _forward_qkv
+    return run(qkv, cu_seqlens, min(window, _MOST_TOKENS), positions, rope_base)[0]
 
 
 def _check_inputs(
@@ -277,3 +409,11 @@ def _check_inputs(
         _check.shape("positions", positions, x.shape[0])
     if not 0.0 < rope_base < math.inf:
         raise ValueError(f"rope_base: expected a positive number, got {rope_base}")
+
+
+def _choose(q: Tensor) -> str:
+    refused = _dispatch.refusal(q)
+    n, heads, _ = q.shape
+    if refused is None and n * heads >= 2**31 and _dispatch.is_for_triton(OP, q.device):
+        refused = f"the Triton engine takes fewer than 2^31 tokens times heads, got {n} x {heads}"
+    return _dispatch.choose(OP, q.device, refused)
