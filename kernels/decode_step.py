@@ -22,9 +22,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gac_fast.kernels._launch import Launch, Option
+from gac_fast.kernels._launch import Launch, Option, choose
 
-__all__ = ["Packed", "decode_step_kernel", "launch", "new_scratch", "options", "refusal", "shipped"]
+__all__ = ["Packed", "choose_option", "decode_step_kernel", "launch", "new_scratch", "options", "refusal", "shipped"]
 
 WIDTHS = (64, 96, 128, 192, 256)
 # Tensors of a layer, in the order of ``gac_fast.reference.LayerWeights``.
@@ -121,6 +121,112 @@ def _tanh(x):
 
 
 @triton.jit
+def _rotations(
+    p_steps, p_turns, p_rotation, i_first, n_rows,
+    C: tl.constexpr, TURNS: tl.constexpr, TP: tl.constexpr, EA: tl.constexpr, BE: tl.constexpr,
+):  # fmt: skip
+    """Cosines [M, d/2], then sines, of the positions of a program's tokens."""
+    o_m = tl.arange(0, C * BE)
+    is_state = o_m < BE
+    o_row = i_first + o_m % BE
+    m_row = (o_m % BE < EA) & (o_row < n_rows)
+    steps = tl.load(p_steps + o_row, mask=m_row, other=0)
+    position = tl.maximum(steps - tl.where(is_state, 0, 1), 0)
+    o_t = tl.arange(0, TP)
+    m_t = o_t < TURNS
+    turn = tl.load(p_turns + o_t, mask=m_t, other=0.0)
+    cosine, sine = _cos_sin(position.to(tl.float64)[:, None] * turn[None, :])
+    p_turn = p_rotation + o_m[:, None] * TURNS + o_t[None, :]
+    tl.store(p_turn, cosine, mask=m_t[None, :])
+    tl.store(p_turn + C * BE * TURNS, sine, mask=m_t[None, :])
+
+
+@triton.jit
+def _embed(
+    p_obs, p_obs_mean, p_obs_std, p_edges, p_last, i_first, n_rows, obs_dim, act_dim, stride_obs_row, stride_obs,
+    C: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, EA: tl.constexpr, BE: tl.constexpr, BO: tl.constexpr,
+):  # fmt: skip
+    """Tokens [M, DP] of a program's environments, in float32."""
+    o_m = tl.arange(0, C * BE)
+    is_state = o_m < BE
+    o_row = i_first + o_m % BE
+    m_row = (o_m % BE < EA) & (o_row < n_rows)
+    o_d = tl.arange(0, DP)
+    m_d = o_d < D
+    p_state_b = p_edges + obs_dim * D
+    p_action_w = p_state_b + D
+    x = tl.zeros([C * BE, DP], tl.float32) + _load(p_state_b + o_d, m_d, D != DP)[None, :]
+    if C == 2:
+        x = tl.where(is_state[:, None], x, _load(p_action_w + act_dim * D + o_d, m_d, D != DP)[None, :])
+    o_o = tl.arange(0, BO)
+    for k in range(0, obs_dim, BO):
+        m_k = k + o_o < obs_dim
+        # [M, BO], [BO, DP]
+        b_obs = tl.load(
+            p_obs + o_row[:, None] * stride_obs_row + (k + o_o).to(tl.int64)[None, :] * stride_obs,
+            mask=(m_row & is_state)[:, None] & m_k[None, :],
+            other=0.0,
+        )
+        if p_obs_mean is not None:
+            b_mean = tl.load(p_obs_mean + k + o_o, mask=m_k, other=0.0)
+            b_std = tl.load(p_obs_std + k + o_o, mask=m_k, other=1.0)
+            b_obs = (b_obs - b_mean[None, :]) / b_std[None, :]
+            b_obs = tl.where(is_state[:, None] & m_k[None, :], b_obs, 0.0)
+        b_e = tl.load(p_edges + (k + o_o)[:, None] * D + o_d[None, :], mask=m_k[:, None] & m_d[None, :], other=0.0)
+        x = tl.dot(b_obs, b_e, x, input_precision="ieee")
+    if C == 2:
+        for k in range(0, act_dim, BO):
+            m_k = k + o_o < act_dim
+            b_last = tl.load(
+                p_last + o_row[:, None] * act_dim + (k + o_o)[None, :],
+                mask=(m_row & (o_m >= BE))[:, None] & m_k[None, :],
+                other=0.0,
+            )
+            b_e = tl.load(
+                p_action_w + (k + o_o)[:, None] * D + o_d[None, :], mask=m_k[:, None] & m_d[None, :], other=0.0
+            )
+            x = tl.dot(b_last, b_e, x, input_precision="ieee")
+    return x
+
+
+@triton.jit
+def _act(
+    x, p_new, p_norm, p_last, p_out, p_action_mid, p_action_half, i_first, n_rows, act_dim,
+    C: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ACT_P: tl.constexpr, EA: tl.constexpr, BE: tl.constexpr,
+    BO: tl.constexpr,
+):  # fmt: skip
+    """Last norm and head of the state tokens, in float32; p_new is memory of the program's own."""
+    o_m = tl.arange(0, C * BE)
+    is_state = o_m < BE
+    o_row = i_first + o_m % BE
+    m_row = (o_m % BE < EA) & (o_row < n_rows)
+    o_d = tl.arange(0, DP)
+    m_d = o_d < D
+    o_o = tl.arange(0, BO)
+    o_a = tl.arange(0, ACT_P)
+    m_a = o_a < act_dim
+    b_x = _norm(x, p_norm, p_norm + D, D, DP)
+    tl.store(p_new + o_m[:, None] * D + o_d[None, :], b_x, mask=m_d[None, :])
+    tl.debug_barrier()
+    p_head_w = p_norm + 2 * D
+    head = tl.zeros([C * BE, ACT_P], tl.float32) + tl.load(p_head_w + act_dim * D + o_a, mask=m_a, other=0.0)[None, :]
+    for k in range(0, D, BO):
+        # [M, BO], [BO, ACT_P]
+        b_n = tl.load(p_new + o_m[:, None] * D + (k + o_o)[None, :])
+        b_e = tl.load(p_head_w + o_a[None, :] * D + (k + o_o)[:, None], mask=m_a[None, :], other=0.0)
+        head = tl.dot(b_n, b_e, head, input_precision="ieee")
+    mean = _tanh(head)
+    o_action = o_row[:, None] * act_dim + o_a[None, :]
+    m_action = (m_row & is_state)[:, None] & m_a[None, :]
+    tl.store(p_last + o_action, mean, mask=m_action)
+    if p_action_mid is not None:
+        b_half = tl.load(p_action_half + o_a, mask=m_a, other=0.0)
+        b_mid = tl.load(p_action_mid + o_a, mask=m_a, other=0.0)
+        mean = mean * b_half[None, :] + b_mid[None, :]
+    tl.store(p_out + o_action, mean, mask=m_action)
+
+
+@triton.jit
 def decode_step_kernel(
     p_obs,
     p_obs_mean,
@@ -191,110 +297,57 @@ def decode_step_kernel(
     p_mixed += i_program * (M * D)
     p_rotation += i_program * (2 * M * TURNS)
 
-    o_m = tl.arange(0, M)
-    o_d = tl.arange(0, DP)
-    m_d = o_d < D
-    is_state = o_m < BE
-    o_row = i_first + o_m % BE
-    m_row = (o_m % BE < EA) & (o_row < n_rows)
+    _rotations(p_steps, p_turns, p_rotation, i_first, n_rows, C, TURNS, DHP // 2, EA, BE)
+    x = _embed(
+        p_obs, p_obs_mean, p_obs_std, p_edges, p_last, i_first, n_rows, obs_dim, act_dim, stride_obs_row, stride_obs,
+        C, D, DP, EA, BE, BO,
+    )  # fmt: skip
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # Rotations of the step's tokens: cosines [M, d/2], then sines
-
-    steps = tl.load(p_steps + o_row, mask=m_row, other=0)
-    position = tl.maximum(steps - tl.where(is_state, 0, 1), 0)
-    o_t = tl.arange(0, DHP // 2)
-    m_t = (o_t < TURNS)[None, :]
-    turn = tl.load(p_turns + o_t, mask=o_t < TURNS, other=0.0)
-    cosine, sine = _cos_sin(position.to(tl.float64)[:, None] * turn[None, :])
-    p_turn = p_rotation + o_m[:, None] * TURNS + o_t[None, :]
-    tl.store(p_turn, cosine, mask=m_t)
-    tl.store(p_turn + M * TURNS, sine, mask=m_t)
-
-    # -----------------------------------------------------------------------------------------------------------------
-    # Embedding, in float32
-
-    p_state_b = p_edges + obs_dim * D
-    p_action_w = p_state_b + D
-    p_action_b = p_action_w + act_dim * D
-    p_norm_w = p_action_b + D if C == 2 else p_action_w
-    x = tl.zeros([M, DP], tl.float32) + _load(p_state_b + o_d, m_d, D != DP)[None, :]
-    if C == 2:
-        x = tl.where(is_state[:, None], x, _load(p_action_b + o_d, m_d, D != DP)[None, :])
-    o_o = tl.arange(0, BO)
-    for k in range(0, obs_dim, BO):
-        m_k = k + o_o < obs_dim
-        # [M, BO], [BO, DP]
-        b_obs = tl.load(
-            p_obs + o_row[:, None] * stride_obs_row + (k + o_o).to(tl.int64)[None, :] * stride_obs,
-            mask=(m_row & is_state)[:, None] & m_k[None, :],
-            other=0.0,
-        )
-        if p_obs_mean is not None:
-            b_mean = tl.load(p_obs_mean + k + o_o, mask=m_k, other=0.0)
-            b_std = tl.load(p_obs_std + k + o_o, mask=m_k, other=1.0)
-            b_obs = (b_obs - b_mean[None, :]) / b_std[None, :]
-            b_obs = tl.where(is_state[:, None] & m_k[None, :], b_obs, 0.0)
-        b_e = tl.load(p_edges + (k + o_o)[:, None] * D + o_d[None, :], mask=m_k[:, None] & m_d[None, :], other=0.0)
-        x = tl.dot(b_obs, b_e, x, input_precision="ieee")
-    if C == 2:
-        for k in range(0, act_dim, BO):
-            m_k = k + o_o < act_dim
-            b_last = tl.load(
-                p_last + o_row[:, None] * act_dim + (k + o_o)[None, :],
-                mask=(m_row & (o_m >= BE))[:, None] & m_k[None, :],
-                other=0.0,
-            )
-            b_e = tl.load(
-                p_action_w + (k + o_o)[:, None] * D + o_d[None, :], mask=m_k[:, None] & m_d[None, :], other=0.0
-            )
-            x = tl.dot(b_last, b_e, x, input_precision="ieee")
-
-    # -----------------------------------------------------------------------------------------------------------------
-    # What the attentions need of an environment; axes [slot, environment, head, width]
-
-    o_e = tl.arange(0, EA)
-    o_h = tl.arange(0, HP)
-    o_j = tl.arange(0, DHP)
     PADDED: tl.constexpr = (HP != H) or (DHP != DH)
-    # [1, 1, HP, DHP]
-    o_hd = (o_h[:, None] * DH + o_j[None, :])[None, None, :, :]
-    m_hd = ((o_h < H)[:, None] & (o_j < DH)[None, :])[None, None, :, :]
-    i_env = i_first + o_e
-    m_env = i_env < n_rows
-    t = tl.load(p_steps + i_env, mask=m_env, other=0)
+    i_all = i_first + tl.arange(0, EA)
+    t = tl.load(p_steps + i_all, mask=i_all < n_rows, other=0)
     if C == 2:
         # Token 2 t - 1 is the action's; in the first step there is none.
-        has_action = t > 0
         n_before = tl.minimum(tl.maximum(2 * t - 1, 0), window).to(tl.int32)
-        slot_action = tl.where(has_action, (2 * t - 1) % window, -1).to(tl.int32)
+        slot_action = tl.where(t > 0, (2 * t - 1) % window, -1).to(tl.int32)
         slot_state = ((2 * t) % window).to(tl.int32)
         slot_gone = slot_action
     else:
         n_before = tl.minimum(t, window).to(tl.int32)
         slot_state = (t % window).to(tl.int32)
         slot_gone = slot_state
-    n_before = tl.where(m_env, n_before, 0)
+    n_before = tl.where(i_all < n_rows, n_before, 0)
     n_slots = tl.max(n_before, axis=0)
-    o_w = tl.arange(0, WB)
-    o_z = tl.arange(0, ZB)
-    ring_of = i_env[None, :, None, None] * window * D + o_hd
-    plan_of = i_env[None, :, None, None] * (N_Z * D) + o_hd
-    # [1, EA, HP, DHP], rows of this program's memory
-    new_of = o_e[None, :, None, None] * (3 * D) + o_hd
-    mixed_of = o_e[None, :, None, None] * D + o_hd
-    # [EA, HP, DHP]
-    o_hd3 = (o_h[:, None] * DH + o_j[None, :])[None, :, :]
-    m_hd3 = ((o_h < H)[:, None] & (o_j < DH)[None, :])[None, :, :]
-    out_of = o_e[:, None, None] * D + o_hd3
 
-    o_p = tl.arange(0, BP)
-    o_n = tl.arange(0, BN)
-    o_g = tl.arange(0, BH)
-
-    for i_layer in range(0, n_layers):
+    for i_layer in range(n_layers):
         p_w = p_matrices + tl.cast(i_layer, tl.int64) * MATRICES
         p_v = p_vectors + tl.cast(i_layer, tl.int64) * VECTORS
+        # Offsets that seem to depend on the layer: the compiler would otherwise keep hundreds of them in registers.
+        zero = i_layer // n_layers
+        o_m = tl.arange(0, M) + zero
+        o_d = tl.arange(0, DP)
+        m_d = o_d < D
+        o_p = tl.arange(0, BP)
+        o_n = tl.arange(0, BN)
+        o_g = tl.arange(0, BH)
+        o_w = tl.arange(0, WB) + zero
+        o_z = tl.arange(0, ZB) + zero
+        o_e = tl.arange(0, EA) + zero
+        o_h = tl.arange(0, HP) + zero
+        o_j = tl.arange(0, DHP)
+        i_env = i_first + o_e
+        m_env = i_env < n_rows
+        # [1, 1, HP, DHP]
+        o_hd = (o_h[:, None] * DH + o_j[None, :])[None, None, :, :]
+        m_hd = ((o_h < H)[:, None] & (o_j < DH)[None, :])[None, None, :, :]
+        ring_of = i_env[None, :, None, None] * window * D + o_hd
+        plan_of = i_env[None, :, None, None] * (N_Z * D) + o_hd
+        # [1, EA, HP, DHP], rows of this program's memory
+        new_of = o_e[None, :, None, None] * (3 * D) + o_hd
+        # [EA, HP, DHP]
+        o_hd3 = (o_h[:, None] * DH + o_j[None, :])[None, :, :]
+        m_hd3 = ((o_h < H)[:, None] & (o_j < DH)[None, :])[None, :, :]
+        out_of = o_e[:, None, None] * D + o_hd3
 
         # -------------------------------------------------------------------------------------------------------------
         # Queries, keys and values; q and k in halves, so that a rotation is two products of columns
@@ -330,36 +383,40 @@ def decode_step_kernel(
         p_q = p_new + new_of
         q_s = _load(p_q, m_hd, PADDED)
         # As the ring will hold them.
-        k_s = _load(p_q + D, m_hd, PADDED).to(operand)
-        v_s = _load(p_q + 2 * D, m_hd, PADDED).to(operand)
+        b_ks = _load(p_q + D, m_hd, PADDED).to(operand).to(tl.float32)
+        b_vs = _load(p_q + 2 * D, m_hd, PADDED).to(operand).to(tl.float32)
         one = tl.full([1, EA], 1, tl.int1)
         nothing = tl.zeros([EA, HP, DHP], tl.float32)
         lowest = tl.full([EA, HP], float("-inf"), tl.float32)
         none = tl.zeros([EA, HP], tl.float32)
-        top_s, total_s, mixed_s = _fold(q_s, k_s.to(tl.float32), v_s.to(tl.float32), one, lowest, none, nothing)
+        top_s, total_s, mixed_s = _fold(q_s, b_ks, b_vs, one, lowest, none, nothing)
         if C == 2:
             p_qa = p_q + BE * 3 * D
             q_a = _load(p_qa, m_hd, PADDED)
-            k_a = _load(p_qa + D, m_hd, PADDED).to(operand)
-            v_a = _load(p_qa + 2 * D, m_hd, PADDED).to(operand)
-            b_ka = k_a.to(tl.float32)
-            b_va = v_a.to(tl.float32)
+            b_ka = _load(p_qa + D, m_hd, PADDED).to(operand).to(tl.float32)
+            b_va = _load(p_qa + 2 * D, m_hd, PADDED).to(operand).to(tl.float32)
             top_a, total_a, mixed_a = _fold(q_a, b_ka, b_va, one, lowest, none, nothing)
-            top_s, total_s, mixed_s = _fold(q_s, b_ka, b_va, has_action[None, :], top_s, total_s, mixed_s)
+            top_s, total_s, mixed_s = _fold(q_s, b_ka, b_va, (slot_action >= 0)[None, :], top_s, total_s, mixed_s)
 
         of_layer = tl.cast(i_layer, tl.int64) * n_rows * window * D
-        p_k = p_ring_k + of_layer + ring_of
-        p_values = p_ring_v + of_layer + ring_of
+        p_k = p_ring_k + of_layer
+        p_values = p_ring_v + of_layer
         for w in tl.range(0, n_slots, WB, num_stages=RING_STAGES):
             i_slot = (w + o_w)[:, None]
             seen = (i_slot < n_before[None, :]) & (i_slot != slot_gone[None, :])
-            m_seen = seen[:, :, None, None]
-            if PADDED:
-                m_seen = m_seen & m_hd
-            o_slot = ((w + o_w) * D)[:, None, None, None]
+            o_slot = (w + o_w) * D
             # [WB, EA, HP, DHP]
-            b_k = tl.load(p_k + o_slot, mask=m_seen, other=0.0).to(tl.float32)
-            b_v = tl.load(p_values + o_slot, mask=m_seen, other=0.0).to(tl.float32)
+            if PADDED:
+                m_seen = seen[:, :, None, None] & m_hd
+                b_k = tl.load(p_k + ring_of + o_slot[:, None, None, None], mask=m_seen, other=0.0)
+                b_v = tl.load(p_values + ring_of + o_slot[:, None, None, None], mask=m_seen, other=0.0)
+            else:
+                # Whole rows: the copies in shared memory then have no bank conflicts.
+                o_rows = o_slot[:, None, None] + (i_env * window * D)[None, :, None] + o_d[None, None, :]
+                b_k = tl.load(p_k + o_rows, mask=seen[:, :, None], other=0.0).reshape(WB, EA, HP, DHP)
+                b_v = tl.load(p_values + o_rows, mask=seen[:, :, None], other=0.0).reshape(WB, EA, HP, DHP)
+            b_k = b_k.to(tl.float32)
+            b_v = b_v.to(tl.float32)
             if C == 2:
                 top_a, total_a, mixed_a = _fold(q_a, b_k, b_v, seen, top_a, total_a, mixed_a)
                 seen = seen & (i_slot != slot_state[None, :])
@@ -372,14 +429,14 @@ def decode_step_kernel(
         # All of the ring is read, and all of this is written before it is read.
         tl.debug_barrier()
         m_new = m_env[None, :, None, None] & m_hd
-        o_new = (slot_state * D)[None, :, None, None]
-        tl.store(p_k + o_new, k_s, mask=m_new)
-        tl.store(p_values + o_new, v_s, mask=m_new)
+        o_new = ring_of + (slot_state * D)[None, :, None, None]
+        tl.store(p_k + o_new, _load(p_q + D, m_hd, PADDED).to(operand), mask=m_new)
+        tl.store(p_values + o_new, _load(p_q + 2 * D, m_hd, PADDED).to(operand), mask=m_new)
         if C == 2:
-            m_new = (m_env & has_action)[None, :, None, None] & m_hd
-            o_new = (slot_action * D)[None, :, None, None]
-            tl.store(p_k + o_new, k_a, mask=m_new)
-            tl.store(p_values + o_new, v_a, mask=m_new)
+            m_new = (m_env & (slot_action >= 0))[None, :, None, None] & m_hd
+            o_new = ring_of + (slot_action * D)[None, :, None, None]
+            tl.store(p_k + o_new, _load(p_qa + D, m_hd, PADDED).to(operand), mask=m_new)
+            tl.store(p_values + o_new, _load(p_qa + 2 * D, m_hd, PADDED).to(operand), mask=m_new)
         x = _add_product(x, p_mixed, p_w + W_O, p_v + 5 * D, o_m, D, DP, BK, STAGES)
 
         # -------------------------------------------------------------------------------------------------------------
@@ -428,27 +485,16 @@ def decode_step_kernel(
             b_w = _load(p_w + W_OUT + (j + o_g)[:, None] * D + o_d[None, :], m_d[None, :], D != DP)
             x = tl.dot(b_h.to(operand), b_w, x, input_precision="ieee")
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # Head, in float32
-
-    o_a = tl.arange(0, ACT_P)
-    m_a = o_a < act_dim
-    b_x = _norm(x, p_norm_w, p_norm_w + D, D, DP)
-    p_head_w = p_norm_w + 2 * D
-    # [DP, ACT_P]
-    b_w = tl.load(p_head_w + o_a[None, :] * D + o_d[:, None], mask=m_a[None, :] & m_d[:, None], other=0.0)
-    b_head = tl.load(p_head_w + act_dim * D + o_a, mask=m_a, other=0.0)
-    mean = _tanh(tl.dot(b_x, b_w, input_precision="ieee") + b_head[None, :])
-    o_action = o_row[:, None] * act_dim + o_a[None, :]
-    m_action = (m_row & is_state)[:, None] & m_a[None, :]
-    tl.debug_barrier()
-    tl.store(p_last + o_action, mean, mask=m_action)
-    if p_action_mid is not None:
-        b_half = tl.load(p_action_half + o_a, mask=m_a, other=0.0)
-        b_mid = tl.load(p_action_mid + o_a, mask=m_a, other=0.0)
-        mean = mean * b_half[None, :] + b_mid[None, :]
-    tl.store(p_out + o_action, mean, mask=m_action)
-    tl.store(p_steps + i_env, t + 1, mask=m_env)
+    p_norm = p_edges + (obs_dim + 1) * D
+    if C == 2:
+        p_norm += (act_dim + 1) * D
+    _act(
+        x, p_new, p_norm, p_last, p_out, p_action_mid, p_action_half, i_first, n_rows, act_dim,
+        C, D, DP, ACT_P, EA, BE, BO,
+    )  # fmt: skip
+    i_all = i_first + tl.arange(0, EA)
+    t = tl.load(p_steps + i_all, mask=i_all < n_rows, other=0)
+    tl.store(p_steps + i_all, t + 1, mask=i_all < n_rows)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -543,7 +589,8 @@ def refusal(dim: int, n_heads: int, n_z: int) -> str | None:
 
 # Programs that share the weights' way out of the second-level cache: more read the rings faster and the weights slower.
 _PROGRAMS = 64
-_MOST_ENVIRONMENTS = 32
+# Rows of a program's products: with 64 the kernel spills registers.
+_MOST_ROWS = 32
 
 
 def options(n_rows: int, dim: int, tokens: int, dtype: torch.dtype) -> list[Option]:
@@ -551,7 +598,7 @@ def options(n_rows: int, dim: int, tokens: int, dtype: torch.dtype) -> list[Opti
     wide = dtype == torch.float32
     # A power of two that gives up to 64 programs, or up to 128.
     usual = max(1, 1 << max(0, (n_rows - 1).bit_length() - 6))
-    most = 8 if wide else _MOST_ENVIRONMENTS
+    most = (16 if wide else _MOST_ROWS) // tokens
     counts = [min(usual, most)]
     if usual > 1 and counts[0] == usual:
         counts.append(usual // 2)
@@ -665,6 +712,29 @@ def launch(
     return Launch(decode_step_kernel, (triton.cdiv(n_rows, tiles["EA"]),), arguments, constants, option)
 
 
+def choose_option(packed: Packed, ring_shape: Sequence[int], n_z: int) -> Option:
+    """The option for rings of this shape, [L, P, W, H, d]; timed at the first use of a size, on tensors made for it."""
+    _, n_rows, window, heads, width = ring_shape
+    dtype, device = packed.matrices.dtype, packed.matrices.device
+    found = options(n_rows, packed.dim, packed.tokens, dtype)
+    tensors: list[Tensor] = []
+
+    def launches(option: Option) -> list[Launch]:
+        if not tensors:
+            rings = [torch.zeros(tuple(ring_shape), dtype=dtype, device=device) for _ in range(2)]
+            plans = [torch.zeros(packed.n_layers, n_rows, n_z, heads, width, device=device) for _ in range(2)]
+            actions = [torch.zeros(n_rows, packed.act_dim, device=device) for _ in range(2)]
+            obs = torch.zeros(n_rows, packed.obs_dim, device=device)
+            # Full rings.
+            tensors.extend((*rings, *plans, torch.full((n_rows,), window, device=device), *actions, obs))
+        ring_k, ring_v, plan_k, plan_v, steps, last, out, obs = tensors
+        scratch = new_scratch(packed, n_rows, option)
+        return [launch(packed, (ring_k, ring_v), (plan_k, plan_v), steps, last, obs, None, out, scratch, option)]
+
+    key = ("decode_step", tuple(ring_shape), n_z, packed.tokens, packed.hidden, packed.obs_dim, packed.act_dim, dtype)
+    return choose(key, launches, found)
+
+
 def shipped(
     dim: int = 128,
     heads: int = 4,
@@ -672,7 +742,7 @@ def shipped(
     tokens_per_step: int = 2,
     dtype: torch.dtype = torch.bfloat16,
     *,
-    rows: Sequence[int] = (1, 64, 1024, 4096),
+    rows: Sequence[int] = (1, 128, 256, 512, 1024, 4096),
     n_layers: int = 3,
     steps: int = 32,
     mlp_ratio: int = 4,
