@@ -454,7 +454,7 @@ def decode_step_kernel(
             q_a = _load(p_q + BE * 3 * D, m_hd, PADDED)
             top_a, total_a, mixed_a = lowest, none, nothing
         of_layer = tl.cast(i_layer, tl.int64) * n_rows * (N_Z * D)
-        for z in tl.static_range(0, N_Z, ZB):
+        for z in tl.range(0, N_Z, ZB, num_stages=STAGES):
             i_z = z + o_z
             # Rows beyond the last environment see zeros rather than nothing.
             seen = (i_z < N_Z)[:, None] & (o_e >= 0)[None, :]
@@ -589,8 +589,9 @@ def refusal(dim: int, n_heads: int, n_z: int) -> str | None:
 
 # Programs that share the weights' way out of the second-level cache: more read the rings faster and the weights slower.
 _PROGRAMS = 64
-# Rows of a program's products: with 64 the kernel spills registers.
+# Rows of a program's products and its environments: with more the kernel spills registers.
 _MOST_ROWS = 32
+_MOST_WIDE = 8
 
 
 def options(n_rows: int, dim: int, tokens: int, dtype: torch.dtype) -> list[Option]:
@@ -598,7 +599,7 @@ def options(n_rows: int, dim: int, tokens: int, dtype: torch.dtype) -> list[Opti
     wide = dtype == torch.float32
     # A power of two that gives up to 64 programs, or up to 128.
     usual = max(1, 1 << max(0, (n_rows - 1).bit_length() - 6))
-    most = (16 if wide else _MOST_ROWS) // tokens
+    most = min((16 if wide else _MOST_ROWS) // tokens, _MOST_ROWS if dim <= 128 else _MOST_WIDE)
     counts = [min(usual, most)]
     if usual > 1 and counts[0] == usual:
         counts.append(usual // 2)
@@ -609,7 +610,9 @@ def _option(environments: int, dim: int, tokens: int, wide: bool) -> Option:
     padded = triton.next_power_of_2(dim)
     # Columns of a weight tile: as much at every width.
     columns = max(16, min(64, 64 * 128 // padded // (2 if wide else 1)))
-    slots = max(1, (64 if padded <= 128 else 32) // environments)
+    # Elements of keys that a program holds at once; the copies in flight make up for smaller ones.
+    held = {64: 8192, 96: 4096, 128: 8192, 192: 2048, 256: 4096}[dim]
+    slots = max(1, held // padded // environments)
     tiles = {
         "EA": environments,
         "BE": max(environments, 16 // tokens),
@@ -619,7 +622,7 @@ def _option(environments: int, dim: int, tokens: int, wide: bool) -> Option:
         "BK": _divisor(dim, columns),
         "BH": _divisor(dim, columns),
         "BO": 16,
-        "RING_STAGES": 2 if wide else 4,
+        "RING_STAGES": 3 if wide else {8192: 4, 4096: 6, 2048: 8}[held],
         "STAGES": 2 if wide else 3,
     }
     return Option(tuple(tiles.items()), num_warps=8, num_stages=tiles["STAGES"])
