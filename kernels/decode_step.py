@@ -9,6 +9,9 @@ are streamed from the second-level cache, packed as [in, out] matrices of all la
 The ring is read as it was before the step, and the step's own tokens from the program's memory: s_t may overwrite the
 slot that a_{t-1} is the last to see. Both are folded into one softmax as they come; slots that no token of the episode
 has filled are not read at all.
+
+Counted for 1,024 environments of the gym size (D = 128, 3 layers, 64 slots, C = 2) in bfloat16: rings 101 MB and plan
+vectors 13 MB from memory, weights 1.4 MB into each of 64 programs from the second-level cache.
 """
 
 from __future__ import annotations
@@ -611,7 +614,7 @@ def _option(environments: int, dim: int, tokens: int, wide: bool) -> Option:
     # Columns of a weight tile: as much at every width.
     columns = max(16, min(64, 64 * 128 // padded // (2 if wide else 1)))
     # Elements of keys that a program holds at once; the copies in flight make up for smaller ones.
-    held = {64: 8192, 96: 4096, 128: 8192, 192: 2048, 256: 4096}[dim]
+    held = {64: 8192, 96: 4096, 128: 8192, 192: 2048, 256: 2048}[dim]
     slots = max(1, held // padded // environments)
     tiles = {
         "EA": environments,
