@@ -614,7 +614,7 @@ def _option(environments: int, dim: int, tokens: int, wide: bool) -> Option:
     # Columns of a weight tile: as much at every width.
     columns = max(16, min(64, 64 * 128 // padded // (2 if wide else 1)))
     # Elements of keys that a program holds at once; the copies in flight make up for smaller ones.
-    held = {64: 8192, 96: 4096, 128: 8192, 192: 2048, 256: 2048}[dim]
+    held = {64: 8192, 96: 4096, 128: 8192, 192: 2048, 256: 4096}[dim]
     slots = max(1, held // padded // environments)
     tiles = {
         "EA": environments,
