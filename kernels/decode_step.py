@@ -457,7 +457,7 @@ def decode_step_kernel(
             q_a = _load(p_q + BE * 3 * D, m_hd, PADDED)
             top_a, total_a, mixed_a = lowest, none, nothing
         of_layer = tl.cast(i_layer, tl.int64) * n_rows * (N_Z * D)
-        for z in tl.range(0, N_Z, ZB, num_stages=STAGES):
+        for z in tl.range(0, N_Z, ZB, num_stages=1):
             i_z = z + o_z
             # Rows beyond the last environment see zeros rather than nothing.
             seen = (i_z < N_Z)[:, None] & (o_e >= 0)[None, :]
