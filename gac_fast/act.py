@@ -31,18 +31,19 @@ class Actor:
     steps per layer. This equals the full banded pass over the episode so far, at a cost that does not grow with it.
 
     Args:
-        model: the joint model; every step acts on its weights as they then are. (The C++ engine keeps packed copies and
-            packs again what has changed; :func:`gac_fast.ops.decode_step` says what it sees at once, and what at the
+        model: the joint model; every step acts on its weights as they then are. (The engines keep packed copies and
+            pack again what has changed; :func:`gac_fast.ops.decode_step` says what it sees at once, and what at the
             next reset.)
         normalization: units of observations and actions.
         z0: [P, n_z, D], one plan seed per environment, P >= 1; NumPy or tensor, of any float type and device. It goes
             to the device and type of ``normalization``.
         action_noise: standard deviation of Gaussian noise on the action, in units of half the action space.
         seed: of that noise.
-        bf16: let the C++ engine run the decoder's layers in bfloat16: several times faster where the processor has
+        bf16: let the engines run the decoder's layers in bfloat16: several times faster where the processor has
             matrix units for it, actions to about 1%. ``"auto"`` does so where it has them and the decoder was trained
             so (``model.bf16``), which is then how its actions were fitted; a decoder trained in float32 acts in
             float32.
+        cuda_graph: with the Triton engine on a GPU, replay each step as a CUDA graph, which takes less of the host.
 
     Raises:
         ValueError: ``z0`` has another shape, is not of a float type, or is not finite (checked if it comes on the CPU).
@@ -56,6 +57,7 @@ class Actor:
         action_noise: float = 0.0,
         seed: int = 0,
         bf16: bool | Literal["auto"] = "auto",
+        cuda_graph: bool = False,
     ) -> None:
         if bf16 not in (True, False, "auto"):
             raise ValueError(f"bf16: expected True, False or 'auto', got {bf16!r}")
@@ -70,7 +72,7 @@ class Actor:
         self._state = ops.DecodeState(
             n_layers=config.n_layers, n_rows=len(z0), window=decoder.window, n_heads=config.n_heads,
             width=config.dim // config.n_heads, n_z=config.n_z, act_dim=model.act_dim,
-            dtype=z0.dtype, device=z0.device, bf16=bf16,
+            dtype=z0.dtype, device=z0.device, bf16=bf16, cuda_graph=cuda_graph,
         )  # fmt: skip
         self._weights = ops.WeightsOf(decoder)
         self._units = _units(normalization)
@@ -82,7 +84,7 @@ class Actor:
 
     @property
     def bf16(self) -> bool:
-        """Whether keys and values, and on the C++ engine the decoder's products, are in bfloat16."""
+        """Whether keys and values, and on the engines the decoder's products, are in bfloat16."""
         return self._state.bf16
 
     def __repr__(self) -> str:
@@ -144,7 +146,7 @@ class Actor:
         if plans is not None:
             z0 = plans if isinstance(plans, np.ndarray | Tensor) else plans.z0
             self._set_plans(rows, self._seeds("plans", z0, rows))
-        self._state.reset(rows)
+        self._state.reset(None if mask is None else rows)
 
     def act(self, obs: Array) -> Array:
         """Mean actions (plus noise, if any) for the current observations.

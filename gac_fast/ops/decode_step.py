@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -15,7 +16,9 @@ from gac_fast.reference import StepWeights
 __all__ = ["DecodeState", "Units", "WeightsOf", "decode_step", "has_fast_bf16"]
 
 OP = "decode_step"
-_dispatch.register(OP, "cpp")
+_dispatch.register(OP, "triton", "cpp")
+
+_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 Array = TypeVar("Array", np.ndarray, Tensor)
 
@@ -43,14 +46,17 @@ class DecodeState:
     Args:
         n_layers, n_rows, window, n_heads, width, n_z, act_dim: L, P, W (in tokens), H, d, n_z, act_dim.
         dtype, device: of the model.
-        bf16: keep the rings in bfloat16 and let the C++ engine round the layers' weights and the operands of their
+        bf16: keep the rings in bfloat16 and let the engines round the layers' weights and the operands of their
             products to it (sums, norms, softmax and the residual stream stay in float32). The reference computes in
             ``dtype`` on what the rings hold. Float64 models keep float64.
+        cuda_graph: with the Triton engine on a GPU, replay a step as a CUDA graph: less time of the host per step, one
+            copy more of observations and actions.
     """
 
     def __init__(
         self, *, n_layers: int, n_rows: int, window: int, n_heads: int, width: int, n_z: int, act_dim: int,
         dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", bf16: bool = False,
+        cuda_graph: bool = False,
     ) -> None:  # fmt: skip
         ring_dtype = torch.bfloat16 if bf16 and dtype == torch.float32 else dtype
         ring, plan = (n_layers, n_rows, window, n_heads, width), (n_layers, n_rows, n_z, n_heads, width)
@@ -62,6 +68,7 @@ class DecodeState:
         self.last_action = torch.zeros(n_rows, act_dim, dtype=dtype, device=device)
         # Slots that no token of the present episode has filled may hold anything, NaN included.
         self._stale = False
+        self.cuda_graph = cuda_graph
         self._forget()
 
     @property
@@ -69,10 +76,15 @@ class DecodeState:
         """Whether the rings are in bfloat16."""
         return self.ring_k.dtype == torch.bfloat16
 
-    def reset(self, rows: Tensor) -> None:
-        """Start new episodes in ``rows``, bool [P]; plans stay."""
-        self.last_action.masked_fill_(rows[:, None], 0)
-        self.steps.masked_fill_(rows, 0)
+    def reset(self, rows: Tensor | None = None) -> None:
+        """Start new episodes in ``rows``, bool [P], default all; plans stay."""
+        if rows is None:
+            self.last_action.zero_()
+            self.steps.zero_()
+            self._all_new = True
+        else:
+            self.last_action.masked_fill_(rows[:, None], 0)
+            self.steps.masked_fill_(rows, 0)
         self._stale = True
         self._unsure = True
 
@@ -85,6 +97,9 @@ class DecodeState:
         self._content: Any = None
         # Whether all of the weights are to be compared before the next step.
         self._unsure = False
+        # Whether all rows start anew with the next step.
+        self._all_new = False
+        self._triton: _TritonStep | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: None if name in _ENGINE_PARTS else value for name, value in self.__dict__.items()}
@@ -101,11 +116,13 @@ class DecodeState:
             self._stale = False
 
 
-_ENGINE_PARTS = frozenset(("_packed", "_tensors", "_weights", "_memory", "_units", "_content"))
+_ENGINE_PARTS = frozenset(("_packed", "_tensors", "_weights", "_memory", "_units", "_content", "_triton"))
 
 
 def has_fast_bf16(device: torch.device) -> bool:
-    """Whether the C++ engine runs there on matrix units for bfloat16."""
+    """Whether an engine runs there on matrix units for bfloat16."""
+    if device.type == "cuda":
+        return _dispatch.problem(OP, "triton", device) is None
     return _dispatch.problem(OP, "cpp", device) is None and _dispatch.cpp_engine()._isa() == "amx"
 
 
@@ -121,14 +138,12 @@ class WeightsOf:
         self._entries: list[tuple[dict[str, Any], str, Any]] | None = None
 
     def __call__(self) -> StepWeights:
-        if self._entries is None or not _dispatch.cpp_engine()._same_entries(self._entries):
+        if self._entries is None or not _same_entries(self._entries):
             self._weights = self.decoder.step_weights()
             self._entries = None
             parameters = {id(p) for p in self.decoder.parameters()}
             # What is computed from parameters (by a parametrisation) is computed anew each time.
-            if _dispatch.problem(OP, "cpp", torch.device("cpu")) is None and all(
-                id(x) in parameters for x in _flat(self._weights)
-            ):
+            if all(id(x) in parameters for x in _flat(self._weights)):
                 self._entries = [
                     (table, name, value)
                     for module in self.decoder.modules()
@@ -141,6 +156,13 @@ class WeightsOf:
         return {"decoder": self.decoder, "_entries": None}
 
 
+def _same_entries(entries: list[tuple[dict[str, Any], str, Any]]) -> bool:
+    engine, _ = _dispatch._load_cpp_engine()
+    if engine is not None:
+        return bool(engine._same_entries(entries))
+    return all(table.get(name) is value for table, name, value in entries)
+
+
 def decode_step(weights: StepWeights, state: DecodeState, observations: Array, units: Units | None = None) -> Array:
     """Feed a_{t-1} (with C = 2, from the second step on) and s_t of every environment, and read the mean action.
 
@@ -151,6 +173,9 @@ def decode_step(weights: StepWeights, state: DecodeState, observations: Array, u
     addresses and the first 64 bytes of each tensor, which a training step changes one and all; at the first step after
     ``state.reset`` all bytes. Only a write to a part of a tensor through ``.data``, or by a fused optimiser, none of
     which count as versions, may thus go unseen until then.
+
+    The Triton engine packs the weights once as well. To know without waiting for the device, it compares identities,
+    version counters and addresses alone, and packs again at the first step after ``state.reset()`` of all rows.
 
     Args:
         weights: of the decoder; float32 or float64, on the device of ``state``.
@@ -167,7 +192,11 @@ def decode_step(weights: StepWeights, state: DecodeState, observations: Array, u
         ValueError: wrong shape.
         FloatingPointError: an observation is NaN or infinite (checked in NumPy arrays and on the CPU); nothing was fed.
     """
-    backend = _dispatch.choose(OP, state.steps.device, _dispatch.refusal(weights.embed_state_w))
+    device = state.steps.device
+    refused = _dispatch.refusal(weights.embed_state_w)
+    if refused is None and (device.type != "cpu" or _INTERPRETED):
+        refused = _triton_refusal(state)
+    backend = _dispatch.choose(OP, device, refused)
     shape = (state.steps.shape[0], weights.embed_state_w.shape[1])
     if getattr(observations, "shape", None) != shape:
         got = list(observations.shape) if hasattr(observations, "shape") else type(observations).__name__
@@ -180,6 +209,8 @@ def decode_step(weights: StepWeights, state: DecodeState, observations: Array, u
         if x.dtype != torch.float32 or x.device.type != "cpu":
             x = x.cpu() if x.dtype == torch.float64 else x.to("cpu", torch.float32)
         return torch.from_numpy(_decode_step_cpp(weights, state, x.numpy(), units))
+    if backend == "triton":
+        return _decode_step_triton(weights, state, observations, units)
     return _decode_step_reference(weights, state, observations, units)
 
 
@@ -189,10 +220,7 @@ def _decode_step_reference(weights: StepWeights, state: DecodeState, observation
     x = torch.as_tensor(observations, device=ring.device).to(state.last_action.dtype)
     # A tensor on a device goes unchecked: reading the answer back would cost a wait at every step.
     if isinstance(observations, np.ndarray) or x.device.type == "cpu":
-        finite = torch.isfinite(x).all(dim=1)
-        if not bool(finite.all()):
-            row = int((~finite).nonzero()[0])
-            _raise_not_finite(row, x[row].tolist())
+        _check_finite(x)
     state.clear_stale(1 if weights.embed_action_w is None else 2)
     if units is not None:
         x = (x - units.obs_mean) / units.obs_std
@@ -202,6 +230,13 @@ def _decode_step_reference(weights: StepWeights, state: DecodeState, observation
     if units is not None:
         out = out * units.action_half + units.action_mid
     return out.cpu().numpy() if isinstance(observations, np.ndarray) else out
+
+
+def _check_finite(x: Tensor) -> None:
+    finite = torch.isfinite(x).all(dim=1)
+    if not bool(finite.all()):
+        row = int((~finite).nonzero()[0])
+        _raise_not_finite(row, x[row].tolist())
 
 
 def _raise_not_finite(row: int, values: list[float]) -> None:
@@ -255,3 +290,119 @@ def _bind(state: DecodeState, units: Units | None) -> None:
     arrays = [] if units is None else [x.contiguous().numpy() for x in units]
     state._memory = _dispatch.cpp_engine()._DecodeState(*(x.numpy() for x in tensors), arrays)
     state._units = units
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Triton
+
+
+def _triton_refusal(state: DecodeState) -> str | None:
+    """Why the Triton engine does not take a state that it would get; None where it does, or would not get it."""
+    device = state.steps.device
+    if _dispatch.active(OP, device) != "triton":
+        return None
+    from gac_fast.kernels import decode_step as kernel
+
+    if state.bf16 and device.type == "cpu":
+        return "the interpreter of Triton computes bfloat16 wrongly"
+    _, _, n_z, heads, width = state.plan_k.shape
+    return kernel.refusal(heads * width, heads, n_z)
+
+
+class _TritonStep:
+    """What the Triton engine keeps for a state: packed weights, memory of its programs, places that a graph knows."""
+
+    def __init__(self, weights: StepWeights, state: DecodeState, units: Units | None) -> None:
+        from gac_fast.kernels import decode_step as kernel
+
+        self.kernel = kernel
+        self.tensors, self.weights, self.units = _flat(weights), weights, units
+        self.marks = [_mark(x) for x in self.tensors]
+        decoder, tokens = weights.decoder, 1 if weights.embed_action_w is None else 2
+        self.packed = kernel.Packed(self.tensors, decoder.n_heads, decoder.rope_base, tokens, state.ring_k.dtype)
+        self.layout = _layout(weights)
+        self.arrays = None if units is None else [x.to(torch.float32).contiguous() for x in units]
+        self.option = kernel.choose_option(self.packed, state.ring_k.shape, state.plan_k.shape[2])
+        self.scratch = kernel.new_scratch(self.packed, state.ring_k.shape[1], self.option)
+        self.on_host: np.ndarray | None = None
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.static: tuple[Tensor, Tensor] | None = None
+
+    def takes(self, weights: StepWeights, units: Units | None) -> bool:
+        """Whether these weights and units are its own, packed anew into the same memory where their values changed."""
+        if units is not self.units:
+            return False
+        if weights is not self.weights:
+            if _layout(weights) != self.layout:
+                return False
+            self.tensors, self.weights = _flat(weights), weights
+        marks = [_mark(x) for x in self.tensors]
+        if marks != self.marks:
+            self.packed.fill(self.tensors)
+            self.marks = marks
+        return True
+
+    def launch(self, state: DecodeState, x: Tensor, out: Tensor) -> None:
+        self.kernel.launch(
+            self.packed, (state.ring_k, state.ring_v), (state.plan_k, state.plan_v), state.steps, state.last_action,
+            x, self.arrays, out, self.scratch, self.option,
+        ).run()  # fmt: skip
+
+    def replay(self, state: DecodeState, x: Tensor) -> Tensor:
+        if self.static is None:
+            self.static = (
+                torch.empty(x.shape, dtype=torch.float32, device=x.device),
+                torch.empty_like(state.last_action),
+            )
+        obs, out = self.static
+        obs.copy_(x)
+        if self.graph is not None:
+            self.graph.replay()
+        else:
+            # The first step compiles the kernel, and what it launches is what the graph then holds.
+            self.launch(state, obs, out)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self.launch(state, obs, out)
+            self.graph = graph
+        return out.clone()
+
+
+def _layout(weights: StepWeights) -> tuple[Any, ...]:
+    """What two sets of weights must share to be packed into the same memory."""
+    return weights.decoder.n_heads, weights.decoder.rope_base, [x.shape for x in _flat(weights)]
+
+
+def _mark(x: Tensor) -> tuple[int, int, int]:
+    """Tells values of a tensor from later ones without reading them."""
+    return id(x), x.data_ptr(), 0 if x.is_inference() else x._version
+
+
+@torch.no_grad()
+def _decode_step_triton(weights: StepWeights, state: DecodeState, observations: Array, units: Units | None) -> Array:
+    step = state._triton
+    if step is None or not step.takes(weights, units):
+        step = state._triton = _TritonStep(weights, state, units)
+    elif state._all_new:
+        step.packed.fill(step.tensors)
+    state._all_new = False
+    device = state.steps.device
+    if isinstance(observations, np.ndarray):
+        if step.on_host is None:
+            step.on_host = torch.empty(observations.shape, pin_memory=device.type == "cuda").numpy()
+        # The former step's copy from here is over: its actions were waited for.
+        with np.errstate(over="ignore"):
+            np.copyto(step.on_host, observations, casting="unsafe")
+        x = torch.from_numpy(step.on_host)
+        _check_finite(x)
+        x = x.to(device, non_blocking=True)
+    else:
+        x = observations.detach().to(device, torch.float32)
+        if device.type == "cpu":
+            _check_finite(x)
+    if state.cuda_graph and device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+        out = step.replay(state, x)
+    else:
+        out = torch.empty_like(state.last_action)
+        step.launch(state, x, out)
+    return out.cpu().numpy() if isinstance(observations, np.ndarray) else out
