@@ -149,15 +149,16 @@ class Policy:
         action_noise: float = 0.0,
         seed: int = 0,
         bf16: bool | Literal["auto"] = "auto",
+        cuda_graph: bool = False,
     ) -> Actor:
         """An :class:`Actor` for ``len(plans)`` environments, plan i acting in environment i.
 
         Args:
             plans: or their seeds, [P, n_z, D].
-            action_noise, seed, bf16: as for :class:`Actor`.
+            action_noise, seed, bf16, cuda_graph: as for :class:`Actor`.
         """
         z0 = plans.z0 if isinstance(plans, Plans) else plans
-        return Actor(self.model, self.normalization, z0, action_noise, seed, bf16)
+        return Actor(self.model, self.normalization, z0, action_noise, seed, bf16, cuda_graph)
 
 
 def _check_count(n: int) -> None:
