@@ -16,8 +16,8 @@ __all__ = ["plan_ascent", "plan_langevin"]
 
 OP = "plan_ascent"
 LANGEVIN = "plan_langevin"
-_dispatch.register(OP, "cpp")
-_dispatch.register(LANGEVIN, "cpp")
+_dispatch.register(OP, "triton", "cpp")
+_dispatch.register(LANGEVIN, "triton", "cpp")
 
 _WORD = 1 << 32
 
@@ -71,14 +71,64 @@ def _plan_langevin(
     return out
 
 
-@_plan_ascent.register_fake
-def _(prior_weights: Sequence[Tensor], return_weights: Sequence[Tensor], z0: Tensor, *_: object) -> tuple[Tensor, ...]:
+@torch.library.custom_op("gac_fast::plan_ascent_triton", mutates_args=())
+def _plan_ascent_triton(
+    prior_weights: Sequence[Tensor],
+    return_weights: Sequence[Tensor],
+    z0: Tensor,
+    context: Tensor | None,
+    n_steps: int,
+    step_size: float,
+    kappa: float,
+    prior_weight: float,
+    radius: float,
+    max_norm: float,
+    bf16: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from gac_fast.kernels import plan_ascent as kernel
+
+    out = _outputs(z0)
+    kernel.run(
+        prior_weights, return_weights, z0, context, out, n_steps, step_size=step_size, kappa=kappa,
+        prior_weight=prior_weight, radius=radius, max_norm=max_norm, bf16=bf16,
+    )  # fmt: skip
+    return out
+
+
+@torch.library.custom_op("gac_fast::plan_langevin_triton", mutates_args=())
+def _plan_langevin_triton(
+    prior_weights: Sequence[Tensor],
+    return_weights: Sequence[Tensor],
+    z0: Tensor,
+    target: Tensor,
+    plans: Tensor,
+    context: Tensor | None,
+    n_steps: int,
+    step_size: float,
+    max_drift_ratio: float,
+    seed0: int,
+    seed1: int,
+    first_step: int,
+    bf16: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from gac_fast.kernels import plan_ascent as kernel
+
+    out = _outputs(z0)
+    kernel.run(
+        prior_weights, return_weights, z0, context, out, n_steps, step_size=step_size, target=target.contiguous(),
+        plans=plans.contiguous(), max_drift_ratio=max_drift_ratio, seed=(seed0, seed1), first_step=first_step, bf16=bf16,
+    )  # fmt: skip
+    return out
+
+
+def _fake(
+    prior_weights: Sequence[Tensor], return_weights: Sequence[Tensor], z0: Tensor, *_: object
+) -> tuple[Tensor, ...]:
     return _outputs(z0)
 
 
-@_plan_langevin.register_fake
-def _(prior_weights: Sequence[Tensor], return_weights: Sequence[Tensor], z0: Tensor, *_: object) -> tuple[Tensor, ...]:
-    return _outputs(z0)
+for _op in (_plan_ascent, _plan_langevin, _plan_ascent_triton, _plan_langevin_triton):
+    _op.register_fake(_fake)
 
 
 def _outputs(z0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -144,9 +194,10 @@ def plan_ascent(
     _check_number("prior_weight", prior_weight)
     _check_radius("radius", radius)
     _check_radius("max_norm", max_norm)
-    if _dispatch.choose(OP, z0.device, _dispatch.refusal(z0)) == "cpp":
+    engine = _dispatch.choose(OP, z0.device, _refused(OP, return_weights, z0))
+    if engine != "reference":
         with torch.no_grad():
-            return _plan_ascent(
+            return (_plan_ascent if engine == "cpp" else _plan_ascent_triton)(
                 [w for w in prior_weights if w is not None], list(return_weights), z0, _with_starts(context), n_steps,
                 step_size, kappa, prior_weight, radius, max_norm, bf16,
             )  # fmt: skip
@@ -206,9 +257,10 @@ def plan_langevin(
         raise ValueError(f"seed: expected two words within [0, 2^32), got {tuple(seed)}")
     if not 0 <= first_step <= _WORD - max(n_steps, 1):
         raise ValueError(f"first_step: expected {n_steps} steps within [0, 2^32), got the first at {first_step}")
-    if _dispatch.choose(LANGEVIN, z0.device, _dispatch.refusal(z0)) == "cpp":
+    engine = _dispatch.choose(LANGEVIN, z0.device, _refused(LANGEVIN, return_weights, z0))
+    if engine != "reference":
         with torch.no_grad():
-            return _plan_langevin(
+            return (_plan_langevin if engine == "cpp" else _plan_langevin_triton)(
                 [w for w in prior_weights if w is not None], list(return_weights), z0, target.expand(len(z0)), plans,
                 _with_starts(context), n_steps, step_size, max_drift_ratio, *seed, first_step, bf16,
             )  # fmt: skip
@@ -216,6 +268,15 @@ def plan_langevin(
         prior_weights, return_weights, z0, target, n_steps=n_steps, step_size=step_size, seed=seed, plans=plans,
         first_step=first_step, max_drift_ratio=max_drift_ratio, context=context,
     )  # fmt: skip
+
+
+def _refused(op: str, return_weights: ReturnWeights, z0: Tensor) -> str | None:
+    """Why no engine takes these arguments: those of the C++ engine, or where the tensors are for Triton, its own."""
+    if (reason := _dispatch.refusal(z0)) is not None or _dispatch.active(op, z0.device) != "triton":
+        return reason
+    from gac_fast.kernels import plan_ascent as kernel
+
+    return kernel.refusal(return_weights.w1)
 
 
 def _with_starts(context: Tensor | None) -> Tensor | None:
