@@ -24,7 +24,7 @@ The order of the products of a step, rows x columns of their weights (d = n_z * 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +44,11 @@ _LEAST_NORM = tl.constexpr(1e-12)
 _LEAST_LOG = tl.constexpr(-8.0)
 _MOST_LOG = tl.constexpr(4.0)
 _INTERPRETED = tl.constexpr(INTERPRETED)
+
+# Columns of the return model where each plan has several starts: plans x starts at once.
+_COLUMNS = 64
+# Values of the seeds that the update holds at once.
+_UPDATED = 4096
 
 # Streaming multiprocessors of an H100 or H200: how many programs run at once.
 _PROCESSORS = 132
@@ -95,6 +100,12 @@ def _over_vectors(s, VECTORS: tl.constexpr, B: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
+def _over_starts(x, CHUNK: tl.constexpr, N: tl.constexpr):
+    """[N] -> [CHUNK * N]."""
+    return tl.reshape(tl.broadcast_to(x[None, :], (CHUNK, N)), (CHUNK * N,))
+
+
+@triton.jit
 def _write_plan(
     u,
     m,
@@ -132,15 +143,15 @@ def _write_plan(
 
 @triton.jit
 def _noise(i, p_plans, o_plan, m_plan, step, seed0, seed1, WIDTH: tl.constexpr, PADDED: tl.constexpr,
-           VALUES: tl.constexpr, B: tl.constexpr, N: tl.constexpr):  # fmt: skip
-    """Normals [B, N] of tile i: element (vector * WIDTH + place) of the plans' noise at ``step``."""
+           ROWS: tl.constexpr, N: tl.constexpr):  # fmt: skip
+    """Normals [ROWS, N] of rows i * ROWS on: element (vector * WIDTH + place) of the plans' noise at ``step``."""
     # [N]
     plan = tl.load(p_plans + o_plan, mask=m_plan, other=0).to(tl.uint32)[:, None]
     k0 = seed0.to(tl.uint32)
     k1 = seed1.to(tl.uint32)
     if WIDTH % 4 == 0:
         # One Philox call for four rows, which belong to one plan vector.
-        row = i * B + 4 * tl.arange(0, B // 4)
+        row = i * ROWS + 4 * tl.arange(0, ROWS // 4)
         c0 = (((row // PADDED) * WIDTH + row % PADDED) // 4).to(tl.uint32)[None, :]
         zero = (c0 * 0) + (plan * 0)
         w0, w1, w2, w3 = philox4x32(zero + c0, zero + plan, zero + step.to(tl.uint32), zero, zero + k0, zero + k1)
@@ -148,7 +159,7 @@ def _noise(i, p_plans, o_plan, m_plan, step, seed0, seed1, WIDTH: tl.constexpr, 
         x2, x3 = box_muller(w2, w3)
         normals = tl.interleave(tl.interleave(x0, x2), tl.interleave(x1, x3))
     else:
-        row = i * B + tl.arange(0, B)
+        row = i * ROWS + tl.arange(0, ROWS)
         element = ((row // PADDED) * WIDTH + row % PADDED)[None, :]
         c0 = (element // 4).to(tl.uint32)
         zero = (c0 * 0) + (plan * 0)
@@ -186,70 +197,12 @@ def _variance(log_variance):
 
 
 @triton.jit
-def _one_start(
-    e,
-    p_context,
-    m_plan,
-    stride_obs,
-    n_obs,
-    p_w_context,
-    p_w4,
-    p_plan_part,
-    p_b,
-    p_a1,
-    p_s1,
-    p_s2,
-    o_w,
-    o_tile,
-    O_BR2: tl.constexpr,
-    O_W3: tl.constexpr,
-    O_B3: tl.constexpr,
-    MEMBERS: tl.constexpr,
-    TILES_C: tl.constexpr,
-    TILES_1: tl.constexpr,
-    TILES_2: tl.constexpr,
-    B: tl.constexpr,
-    N: tl.constexpr,
-):
-    """Member e for one start of each plan: mean and log-variance [N]; slopes of both layers are left in the scratch."""
-    o_b = tl.arange(0, B)
-    for i in tl.range(TILES_1, num_stages=1):
-        # [B, N]
-        h = tl.load(p_plan_part + (e * TILES_1 + i) * (B * N) + o_tile)
-        for k in tl.range(TILES_C, num_stages=1):
-            o_c = k * B + o_b
-            b_c = tl.load(
-                p_context[None, :] + o_c[:, None] * stride_obs, mask=(o_c < n_obs)[:, None] & m_plan[None, :], other=0.0
-            )
-            b_w = tl.load(p_w_context + ((e * TILES_1 + i) * TILES_C + k).to(tl.int64) * (B * B) + o_w)
-            h = tl.dot(b_w, b_c.to(b_w.dtype), h, input_precision="ieee")
-        a, slope = _silu(h)
-        tl.store(p_a1 + i * (B * N) + o_tile, a.to(p_a1.dtype.element_ty))
-        tl.store(p_s1 + i * (B * N) + o_tile, slope.to(p_s1.dtype.element_ty))
-    _sync()
-    mean = tl.zeros((N,), tl.float32) + tl.load(p_b + O_B3 + e)
-    log_variance = tl.zeros((N,), tl.float32) + tl.load(p_b + O_B3 + MEMBERS + e)
-    for i in tl.range(TILES_2, num_stages=1):
-        h = tl.zeros((B, N), tl.float32)
-        for k in tl.range(TILES_1, num_stages=1):
-            b_w = tl.load(p_w4 + ((e * TILES_2 + i) * TILES_1 + k).to(tl.int64) * (B * B) + o_w)
-            h = tl.dot(b_w, tl.load(p_a1 + k * (B * N) + o_tile), h, input_precision="ieee")
-        o_row = (e * TILES_2 + i) * B + o_b
-        a, slope = _silu(h + tl.load(p_b + O_BR2 + o_row)[:, None])
-        tl.store(p_s2 + i * (B * N) + o_tile, slope.to(p_s2.dtype.element_ty))
-        mean += tl.sum(a * tl.load(p_b + O_W3 + o_row)[:, None], axis=0)
-        log_variance += tl.sum(a * tl.load(p_b + O_W3 + MEMBERS * TILES_2 * B + o_row)[:, None], axis=0)
-    _sync()
-    return mean, log_variance
-
-
-@triton.jit
 def _locate(tile, END1: tl.constexpr, END2: tl.constexpr, END3: tl.constexpr, END4: tl.constexpr, END6: tl.constexpr,
             END7: tl.constexpr, END8: tl.constexpr, R_Z0: tl.constexpr, R_A: tl.constexpr, R_X: tl.constexpr,
             R_A1: tl.constexpr, R_G2: tl.constexpr, R_G1: tl.constexpr, R_GU: tl.constexpr, R_GH: tl.constexpr,
             TILES_U: tl.constexpr, TILES_D: tl.constexpr, TILES_X: tl.constexpr, TILES_1: tl.constexpr,
             TILES_2: tl.constexpr, MEMBERS: tl.constexpr, B: tl.constexpr):  # fmt: skip
-    """Of a tile of the stream: its row tile within the product, whether that ends with it, and the row of its operand."""
+    """Of a tile of the stream: its row tile, whether that ends with it, the row of its operand, whether it is a product's first."""
     begin = tl.where(tile >= END1, END1, 0)
     begin = tl.where(tile >= END2, END2, begin)
     begin = tl.where(tile >= END3, END3, begin)
@@ -274,7 +227,7 @@ def _locate(tile, END1: tl.constexpr, END2: tl.constexpr, END3: tl.constexpr, EN
     row = tl.where(tile >= END6, R_G1, row)
     row = tl.where(tile >= END7, R_GU, row)
     row = tl.where(tile >= END8, R_GH, row)
-    return m, k == depth - 1, row + k * B
+    return m, k == depth - 1, row + k * B, tile == begin
 
 
 @triton.jit(do_not_specialize=["n_plans", "n_steps", "n_starts", "first_step", "seed0", "seed1"])
@@ -291,6 +244,8 @@ def plan_ascent_kernel(
     p_op,
     p_f,
     p_starts,
+    p_chunk,
+    p_wc,
     n_plans,
     n_steps,
     n_starts,
@@ -327,6 +282,9 @@ def plan_ascent_kernel(
     TILES_C: tl.constexpr,  # first state,
     TILES_1: tl.constexpr,  # first and second hidden layer of a return model
     TILES_2: tl.constexpr,
+    ROOM_C: tl.constexpr,  # several starts: features of a tile,
+    CHUNK: tl.constexpr,  # and starts of each plan at once
+    ROWS: tl.constexpr,  # of the seeds, in the update
     B: tl.constexpr,
     N: tl.constexpr,
 ):
@@ -341,9 +299,10 @@ def plan_ascent_kernel(
     END8: tl.constexpr = END7 + TILES_U * TILES_D
     END9: tl.constexpr = END8 + TILES_D * TILES_U
     # Several starts: the tiles of their loop lie behind the stream.
-    W_CONTEXT: tl.constexpr = END9
-    W_4: tl.constexpr = W_CONTEXT + MEMBERS * TILES_1 * TILES_C
+    W_4: tl.constexpr = END9
     W_6: tl.constexpr = W_4 + MEMBERS * TILES_2 * TILES_1
+    # With one tile for all of them, products 3, 4 and 6 hand their results on in registers.
+    DIRECT: tl.constexpr = MEMBERS * TILES_1 == 1 and TILES_2 == 1 and not APART
 
     # Rows of the scratch memories: operands, and float32.
     ROWS_D: tl.constexpr = TILES_D * B
@@ -393,11 +352,19 @@ def plan_ascent_kernel(
     o_b = tl.arange(0, B)
     o_tile = o_b[:, None] * N + o_n[None, :]
     o_w = o_b[:, None] * B + o_b[None, :]
+    o_rows = tl.arange(0, ROWS)[:, None] * N + o_n[None, :]
     p_op += i_program * (OP_ROWS * N)
     p_f += i_program * (F_ROWS * N)
     if APART:
-        p_starts += i_program * (2 * MEMBERS * N) * n_starts
+        # Columns of the return model: CHUNK starts of each plan.
+        COLUMNS: tl.constexpr = CHUNK * N
+        COLUMNS_TILE: tl.constexpr = B * COLUMNS
+        n_chunks = (n_starts + CHUNK - 1) // CHUNK
+        p_starts += i_program * (2 * MEMBERS * COLUMNS) * n_chunks
+        # Operands of a chunk, then slopes of every member and chunk.
+        p_chunk += i_program * ((TILES_1 + TILES_2) * COLUMNS_TILE) * (MEMBERS * n_chunks + 1)
     zero_n = tl.zeros((N,), tl.float32)
+    wide = i_program * 0  # makes int64 of what is added to it
 
     for i in tl.range(TILES_D, num_stages=1):
         row = i * B + o_b
@@ -439,7 +406,7 @@ def plan_ascent_kernel(
             )  # fmt: skip
         _sync()
 
-    m, last, row = _locate(
+    m, last, row, _ = _locate(
         n_steps * 0, END1, END2, END3, END4, END6, END7, END8, R_Z0, R_A, R_X, R_A1, R_G2, R_G1, R_GU, R_GH,
         TILES_U, TILES_D, TILES_D + C3, TILES_1, TILES_2, MEMBERS, B,
     )  # fmt: skip
@@ -449,20 +416,21 @@ def plan_ascent_kernel(
     squares = zero_n  # of the gradient
     head_mean = zero_n
     head_log = zero_n
-    for t in range(n_steps * END9 + END4):
+    # Without the option every address of the body would be made before the loop, and kept in registers.
+    for t in tl.range(n_steps * END9 + END4, disable_licm=True):
         step = t // END9
         tile = t % END9
         # [B, B]
         b_w = tl.load(p_w + tile.to(tl.int64) * (B * B) + o_w)
 
         following = tl.where(tile + 1 == END9, 0, tile + 1)
-        m_following, last_following, row = _locate(
+        m_following, last_following, row, begins = _locate(
             following, END1, END2, END3, END4, END6, END7, END8, R_Z0, R_A, R_X, R_A1, R_G2, R_G1, R_GU, R_GH,
             TILES_U, TILES_D, TILES_D + C3, TILES_1, TILES_2, MEMBERS, B,
         )  # fmt: skip
-        # Under the condition so that it is not taken for a load that may run ahead of what the program writes.
+        # Under a condition, so that it is not taken for a load that may run ahead of what the program writes.
         act_following = act
-        if not last:
+        if not begins:
             act_following = tl.load(p_op + row * N + o_tile)
         acc = tl.dot(b_w, act, acc, input_precision="ieee")
 
@@ -483,71 +451,126 @@ def plan_ascent_kernel(
                     tl.store(p_f + F_PART * N + m * TILE + o_tile, h)
                     if m == MEMBERS * TILES_1 - 1:
                         _sync()
-                        # Two passes: the moments need all heads, and their gradient then all activations again.
-                        total_mean = zero_n
-                        for s in tl.range(MEMBERS * n_starts, num_stages=1):
-                            e = s // n_starts
-                            mean_s, log_s = _one_start(
-                                e, p_context + o_plan * stride_context_plan
-                                + (s % n_starts).to(tl.int64) * stride_context_start,
-                                m_plan, stride_context_obs, n_obs, p_w + W_CONTEXT * (B * B), p_w + W_4 * (B * B),
-                                p_f + F_PART * N, p_b, p_op + R_A1 * N, p_op + R_S1 * N, p_op + R_S2 * N, o_w, o_tile,
-                                O_BR2, O_W3, O_B3, MEMBERS, TILES_C, TILES_1, TILES_2, B, N,
-                            )  # fmt: skip
-                            tl.store(p_starts + s * (2 * N) + o_n, mean_s)
-                            tl.store(p_starts + s * (2 * N) + N + o_n, log_s)
-                            total_mean += mean_s
-                        _sync()
+                        o_column = tl.arange(0, COLUMNS)
+                        o_columns = o_b[:, None] * COLUMNS + o_column[None, :]
+                        o_part = o_b[:, None] * N + (o_column % N)[None, :]
+                        o_plan_column = i_program * N + o_column % N
+                        m_plan_column = o_plan_column < n_plans
+                        for s in tl.range(MEMBERS * n_chunks, num_stages=1):
+                            e_s = s // n_chunks
+                            start = (s % n_chunks) * CHUNK + o_column // N
+                            m_column = m_plan_column & (start < n_starts)
+                            p_slopes = p_chunk + (wide + s + 1) * ((TILES_1 + TILES_2) * COLUMNS_TILE)
+                            for i in tl.range(TILES_1, num_stages=1):
+                                # [B, COLUMNS]
+                                h_s = tl.load(p_f + F_PART * N + (e_s * TILES_1 + i) * TILE + o_part)
+                                for kk in tl.range(TILES_C, num_stages=1):
+                                    o_c = kk * ROOM_C + tl.arange(0, ROOM_C)
+                                    # [ROOM_C, COLUMNS]
+                                    b_c = tl.load(
+                                        p_context
+                                        + (
+                                            o_plan_column * stride_context_plan
+                                            + start.to(tl.int64) * stride_context_start
+                                        )[None, :]
+                                        + o_c.to(tl.int64)[:, None] * stride_context_obs,
+                                        mask=(o_c < n_obs)[:, None] & m_column[None, :],
+                                        other=0.0,
+                                    )
+                                    # [B, ROOM_C]
+                                    b_wc = tl.load(
+                                        p_wc
+                                        + (wide + (e_s * TILES_1 + i) * TILES_C + kk) * (B * ROOM_C)
+                                        + o_b[:, None] * ROOM_C
+                                        + tl.arange(0, ROOM_C)[None, :]
+                                    )
+                                    h_s = tl.dot(b_wc, b_c.to(OP), h_s, input_precision="ieee")
+                                a_s, slope_s = _silu(h_s)
+                                tl.store(p_chunk + i * COLUMNS_TILE + o_columns, a_s.to(OP))
+                                tl.store(p_slopes + i * COLUMNS_TILE + o_columns, slope_s.to(OP))
+                            _sync()
+                            mean_s = tl.zeros((COLUMNS,), tl.float32) + tl.load(p_b + O_B3 + e_s)
+                            log_s = tl.zeros((COLUMNS,), tl.float32) + tl.load(p_b + O_B3 + MEMBERS + e_s)
+                            for i in tl.range(TILES_2, num_stages=1):
+                                h_s = tl.zeros((B, COLUMNS), tl.float32)
+                                for kk in tl.range(TILES_1, num_stages=1):
+                                    o_4 = (wide + W_4 + (e_s * TILES_2 + i) * TILES_1 + kk) * (B * B)
+                                    b_a1 = tl.load(p_chunk + kk * COLUMNS_TILE + o_columns)
+                                    h_s = tl.dot(tl.load(p_w + o_4 + o_w), b_a1, h_s, input_precision="ieee")
+                                o_member = (e_s * TILES_2 + i) * B + o_b
+                                a_s, slope_s = _silu(h_s + tl.load(p_b + O_BR2 + o_member)[:, None])
+                                tl.store(p_slopes + (TILES_1 + i) * COLUMNS_TILE + o_columns, slope_s.to(OP))
+                                mean_s += tl.sum(a_s * tl.load(p_b + O_W3 + o_member)[:, None], axis=0)
+                                log_s += tl.sum(a_s * tl.load(p_b + O_W3 + ROWS_2 + o_member)[:, None], axis=0)
+                            tl.store(p_starts + s * COLUMNS + o_column, mean_s)
+                            tl.store(p_starts + (MEMBERS * n_chunks + s) * COLUMNS + o_column, log_s)
+                            _sync()
                         n_members = (MEMBERS * n_starts).to(tl.float32)
-                        mean = total_mean / n_members
+                        o_start = tl.arange(0, CHUNK)[:, None]
+                        # [CHUNK, N]
+                        p_start = p_starts + o_start * N + o_n[None, :]
+                        mean = zero_n
+                        for s in tl.range(MEMBERS * n_chunks, num_stages=1):
+                            m_start = (s % n_chunks) * CHUNK + o_start < n_starts
+                            mean += tl.sum(tl.load(p_start + s * COLUMNS, mask=m_start, other=0.0), axis=0)
+                        mean = mean / n_members
                         variance = zero_n
-                        for s in tl.range(MEMBERS * n_starts, num_stages=1):
-                            off = tl.load(p_starts + s * (2 * N) + o_n) - mean
-                            variance += _variance(tl.load(p_starts + s * (2 * N) + N + o_n)) + off * off
+                        for s in tl.range(MEMBERS * n_chunks, num_stages=1):
+                            m_start = (s % n_chunks) * CHUNK + o_start < n_starts
+                            off = tl.load(p_start + s * COLUMNS, mask=m_start, other=0.0) - mean[None, :]
+                            own = _variance(
+                                tl.load(p_start + (MEMBERS * n_chunks + s) * COLUMNS, mask=m_start, other=0.0)
+                            )
+                            variance += tl.sum(tl.where(m_start, own + off * off, 0.0), axis=0)
                         std = tl.sqrt_rn(variance / n_members)
                         if step == n_steps:
                             tl.store(p_mean + o_plan, mean, mask=m_plan)
                             tl.store(p_std + o_plan, std, mask=m_plan)
                         else:
                             share, each = _moment_slopes(mean, std, target, kappa, n_members, LANGEVIN)
+                            share_s = _over_starts(zero_n + share, CHUNK, N)
+                            each_s = _over_starts(each, CHUNK, N)
+                            center = _over_starts(mean, CHUNK, N)
                             for i in tl.range(MEMBERS * TILES_1, num_stages=1):
                                 tl.store(p_f + F_G1 * N + i * TILE + o_tile, tl.zeros((B, N), tl.float32))
-                            for s in tl.range(MEMBERS * n_starts, num_stages=1):
-                                e = s // n_starts
-                                mean_s, log_s = _one_start(
-                                    e, p_context + o_plan * stride_context_plan
-                                    + (s % n_starts).to(tl.int64) * stride_context_start,
-                                    m_plan, stride_context_obs, n_obs, p_w + W_CONTEXT * (B * B), p_w + W_4 * (B * B),
-                                    p_f + F_PART * N, p_b, p_op + R_A1 * N, p_op + R_S1 * N, p_op + R_S2 * N, o_w,
-                                    o_tile, O_BR2, O_W3, O_B3, MEMBERS, TILES_C, TILES_1, TILES_2, B, N,
-                                )  # fmt: skip
-                                by_mean = share + each * (mean_s - mean)
-                                by_log = _log_slope(log_s, each)
+                            for s in tl.range(MEMBERS * n_chunks, num_stages=1):
+                                e_s = s // n_chunks
+                                m_column = (s % n_chunks) * CHUNK + o_column // N < n_starts
+                                p_slopes = p_chunk + (wide + s + 1) * ((TILES_1 + TILES_2) * COLUMNS_TILE)
+                                mean_s = tl.load(p_starts + s * COLUMNS + o_column)
+                                log_s = tl.load(p_starts + (MEMBERS * n_chunks + s) * COLUMNS + o_column)
+                                by_mean = tl.where(m_column, share_s + each_s * (mean_s - center), 0.0)
+                                by_log = tl.where(m_column, _log_slope(log_s, each_s), 0.0)
                                 for i in tl.range(TILES_2, num_stages=1):
-                                    o_member = (e * TILES_2 + i) * B + o_b
-                                    g2 = by_mean[None, :] * tl.load(p_b + O_W3 + o_member)[:, None]
-                                    g2 += by_log[None, :] * tl.load(p_b + O_W3 + ROWS_2 + o_member)[:, None]
-                                    g2 *= tl.load(p_op + R_S2 * N + i * TILE + o_tile).to(tl.float32)
-                                    tl.store(p_op + R_G2 * N + i * TILE + o_tile, g2.to(OP))
+                                    o_member = (e_s * TILES_2 + i) * B + o_b
+                                    g2_s = by_mean[None, :] * tl.load(p_b + O_W3 + o_member)[:, None]
+                                    g2_s += by_log[None, :] * tl.load(p_b + O_W3 + ROWS_2 + o_member)[:, None]
+                                    g2_s *= tl.load(p_slopes + (TILES_1 + i) * COLUMNS_TILE + o_columns).to(tl.float32)
+                                    tl.store(p_chunk + (TILES_1 + i) * COLUMNS_TILE + o_columns, g2_s.to(OP))
                                 _sync()
                                 for i in tl.range(TILES_1, num_stages=1):
-                                    b_g1 = tl.zeros((B, N), tl.float32)
+                                    b_g1 = tl.zeros((B, COLUMNS), tl.float32)
                                     for kk in tl.range(TILES_2, num_stages=1):
-                                        o_6 = (W_6 + (e * TILES_1 + i) * TILES_2 + kk).to(tl.int64) * (B * B)
-                                        b_g1 = tl.dot(
-                                            tl.load(p_w + o_6 + o_w), tl.load(p_op + R_G2 * N + kk * TILE + o_tile),
-                                            b_g1, input_precision="ieee",
-                                        )  # fmt: skip
-                                    b_g1 *= tl.load(p_op + R_S1 * N + i * TILE + o_tile).to(tl.float32)
-                                    p_g1 = p_f + F_G1 * N + (e * TILES_1 + i) * TILE + o_tile
-                                    tl.store(p_g1, tl.load(p_g1) + b_g1)
+                                        o_6 = (wide + W_6 + (e_s * TILES_1 + i) * TILES_2 + kk) * (B * B)
+                                        b_g2 = tl.load(p_chunk + (TILES_1 + kk) * COLUMNS_TILE + o_columns)
+                                        b_g1 = tl.dot(tl.load(p_w + o_6 + o_w), b_g2, b_g1, input_precision="ieee")
+                                    b_g1 *= tl.load(p_slopes + i * COLUMNS_TILE + o_columns).to(tl.float32)
+                                    p_g1 = p_f + F_G1 * N + (e_s * TILES_1 + i) * TILE + o_tile
+                                    if CHUNK == 1:
+                                        tl.store(p_g1, tl.load(p_g1) + b_g1)
+                                    else:
+                                        over_starts = tl.sum(tl.reshape(b_g1, (B, CHUNK, N)), axis=1)
+                                        tl.store(p_g1, tl.load(p_g1) + over_starts)
                                 _sync()
                             for i in tl.range(MEMBERS * TILES_1, num_stages=1):
                                 b_g1 = tl.load(p_f + F_G1 * N + i * TILE + o_tile)
                                 tl.store(p_op + R_G1 * N + i * TILE + o_tile, b_g1.to(OP))
                 else:
                     a, slope = _silu(h)
-                    tl.store(p_op + R_A1 * N + m * TILE + o_tile, a.to(OP))
+                    if DIRECT:
+                        act_following = a.to(OP)
+                    else:
+                        tl.store(p_op + R_A1 * N + m * TILE + o_tile, a.to(OP))
                     tl.store(p_op + R_S1 * N + m * TILE + o_tile, slope.to(OP))
             elif tile < END4:
                 a, slope = _silu(acc + tl.load(p_b + O_BR2 + o_row)[:, None])
@@ -564,7 +587,10 @@ def plan_ascent_kernel(
                         tl.store(p_std + o_plan, std, mask=m_plan)
                     share, each = _moment_slopes(head_mean, std, target, kappa, 1.0, LANGEVIN)
                     g2 = ((zero_n + share)[None, :] * w_mean + _log_slope(head_log, each)[None, :] * w_log) * slope
-                    tl.store(p_op + R_G2 * N + o_tile, g2.to(OP))
+                    if DIRECT:
+                        act_following = g2.to(OP)
+                    else:
+                        tl.store(p_op + R_G2 * N + o_tile, g2.to(OP))
                 else:
                     tl.store(p_op + R_S2 * N + m * TILE + o_tile, slope.to(OP))
                     if m % TILES_2 == TILES_2 - 1:
@@ -600,7 +626,10 @@ def plan_ascent_kernel(
                             tl.store(p_op + R_G2 * N + i * TILE + o_tile, g2.to(OP))
             elif tile < END6:
                 slope = tl.load(p_op + R_S1 * N + m * TILE + o_tile).to(tl.float32)
-                tl.store(p_op + R_G1 * N + m * TILE + o_tile, (acc * slope).to(OP))
+                g1 = (acc * slope).to(OP)
+                tl.store(p_op + R_G1 * N + m * TILE + o_tile, g1)
+                if DIRECT:
+                    act_following = g1
             elif tile < END7:
                 # Back through z = u / rms(u).
                 z = tl.load(p_op + R_X * N + m * TILE + o_tile).to(tl.float32)
@@ -643,7 +672,8 @@ def plan_ascent_kernel(
                 tl.store(p_f + F_G * N + m * TILE + o_tile, g)
                 squares += tl.sum(g * g, axis=0)
 
-            _sync()
+            if begins:
+                _sync()
             if tile == END9 - 1:
                 norm = _at_least(tl.sqrt_rn(squares), _LEAST_NORM)
                 squares = zero_n
@@ -660,12 +690,12 @@ def plan_ascent_kernel(
                     offsets = zero_n
                     across = zero_n
                     starts = zero_n
-                    for i in tl.range(TILES_D, num_stages=1):
-                        z = tl.load(p_f + F_Z0 * N + i * TILE + o_tile)
-                        z += tl.load(p_f + F_G * N + i * TILE + o_tile) * move[None, :]
+                    for i in tl.range(ROWS_D // ROWS, num_stages=1):
+                        z = tl.load(p_f + F_Z0 * N + i * (ROWS * N) + o_rows)
+                        z += tl.load(p_f + F_G * N + i * (ROWS * N) + o_rows) * move[None, :]
                         norms += tl.sum(z * z, axis=0)
                         if HAS_RADIUS:
-                            start = tl.load(p_f + F_START * N + i * TILE + o_tile)
+                            start = tl.load(p_f + F_START * N + i * (ROWS * N) + o_rows)
                             off = z - start
                             offsets += tl.sum(off * off, axis=0)
                             across += tl.sum(off * start, axis=0)
@@ -679,42 +709,39 @@ def plan_ascent_kernel(
                     if HAS_MOST_NORM:
                         within = most_norm / _at_least(tl.sqrt_rn(norms), _LEAST_NORM)
                         within = tl.where(within >= 1.0, 1.0, within)
-                for i in tl.range(TILES_D, num_stages=1):
-                    z = tl.load(p_f + F_Z0 * N + i * TILE + o_tile)
-                    z += tl.load(p_f + F_G * N + i * TILE + o_tile) * move[None, :]
+                for i in tl.range(ROWS_D // ROWS, num_stages=1):
+                    z = tl.load(p_f + F_Z0 * N + i * (ROWS * N) + o_rows)
+                    z += tl.load(p_f + F_G * N + i * (ROWS * N) + o_rows) * move[None, :]
                     if HAS_RADIUS:
-                        start = tl.load(p_f + F_START * N + i * TILE + o_tile)
+                        start = tl.load(p_f + F_START * N + i * (ROWS * N) + o_rows)
                         z = start + (z - start) * inside[None, :]
                     if HAS_MOST_NORM:
                         z *= within[None, :]
                     if LANGEVIN:
                         noise = _noise(
-                            i,
-                            p_plans,
-                            o_plan,
-                            m_plan,
-                            first_step + step,
-                            seed0,
-                            seed1,
-                            WIDTH,
-                            PADDED,
-                            VECTORS_ALL,
-                            B,
-                            N,
+                            i, p_plans, o_plan, m_plan, first_step + step, seed0, seed1, WIDTH, PADDED, ROWS, N
                         )
-                        row_i = i * B + o_b
+                        row_i = i * ROWS + tl.arange(0, ROWS)
                         m_row = (row_i % PADDED < WIDTH) & (row_i // PADDED < VECTORS_ALL)
                         z += tl.where(m_row[:, None], noise * move_noise[None, :], 0.0)
-                    tl.store(p_f + F_Z0 * N + i * TILE + o_tile, z)
+                    tl.store(p_f + F_Z0 * N + i * (ROWS * N) + o_rows, z)
                     if TILES_U > 0:
-                        tl.store(p_op + R_Z0 * N + i * TILE + o_tile, z.to(OP))
-                    else:
+                        tl.store(p_op + R_Z0 * N + i * (ROWS * N) + o_rows, z.to(OP))
+                if TILES_U == 0:
+                    _sync()
+                    for i in tl.range(TILES_D, num_stages=1):
                         total = _write_plan(
-                            z, i, total, p_op + R_X * N, p_f + F_RMS * N, p_f + F_U * N, o_tile,
-                            WIDTH, VECTORS, SPAN, B, N,
+                            tl.load(p_f + F_Z0 * N + i * TILE + o_tile), i, total, p_op + R_X * N, p_f + F_RMS * N,
+                            p_f + F_U * N, o_tile, WIDTH, VECTORS, SPAN, B, N,
                         )  # fmt: skip
                 _sync()
-            act_following = tl.load(p_op + row * N + o_tile)
+            if begins:
+                # Handed on in registers: from the end of product 3 to that of product 6.
+                if DIRECT:
+                    if (tile < END3 - 1) | (tile >= END6):
+                        act_following = tl.load(p_op + row * N + o_tile)
+                else:
+                    act_following = tl.load(p_op + row * N + o_tile)
             acc = tl.zeros((B, N), tl.float32)
         act = act_following
         m = m_following
@@ -771,25 +798,22 @@ class Sizes:
         """Rows of a plan vector: a divisor or a multiple of the tile."""
         return triton.next_power_of_2(self.dim) if self.dim <= b else triton.cdiv(self.dim, b) * b
 
-    def constants(self, b: int) -> dict[str, int | bool]:
+    def constants(self, b: int, n: int, *, langevin: bool) -> dict[str, int | bool]:
+        """Constants of the kernel for tiles of b rows and n plans."""
+        rows = triton.cdiv(self.n_z * self.padded(b), b) * b
+        room = min(max(triton.next_power_of_2(self.n_obs), 16), 128)
         return {
             "APART": self.apart, "VECTORS_ALL": self.n_z, "WIDTH": self.dim, "PADDED": self.padded(b),
             "MEMBERS": self.members, "MEMBERS_ROOM": triton.next_power_of_2(self.members),
-            "TILES_U": triton.cdiv(self.hidden, b), "TILES_D": triton.cdiv(self.n_z * self.padded(b), b),
-            "TILES_C": triton.cdiv(self.n_obs, b), "TILES_1": triton.cdiv(self.hidden1, b),
-            "TILES_2": triton.cdiv(self.hidden2, b),
+            "TILES_U": triton.cdiv(self.hidden, b), "TILES_D": rows // b,
+            "TILES_C": triton.cdiv(self.n_obs, room if self.apart else b), "TILES_1": triton.cdiv(self.hidden1, b),
+            "TILES_2": triton.cdiv(self.hidden2, b), "ROOM_C": room, "CHUNK": max(1, _COLUMNS // n),
+            # As many as keep the update in registers.
+            "ROWS": math.gcd(rows, max(_UPDATED // (2 * n if langevin else n), 16)),
         }  # fmt: skip
 
-    def tiles(self, b: int) -> int:
-        """Weight tiles in the packed buffer."""
-        c = self.constants(b)
-        one, two = self.members * c["TILES_1"], self.members * c["TILES_2"]
-        prior = 4 * c["TILES_U"] * c["TILES_D"]
-        return prior + one * (2 * c["TILES_D"] + c["TILES_C"]) + 2 * two * c["TILES_1"]
-
-    def scratch_rows(self, b: int) -> tuple[int, int]:
+    def scratch_rows(self, c: Mapping[str, int | bool], b: int) -> tuple[int, int]:
         """Rows of N plans in the scratch of a program: operands, and float32."""
-        c = self.constants(b)
         d, u, one, two = (n * b for n in (c["TILES_D"], c["TILES_U"], self.members * c["TILES_1"],
                                           self.members * c["TILES_2"]))  # fmt: skip
         context = 0 if self.apart else c["TILES_C"] * b
@@ -803,11 +827,18 @@ def _padded(x: Tensor, size: int) -> Tensor:
     return F.pad(x, (0, size - x.shape[-1])) if x.shape[-1] < size else x
 
 
+def _fill(tiles: Tensor, w: Tensor) -> None:
+    """Cut w into tiles, row by row."""
+    _, b, width = tiles.shape
+    cut = w.unflatten(0, (-1, b)).unflatten(-1, (-1, width)).transpose(1, 2)
+    tiles.view(cut.shape).copy_(cut)
+
+
 def pack(
-    sizes: Sizes, b: int, prior: Sequence[Tensor], returns: Sequence[Tensor], dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Weights as tiles [n, b, b] in the order of their use, and a float32 vector of biases and heads."""
-    c = sizes.constants(b)
+    sizes: Sizes, c: Mapping[str, Any], b: int, prior: Sequence[Tensor], returns: Sequence[Tensor], dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Weights as tiles [n, b, b] in the order of their use, a float32 vector of biases and heads, and with several
+    starts the tiles [E * TILES_1 * TILES_C, b, ROOM_C] of the first layer's context."""
     d, u, one, two = (c[name] * b for name in ("TILES_D", "TILES_U", "TILES_1", "TILES_2"))
     e = sizes.members
 
@@ -825,9 +856,9 @@ def pack(
     r1 = rows(w1, one)  # [E, one, d + obs]
     r1_seeds = seeds_last(r1[..., : sizes.n_z * sizes.dim]).reshape(e * one, d)
     r2 = rows(_padded(w2, one), two)  # [E, two, one]
-    r1_context = []
-    if sizes.n_obs:
-        r1_context = [_padded(r1[..., sizes.n_z * sizes.dim :], c["TILES_C"] * b).reshape(e * one, -1)]
+    context = r1[..., sizes.n_z * sizes.dim :]
+    width = c["ROOM_C"] if sizes.apart else b
+    context = _padded(context, c["TILES_C"] * width).reshape(e * one, c["TILES_C"] * width)
     if prior:
         u1 = rows(seeds_last(prior[0]), u)  # [u, d]
         u2 = rows(seeds_last(prior[2].t()), u)
@@ -835,21 +866,25 @@ def pack(
         biases += [_padded(prior[1], u), seeds_last(prior[3])]
     else:
         biases += [w1.new_zeros(d)]
-    forward = r1_seeds if sizes.apart or not r1_context else torch.cat((r1_seeds, *r1_context), dim=1)
+    forward = r1_seeds if sizes.apart or not sizes.n_obs else torch.cat((r1_seeds, context), dim=1)
     through = [r2.reshape(e * two, one), r2.transpose(1, 2).reshape(e * one, two)]
     stack += [forward, *([] if sizes.apart else through), r1_seeds.t()]
     if prior:
         stack += [u2, u1.t()]
     if sizes.apart:
-        stack += [*r1_context, *through]
-    tiles = w1.new_empty((sizes.tiles(b), b, b), dtype=dtype)
+        stack += through
+    tiles = w1.new_empty((sum(w.numel() for w in stack) // (b * b), b, b), dtype=dtype)
     at = 0
     for w in stack:
-        m, k = w.shape[0] // b, w.shape[1] // b
-        tiles[at : at + m * k].view(m, k, b, b).copy_(w.unflatten(0, (m, b)).unflatten(-1, (k, b)).transpose(1, 2))
-        at += m * k
+        n = w.numel() // (b * b)
+        _fill(tiles[at : at + n], w)
+        at += n
+    context_tiles = None
+    if sizes.apart:
+        context_tiles = w1.new_empty((context.numel() // (b * width), b, width), dtype=dtype)
+        _fill(context_tiles, context)
     biases += [_padded(b1, one), _padded(b2, two), _padded(w3.transpose(0, 1), two), b3.t()]
-    return tiles, torch.cat([x.flatten() for x in biases])
+    return tiles, torch.cat([x.flatten() for x in biases]), context_tiles
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -868,21 +903,28 @@ def refusal(return_w1: Tensor) -> str | None:
     return None
 
 
-# Plans of a program, rows of a tile, warps, stages. A program reads all weights once a step however few plans it owns,
-# so the wider tiles where there are plans for all processors; the first one that gives every processor work is taken.
+# Plans of a program, rows of a tile, warps, stages. However few plans it owns, a program reads all weights once a step.
 _TILES = {
     torch.bfloat16: ((16, 128, 8, 4), (32, 128, 8, 4), (64, 128, 8, 4)),
     torch.float32: ((16, 32, 4, 3), (32, 32, 4, 3)),
 }
 
 
-def options(n_plans: int, dtype: torch.dtype) -> list[Option]:
+def _every_option(dtype: torch.dtype, apart: bool) -> list[Option]:
+    # Several starts for each plan fill the columns of the products with few plans already.
+    return [
+        Option((("B", b), ("N", n)), warps, stages) for n, b, warps, stages in _TILES[dtype] if n <= 32 or not apart
+    ]
+
+
+def options(n_plans: int, dtype: torch.dtype, apart: bool) -> list[Option]:
     """What to choose from for that many plans, the likely best first."""
-    every = [Option((("B", b), ("N", n)), warps, stages) for n, b, warps, stages in _TILES[dtype]]
-    # The narrowest tile that fits one program to each processor.
-    best = next((i for i, (n, *_) in enumerate(_TILES[dtype]) if n_plans <= n * _PROCESSORS), len(every) - 1)
-    near = [i for i in (best, best + 1, best - 1) if 0 <= i < len(every)]
-    return [every[i] for i in near]
+    every = _every_option(dtype, apart)
+    # The narrowest tile with which all programs run at once; where they read weights from one second-level cache,
+    # half as many programs may be as fast, and where several rounds are needed, more.
+    fits = [i for i, option in enumerate(every) if n_plans <= dict(option.tiles)["N"] * _PROCESSORS]
+    best = fits[0] if fits else len(every) - 1
+    return [every[i] for i in (best, best + 1, best - 1) if 0 <= i < len(every)]
 
 
 @dataclass(frozen=True)
@@ -901,19 +943,22 @@ class _Call:
     def launch(self, option: Option) -> Launch:
         b, n = (dict(option.tiles)[name] for name in ("B", "N"))
         programs = triton.cdiv(self.z0.shape[0], n)
-        op_rows, f_rows = self.sizes.scratch_rows(b)
-        tiles, biases = pack(self.sizes, b, self.prior, self.returns, self.dtype)
+        sizes = self.sizes
+        c = sizes.constants(b, n, langevin=self.constants["LANGEVIN"])
+        op_rows, f_rows = sizes.scratch_rows(c, b)
+        tiles, biases, context_tiles = pack(sizes, c, b, self.prior, self.returns, self.dtype)
         memory = {
-            "p_w": tiles,
-            "p_b": biases,
+            "p_w": tiles, "p_b": biases, "p_wc": context_tiles,
             "p_op": self.z0.new_empty((programs, op_rows, n), dtype=self.dtype),
-            "p_f": self.z0.new_empty((programs, f_rows, n), dtype=torch.float32),
-            "p_starts": None,
-        }
-        if self.sizes.apart:
-            heads = (programs, 2 * self.sizes.members * self.n_starts, n)
-            memory["p_starts"] = self.z0.new_empty(heads, dtype=torch.float32)
-        constants = {**self.constants, **self.sizes.constants(b)}
+            "p_f": self.z0.new_empty((programs, f_rows, n)), "p_starts": None, "p_chunk": None,
+        }  # fmt: skip
+        if sizes.apart:
+            columns = c["CHUNK"] * n
+            every = sizes.members * triton.cdiv(self.n_starts, c["CHUNK"])
+            chunk = (c["TILES_1"] + c["TILES_2"]) * b * columns
+            memory["p_starts"] = self.z0.new_empty((programs, 2 * every * columns))
+            memory["p_chunk"] = self.z0.new_empty((programs, (every + 1) * chunk), dtype=self.dtype)
+        constants = {**self.constants, **c}
         return Launch(plan_ascent_kernel, (programs,), {**self.arguments, **memory}, constants, option)
 
 
@@ -984,7 +1029,7 @@ def run(
     if z0.shape[0] == 0:
         return
     call = _call(prior, returns, z0, context, out, n_steps, **options_of_call)
-    every = options(z0.shape[0], call.dtype)
+    every = options(z0.shape[0], call.dtype, call.sizes.apart)
     key = (call.sizes, call.dtype, call.n_starts, call.constants["LANGEVIN"], triton.cdiv(z0.shape[0], 64), n_steps)
     cache: dict[Option, Launch] = {}
 
@@ -1026,5 +1071,4 @@ def shipped(
         prior, returns, meta(p, n_z, dim), context, (meta(p, n_z, dim), meta(p), meta(p)), 100, step_size=0.1,
         bf16=dtype == torch.bfloat16, **of_call,
     )  # fmt: skip
-    every = [Option((("B", b), ("N", n)), warps, stages) for n, b, warps, stages in _TILES[dtype]]
-    return [call.launch(option) for option in every]
+    return [call.launch(option) for option in _every_option(dtype, call.sizes.apart)]
