@@ -45,10 +45,9 @@ _LEAST_LOG = tl.constexpr(-8.0)
 _MOST_LOG = tl.constexpr(4.0)
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
-# Columns of the return model where each plan has several starts: plans x starts at once.
-_COLUMNS = 64
-# Values of the seeds that the update holds at once.
-_UPDATED = 4096
+# Columns of the return model where each plan has several starts: plans x starts at once. The tensor cores of Hopper
+# read them from shared memory, those before it from registers.
+_COLUMNS = {80: 32, 90: 64}
 
 # Streaming multiprocessors of an H100 or H200: how many programs run at once.
 _PROCESSORS = 132
@@ -366,12 +365,12 @@ def plan_ascent_kernel(
     zero_n = tl.zeros((N,), tl.float32)
     wide = i_program * 0  # makes int64 of what is added to it
 
-    for i in tl.range(TILES_D, num_stages=1):
-        row = i * B + o_b
+    for i in tl.range(ROWS_D // ROWS, num_stages=1):
+        row = i * ROWS + tl.arange(0, ROWS)
         vector = row // PADDED
         place = row % PADDED
         m_row = (place < WIDTH) & (vector < VECTORS_ALL)
-        # [B, N]
+        # [ROWS, N]
         b_z0 = tl.load(
             p_z0
             + o_plan[None, :] * stride_z0_plan
@@ -379,10 +378,10 @@ def plan_ascent_kernel(
             mask=m_row[:, None] & m_plan[None, :],
             other=0.0,
         )
-        tl.store(p_f + F_Z0 * N + i * TILE + o_tile, b_z0)
-        tl.store(p_op + R_Z0 * N + i * TILE + o_tile, b_z0.to(OP))
+        tl.store(p_f + F_Z0 * N + i * (ROWS * N) + o_rows, b_z0)
+        tl.store(p_op + R_Z0 * N + i * (ROWS * N) + o_rows, b_z0.to(OP))
         if HAS_RADIUS:
-            tl.store(p_f + F_START * N + i * TILE + o_tile, b_z0)
+            tl.store(p_f + F_START * N + i * (ROWS * N) + o_rows, b_z0)
     if C3 > 0:
         for i in tl.range(C3, num_stages=1):
             row = i * B + o_b
@@ -748,13 +747,13 @@ def plan_ascent_kernel(
         last = last_following
 
     _sync()
-    for i in tl.range(TILES_D, num_stages=1):
-        row_i = i * B + o_b
+    for i in tl.range(ROWS_D // ROWS, num_stages=1):
+        row_i = i * ROWS + tl.arange(0, ROWS)
         vector = row_i // PADDED
         place = row_i % PADDED
         m_row = (place < WIDTH) & (vector < VECTORS_ALL)
-        # [B, N]
-        z = tl.load(p_f + F_Z0 * N + i * TILE + o_tile)
+        # [ROWS, N]
+        z = tl.load(p_f + F_Z0 * N + i * (ROWS * N) + o_rows)
         tl.store(
             p_seeds + o_plan[None, :] * (VECTORS_ALL * WIDTH) + (vector * WIDTH + place)[:, None],
             z,
@@ -798,7 +797,7 @@ class Sizes:
         """Rows of a plan vector: a divisor or a multiple of the tile."""
         return triton.next_power_of_2(self.dim) if self.dim <= b else triton.cdiv(self.dim, b) * b
 
-    def constants(self, b: int, n: int, *, langevin: bool) -> dict[str, int | bool]:
+    def constants(self, b: int, n: int, *, langevin: bool, columns: int) -> dict[str, int | bool]:
         """Constants of the kernel for tiles of b rows and n plans."""
         rows = triton.cdiv(self.n_z * self.padded(b), b) * b
         room = min(max(triton.next_power_of_2(self.n_obs), 16), 128)
@@ -807,9 +806,9 @@ class Sizes:
             "MEMBERS": self.members, "MEMBERS_ROOM": triton.next_power_of_2(self.members),
             "TILES_U": triton.cdiv(self.hidden, b), "TILES_D": rows // b,
             "TILES_C": triton.cdiv(self.n_obs, room if self.apart else b), "TILES_1": triton.cdiv(self.hidden1, b),
-            "TILES_2": triton.cdiv(self.hidden2, b), "ROOM_C": room, "CHUNK": max(1, _COLUMNS // n),
-            # As many as keep the update in registers.
-            "ROWS": math.gcd(rows, max(_UPDATED // (2 * n if langevin else n), 16)),
+            "TILES_2": triton.cdiv(self.hidden2, b), "ROOM_C": room, "CHUNK": max(1, columns // n),
+            # As many as the update keeps in registers; the noise needs most of them.
+            "ROWS": math.gcd(rows, max((1024 if langevin else 4096 if n < 128 else 2048) // n, 16)),
         }  # fmt: skip
 
     def scratch_rows(self, c: Mapping[str, int | bool], b: int) -> tuple[int, int]:
@@ -895,33 +894,35 @@ def pack(
 _MOST_MEMBERS = 64
 
 
-def refusal(return_w1: Tensor) -> str | None:
-    """Why the kernel does not take these return models [E, H1, d + obs]; None where it does."""
-    members = return_w1.shape[0]
+def refusal(members: int) -> str | None:
+    """Why the kernel does not take so many return models; None where it does."""
     if members > _MOST_MEMBERS:
         return f"the Triton engine takes up to {_MOST_MEMBERS} members of the return model, got {members}"
     return None
 
 
-# Plans of a program, rows of a tile, warps, stages. However few plans it owns, a program reads all weights once a step.
-_TILES = {
-    torch.bfloat16: ((16, 128, 8, 4), (32, 128, 8, 4), (64, 128, 8, 4)),
-    torch.float32: ((16, 32, 4, 3), (32, 32, 4, 3)),
-}
+def _every_option(dtype: torch.dtype, sizes: Sizes, langevin: bool, architecture: int) -> list[Option]:
+    """Plans of a program and rows of a tile, narrowest first: those of which no compiled kernel spills."""
+    if dtype == torch.float32:
+        # Tiles that keep the operands of products without tensor cores in registers.
+        every = [(16, 32, 4, 3), (32, 32, 4, 3)]
+    elif sizes.apart:
+        # Several starts for each plan fill the columns of the products with few plans already.
+        every = [(16, 128, 8, 4), (32, 128, 8, 4)] if architecture >= 90 else [(16, 64, 8, 4)]
+    else:
+        every = [(16, 128, 8, 4), (32, 128, 8, 4), (64, 128, 8, 4)]
+        if architecture >= 90 and not langevin:
+            every.append((128, 128, 16, 3))
+    return [Option((("B", b), ("N", n)), warps, stages) for n, b, warps, stages in every]
 
 
-def _every_option(dtype: torch.dtype, apart: bool) -> list[Option]:
-    # Several starts for each plan fill the columns of the products with few plans already.
-    return [
-        Option((("B", b), ("N", n)), warps, stages) for n, b, warps, stages in _TILES[dtype] if n <= 32 or not apart
-    ]
+def options(every: list[Option], n_plans: int) -> list[Option]:
+    """What to choose from for that many plans, the likely best first.
 
-
-def options(n_plans: int, dtype: torch.dtype, apart: bool) -> list[Option]:
-    """What to choose from for that many plans, the likely best first."""
-    every = _every_option(dtype, apart)
-    # The narrowest tile with which all programs run at once; where they read weights from one second-level cache,
-    # half as many programs may be as fast, and where several rounds are needed, more.
+    However few plans it owns, a program reads all weights once a step. So the narrowest tile with which all programs
+    run at once comes first; half as many programs may be as fast, as they share one second-level cache, and so may be
+    more of them where several rounds are needed.
+    """
     fits = [i for i, option in enumerate(every) if n_plans <= dict(option.tiles)["N"] * _PROCESSORS]
     best = fits[0] if fits else len(every) - 1
     return [every[i] for i in (best, best + 1, best - 1) if 0 <= i < len(every)]
@@ -937,6 +938,8 @@ class _Call:
     z0: Tensor
     n_starts: int
     dtype: torch.dtype
+    options: list[Option]
+    columns: int
     arguments: dict[str, Any]
     constants: dict[str, Any]
 
@@ -944,7 +947,7 @@ class _Call:
         b, n = (dict(option.tiles)[name] for name in ("B", "N"))
         programs = triton.cdiv(self.z0.shape[0], n)
         sizes = self.sizes
-        c = sizes.constants(b, n, langevin=self.constants["LANGEVIN"])
+        c = sizes.constants(b, n, langevin=self.constants["LANGEVIN"], columns=self.columns)
         op_rows, f_rows = sizes.scratch_rows(c, b)
         tiles, biases, context_tiles = pack(sizes, c, b, self.prior, self.returns, self.dtype)
         memory = {
@@ -972,6 +975,7 @@ def _call(
     *,
     bf16: bool,
     step_size: float,
+    architecture: int | None = None,
     kappa: float = 0.0,
     prior_weight: float = 0.0,
     radius: float = math.inf,
@@ -1006,7 +1010,12 @@ def _call(
     # The interpreter knows no bfloat16.
     dtype = torch.bfloat16 if bf16 and not INTERPRETED else torch.float32
     sizes = Sizes.of(prior, returns, z0, context)
-    return _Call(sizes, prior, returns, z0, arguments["n_starts"], dtype, arguments, constants)
+    if architecture is None:
+        architecture = 90 if z0.is_cuda and torch.cuda.get_device_capability(z0.device)[0] >= 9 else 80
+    # Products in float32 keep their operands in registers too.
+    columns = _COLUMNS[architecture if dtype == torch.bfloat16 else 80]
+    every = _every_option(dtype, sizes, langevin, architecture)
+    return _Call(sizes, prior, returns, z0, arguments["n_starts"], dtype, every, columns, arguments, constants)
 
 
 def run(
@@ -1029,7 +1038,7 @@ def run(
     if z0.shape[0] == 0:
         return
     call = _call(prior, returns, z0, context, out, n_steps, **options_of_call)
-    every = options(z0.shape[0], call.dtype, call.sizes.apart)
+    every = options(call.options, z0.shape[0])
     key = (call.sizes, call.dtype, call.n_starts, call.constants["LANGEVIN"], triton.cdiv(z0.shape[0], 64), n_steps)
     cache: dict[Option, Launch] = {}
 
@@ -1053,6 +1062,7 @@ def shipped(
     n_obs: int = 0,
     n_starts: int = 1,
     langevin: bool = False,
+    architecture: int = 90,
 ) -> list[Launch]:
     """Every launch that some number of plans may get at these sizes, on the meta device."""
 
@@ -1069,6 +1079,6 @@ def shipped(
         of_call = {"target": meta(p), "plans": meta(p, dtype=torch.int64), "max_drift_ratio": 0.5, "seed": (1, 2)}
     call = _call(
         prior, returns, meta(p, n_z, dim), context, (meta(p, n_z, dim), meta(p), meta(p)), 100, step_size=0.1,
-        bf16=dtype == torch.bfloat16, **of_call,
+        bf16=dtype == torch.bfloat16, architecture=architecture, **of_call,
     )  # fmt: skip
-    return [call.launch(option) for option in _every_option(dtype, call.sizes.apart)]
+    return [call.launch(option) for option in call.options]

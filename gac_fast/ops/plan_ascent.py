@@ -194,7 +194,8 @@ def plan_ascent(
     _check_number("prior_weight", prior_weight)
     _check_radius("radius", radius)
     _check_radius("max_norm", max_norm)
-    engine = _dispatch.choose(OP, z0.device, _refused(OP, return_weights, z0))
+    refused = _dispatch.refusal(z0) or _refused(OP, z0.device, return_weights.w1.shape[0])
+    engine = _dispatch.choose(OP, z0.device, refused)
     if engine != "reference":
         with torch.no_grad():
             return (_plan_ascent if engine == "cpp" else _plan_ascent_triton)(
@@ -257,7 +258,8 @@ def plan_langevin(
         raise ValueError(f"seed: expected two words within [0, 2^32), got {tuple(seed)}")
     if not 0 <= first_step <= _WORD - max(n_steps, 1):
         raise ValueError(f"first_step: expected {n_steps} steps within [0, 2^32), got the first at {first_step}")
-    engine = _dispatch.choose(LANGEVIN, z0.device, _refused(LANGEVIN, return_weights, z0))
+    refused = _dispatch.refusal(z0) or _refused(LANGEVIN, z0.device, return_weights.w1.shape[0])
+    engine = _dispatch.choose(LANGEVIN, z0.device, refused)
     if engine != "reference":
         with torch.no_grad():
             return (_plan_langevin if engine == "cpp" else _plan_langevin_triton)(
@@ -270,13 +272,17 @@ def plan_langevin(
     )  # fmt: skip
 
 
-def _refused(op: str, return_weights: ReturnWeights, z0: Tensor) -> str | None:
-    """Why no engine takes these arguments: those of the C++ engine, or where the tensors are for Triton, its own."""
-    if (reason := _dispatch.refusal(z0)) is not None or _dispatch.active(op, z0.device) != "triton":
-        return reason
+def _refused(op: str, device: torch.device, members: int) -> str | None:
+    """Why the Triton engine takes no such return models, where it would run."""
+    if _dispatch.active(op, device) != "triton":
+        return None
     from gac_fast.kernels import plan_ascent as kernel
 
-    return kernel.refusal(return_weights.w1)
+    return kernel.refusal(members)
+
+
+# As choose(): a compiled graph asks once, when it is traced.
+_refused._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _with_starts(context: Tensor | None) -> Tensor | None:
