@@ -1,24 +1,28 @@
-"""All steps of the inference of P plans in one launch: prior, return model, their backward, update, trust region, noise.
+"""All steps of the inference of P plans in one launch: prior, return model, backward, update, trust region, noise.
 
 A program owns N plans for all steps; plans are the columns of every matrix here, so that products are [weights] x
-[N plans] and use the tensor cores from 16 plans on. One loop runs over the weight tiles of all products of all steps, in
-the order of their use, from a buffer that lies in this order: their loads run ahead across products and steps and never
-drain. What a product leaves goes to a scratch memory of the program, small enough for the caches, as the operand of
-the next one. With several starts for each plan, the return model behind its first layer is a loop over starts apart from
-that stream.
+[N plans] and use the tensor cores from 16 plans on. One loop runs over the weight tiles of all products of all steps,
+in the order of their use, from a buffer that lies in this order: their loads run ahead across products and steps and
+never drain. What a product leaves goes to a scratch memory of the program, small enough for the caches, as the operand
+of the next one. With several starts for each plan, the return model behind its first layer is a loop over starts apart
+from that stream.
 
-The order of the products of a step, rows x columns of their weights (d = n_z * D rows, each plan vector padded):
+A step, rows x columns of the weights (d = n_z * D rows, each plan vector padded to a part or a multiple of a tile):
 
-== ======================================= =====================================================
-1  W1  [U, d] z0                           a = silu, and its slope
-2  W2  [d, U] a                            u = z0 + ..., x = norm(u)
-3  R1  [E H1, d + obs] x                   a1 and its slope (several starts: the plan's part alone)
-4  R2  [E][H2, H1] a1                      heads, moments, their gradient, g2
-6  R2' [E][H1, H2] g2                      g1 = ... * slope1
-7  R1' [d, E H1] g1                        back through the norm: gu
-8  W2' [U, d] gu                           gh = ... * slope
-9  W1' [d, U] gh                           g = ... + gu - weight z0; the update after its last tile
-== ======================================= =====================================================
+== ============================= =====================================================
+1  W1  [U, d] z0                 a = silu, and its slope
+2  W2  [d, U] a                  u = z0 + ..., x = norm(u)
+3  R1  [E H1, d + obs] x         a1 and its slope (several starts: the plan's part alone)
+4  R2  [E][H2, H1] a1            heads of the members
+5  (no product)                  moments, and their gradient at the second layer, g2
+6  R2' [E][H1, H2] g2            g1 = ... * slope1
+7  R1' [d, E H1] g1              back through the norm: gu
+8  W2' [U, d] gu                 gh = ... * slope
+9  W1' [d, U] gh                 g = ... + gu - weight z0; the update after its last tile
+== ============================= =====================================================
+
+In bfloat16 what lies between products is kept in bfloat16, the last part of the way of the gradient too (gu); seeds,
+sums, norms, moments and g itself are float32.
 """
 
 from __future__ import annotations
@@ -119,7 +123,7 @@ def _write_plan(
     B: tl.constexpr,
     N: tl.constexpr,
 ):
-    """Norm of tile m of u; a plan vector of SPAN tiles is done with its last one. ``total``: its sum of squares so far."""
+    """Norm of tile m of u; one of SPAN tiles is done with its last, ``total`` is its sum of squares so far."""
     o_n = tl.arange(0, N)[None, :]
     if SPAN == 1:
         rms = tl.rsqrt(_vector_sums(u * u, VECTORS, B, N) / WIDTH + _NORM_EPS)
@@ -201,7 +205,7 @@ def _locate(tile, END1: tl.constexpr, END2: tl.constexpr, END3: tl.constexpr, EN
             R_A1: tl.constexpr, R_G2: tl.constexpr, R_G1: tl.constexpr, R_GU: tl.constexpr, R_GH: tl.constexpr,
             TILES_U: tl.constexpr, TILES_D: tl.constexpr, TILES_X: tl.constexpr, TILES_1: tl.constexpr,
             TILES_2: tl.constexpr, MEMBERS: tl.constexpr, B: tl.constexpr):  # fmt: skip
-    """Of a tile of the stream: its row tile, whether that ends with it, the row of its operand, whether it is a product's first."""
+    """Of tiles of the stream: 4 row tile + 2 (it ends here) + 1 (a product begins here), and the row of the operand."""
     begin = tl.where(tile >= END1, END1, 0)
     begin = tl.where(tile >= END2, END2, begin)
     begin = tl.where(tile >= END3, END3, begin)
@@ -216,6 +220,7 @@ def _locate(tile, END1: tl.constexpr, END2: tl.constexpr, END3: tl.constexpr, EN
     depth = tl.where(tile >= END6, MEMBERS * TILES_1, depth)
     depth = tl.where(tile >= END7, TILES_D, depth)
     depth = tl.where(tile >= END8, TILES_U, depth)
+    depth = tl.maximum(depth, 1)
     m = (tile - begin) // depth
     k = (tile - begin) - m * depth
     row = tl.where(tile >= END1, R_A, R_Z0)
@@ -226,7 +231,7 @@ def _locate(tile, END1: tl.constexpr, END2: tl.constexpr, END3: tl.constexpr, EN
     row = tl.where(tile >= END6, R_G1, row)
     row = tl.where(tile >= END7, R_GU, row)
     row = tl.where(tile >= END8, R_GH, row)
-    return m, k == depth - 1, row + k * B, tile == begin
+    return 4 * m + tl.where(k == depth - 1, 2, 0) + tl.where(tile == begin, 1, 0), row + k * B
 
 
 @triton.jit(do_not_specialize=["n_plans", "n_steps", "n_starts", "first_step", "seed0", "seed1"])
@@ -242,6 +247,7 @@ def plan_ascent_kernel(
     p_std,
     p_op,
     p_f,
+    p_table,
     p_starts,
     p_chunk,
     p_wc,
@@ -300,8 +306,6 @@ def plan_ascent_kernel(
     # Several starts: the tiles of their loop lie behind the stream.
     W_4: tl.constexpr = END9
     W_6: tl.constexpr = W_4 + MEMBERS * TILES_2 * TILES_1
-    # With one tile for all of them, products 3, 4 and 6 hand their results on in registers.
-    DIRECT: tl.constexpr = MEMBERS * TILES_1 == 1 and TILES_2 == 1 and not APART
 
     # Rows of the scratch memories: operands, and float32.
     ROWS_D: tl.constexpr = TILES_D * B
@@ -392,6 +396,15 @@ def plan_ascent_kernel(
                 other=0.0,
             )
             tl.store(p_op + R_X * N + (TILES_D + i) * TILE + o_tile, b_c.to(OP))
+    p_table += i_program * (2 * END9)
+    for i in tl.range(0, END9, 128, num_stages=1):
+        o_tiles = i + tl.arange(0, 128)
+        codes, rows = _locate(
+            o_tiles, END1, END2, END3, END4, END6, END7, END8, R_Z0, R_A, R_X, R_A1, R_G2, R_G1, R_GU, R_GH,
+            TILES_U, TILES_D, TILES_D + C3, TILES_1, TILES_2, MEMBERS, B,
+        )  # fmt: skip
+        tl.store(p_table + o_tiles, codes, mask=o_tiles < END9)
+        tl.store(p_table + END9 + o_tiles, rows, mask=o_tiles < END9)
     target = zero_n
     if LANGEVIN:
         target = tl.load(p_target + o_plan, mask=m_plan, other=0.0)
@@ -405,11 +418,7 @@ def plan_ascent_kernel(
             )  # fmt: skip
         _sync()
 
-    m, last, row, _ = _locate(
-        n_steps * 0, END1, END2, END3, END4, END6, END7, END8, R_Z0, R_A, R_X, R_A1, R_G2, R_G1, R_GU, R_GH,
-        TILES_U, TILES_D, TILES_D + C3, TILES_1, TILES_2, MEMBERS, B,
-    )  # fmt: skip
-    act = tl.load(p_op + row * N + o_tile)
+    act = tl.load(p_op + (R_Z0 if TILES_U > 0 else R_X) * N + o_tile)
     acc = tl.zeros((B, N), tl.float32)
     total = zero_n  # of a plan vector that spans several tiles
     squares = zero_n  # of the gradient
@@ -422,15 +431,16 @@ def plan_ascent_kernel(
         # [B, B]
         b_w = tl.load(p_w + tile.to(tl.int64) * (B * B) + o_w)
 
-        following = tl.where(tile + 1 == END9, 0, tile + 1)
-        m_following, last_following, row, begins = _locate(
-            following, END1, END2, END3, END4, END6, END7, END8, R_Z0, R_A, R_X, R_A1, R_G2, R_G1, R_GU, R_GH,
-            TILES_U, TILES_D, TILES_D + C3, TILES_1, TILES_2, MEMBERS, B,
-        )  # fmt: skip
+        following = tl.where(tile + 1 >= END9, 0, tile + 1)
+        code = tl.load(p_table + tile)
+        row_following = tl.load(p_table + END9 + following)
+        begins = tl.load(p_table + following) & 1 != 0
+        m = code // 4
+        last = code & 2 != 0
         # Under a condition, so that it is not taken for a load that may run ahead of what the program writes.
         act_following = act
         if not begins:
-            act_following = tl.load(p_op + row * N + o_tile)
+            act_following = tl.load(p_op + row_following * N + o_tile)
         acc = tl.dot(b_w, act, acc, input_precision="ieee")
 
         if last:
@@ -566,10 +576,7 @@ def plan_ascent_kernel(
                                 tl.store(p_op + R_G1 * N + i * TILE + o_tile, b_g1.to(OP))
                 else:
                     a, slope = _silu(h)
-                    if DIRECT:
-                        act_following = a.to(OP)
-                    else:
-                        tl.store(p_op + R_A1 * N + m * TILE + o_tile, a.to(OP))
+                    tl.store(p_op + R_A1 * N + m * TILE + o_tile, a.to(OP))
                     tl.store(p_op + R_S1 * N + m * TILE + o_tile, slope.to(OP))
             elif tile < END4:
                 a, slope = _silu(acc + tl.load(p_b + O_BR2 + o_row)[:, None])
@@ -586,10 +593,7 @@ def plan_ascent_kernel(
                         tl.store(p_std + o_plan, std, mask=m_plan)
                     share, each = _moment_slopes(head_mean, std, target, kappa, 1.0, LANGEVIN)
                     g2 = ((zero_n + share)[None, :] * w_mean + _log_slope(head_log, each)[None, :] * w_log) * slope
-                    if DIRECT:
-                        act_following = g2.to(OP)
-                    else:
-                        tl.store(p_op + R_G2 * N + o_tile, g2.to(OP))
+                    tl.store(p_op + R_G2 * N + o_tile, g2.to(OP))
                 else:
                     tl.store(p_op + R_S2 * N + m * TILE + o_tile, slope.to(OP))
                     if m % TILES_2 == TILES_2 - 1:
@@ -625,10 +629,7 @@ def plan_ascent_kernel(
                             tl.store(p_op + R_G2 * N + i * TILE + o_tile, g2.to(OP))
             elif tile < END6:
                 slope = tl.load(p_op + R_S1 * N + m * TILE + o_tile).to(tl.float32)
-                g1 = (acc * slope).to(OP)
-                tl.store(p_op + R_G1 * N + m * TILE + o_tile, g1)
-                if DIRECT:
-                    act_following = g1
+                tl.store(p_op + R_G1 * N + m * TILE + o_tile, (acc * slope).to(OP))
             elif tile < END7:
                 # Back through z = u / rms(u).
                 z = tl.load(p_op + R_X * N + m * TILE + o_tile).to(tl.float32)
@@ -735,16 +736,9 @@ def plan_ascent_kernel(
                         )  # fmt: skip
                 _sync()
             if begins:
-                # Handed on in registers: from the end of product 3 to that of product 6.
-                if DIRECT:
-                    if (tile < END3 - 1) | (tile >= END6):
-                        act_following = tl.load(p_op + row * N + o_tile)
-                else:
-                    act_following = tl.load(p_op + row * N + o_tile)
+                act_following = tl.load(p_op + row_following * N + o_tile)
             acc = tl.zeros((B, N), tl.float32)
         act = act_following
-        m = m_following
-        last = last_following
 
     _sync()
     for i in tl.range(ROWS_D // ROWS, num_stages=1):
@@ -808,7 +802,7 @@ class Sizes:
             "TILES_C": triton.cdiv(self.n_obs, room if self.apart else b), "TILES_1": triton.cdiv(self.hidden1, b),
             "TILES_2": triton.cdiv(self.hidden2, b), "ROOM_C": room, "CHUNK": max(1, columns // n),
             # As many as the update keeps in registers; the noise needs most of them.
-            "ROWS": math.gcd(rows, max((1024 if langevin else 4096 if n < 128 else 2048) // n, 16)),
+            "ROWS": math.gcd(rows, max((1024 if langevin else 4096) // n, 16)),
         }  # fmt: skip
 
     def scratch_rows(self, c: Mapping[str, int | bool], b: int) -> tuple[int, int]:
@@ -912,7 +906,7 @@ def _every_option(dtype: torch.dtype, sizes: Sizes, langevin: bool, architecture
     else:
         every = [(16, 128, 8, 4), (32, 128, 8, 4), (64, 128, 8, 4)]
         if architecture >= 90 and not langevin:
-            every.append((128, 128, 16, 3))
+            every.append((128, 64, 8, 4))
     return [Option((("B", b), ("N", n)), warps, stages) for n, b, warps, stages in every]
 
 
@@ -953,7 +947,9 @@ class _Call:
         memory = {
             "p_w": tiles, "p_b": biases, "p_wc": context_tiles,
             "p_op": self.z0.new_empty((programs, op_rows, n), dtype=self.dtype),
-            "p_f": self.z0.new_empty((programs, f_rows, n)), "p_starts": None, "p_chunk": None,
+            "p_f": self.z0.new_empty((programs, f_rows, n)),
+            "p_table": self.z0.new_empty((programs, 2 * len(tiles)), dtype=torch.int32),
+            "p_starts": None, "p_chunk": None,
         }  # fmt: skip
         if sizes.apart:
             columns = c["CHUNK"] * n
@@ -1039,7 +1035,8 @@ def run(
         return
     call = _call(prior, returns, z0, context, out, n_steps, **options_of_call)
     every = options(call.options, z0.shape[0])
-    key = (call.sizes, call.dtype, call.n_starts, call.constants["LANGEVIN"], triton.cdiv(z0.shape[0], 64), n_steps)
+    sizes = (z0.shape[0].bit_length(), call.n_starts.bit_length())
+    key = (call.sizes, call.dtype, call.constants["LANGEVIN"], tuple(every), *sizes)
     cache: dict[Option, Launch] = {}
 
     def launches(option: Option) -> list[Launch]:

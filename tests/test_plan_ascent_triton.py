@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 
 
 def with_context(kind: str, p: int = 5, members: int = 3, **fields):
-    """A case of odd sizes and its context; seven starts are not a whole number of those that the kernel takes at once."""
+    """A case of odd sizes and its context; seven starts are no whole number of those that the kernel takes at once."""
     n_starts = 7 if kind in ("several", "shared") else 0
     sizes = Sizes(p, n_z=2, dim=24, hidden_u=20, hidden1=40, hidden2=24, members=members,
                   n_obs=0 if kind == "none" else 3)._replace(**fields)  # fmt: skip

@@ -116,7 +116,8 @@ def _plan_langevin_triton(
     out = _outputs(z0)
     kernel.run(
         prior_weights, return_weights, z0, context, out, n_steps, step_size=step_size, target=target.contiguous(),
-        plans=plans.contiguous(), max_drift_ratio=max_drift_ratio, seed=(seed0, seed1), first_step=first_step, bf16=bf16,
+        plans=plans.contiguous(), max_drift_ratio=max_drift_ratio, seed=(seed0, seed1), first_step=first_step,
+        bf16=bf16,
     )  # fmt: skip
     return out
 
@@ -180,7 +181,8 @@ def plan_ascent(
         context: [P, obs_dim] or [P, G, obs_dim] normalised first states, where the return model takes them. Starts
             expanded over the plans are read once.
         bf16: round the operands of the products to bfloat16 (the reference leaves them as they are); sums, seeds,
-            norms and gradients stay float32.
+            norms and gradients stay float32. (The Triton engine also keeps the slopes of activations and the gradient
+            at the plan in bfloat16 between products.)
 
     Returns:
         seeds [P, n_z, D], mean [P] and std [P] of the standardised return.
