@@ -72,7 +72,12 @@ def assert_langevin(case, options, target, bf16=False, device="cpu", factor=5):
 
 
 def test_triton_interpreter_agrees(run_interpreted):
-    run_interpreted(__file__)
+    run_interpreted(__file__, "interpreter and not slow")
+
+
+@pytest.mark.slow
+def test_triton_interpreter_agrees_at_every_size(run_interpreted):
+    run_interpreted(__file__, "interpreter and slow")
 
 
 @pytest.fixture
