@@ -903,10 +903,12 @@ def _every_option(dtype: torch.dtype, sizes: Sizes, langevin: bool, architecture
     elif sizes.apart:
         # Several starts for each plan fill the columns of the products with few plans already.
         every = [(16, 128, 8, 4), (32, 128, 8, 4)] if architecture >= 90 else [(16, 64, 8, 4)]
-    else:
+    elif architecture >= 90:
         every = [(16, 128, 8, 4), (32, 128, 8, 4), (64, 128, 8, 4)]
-        if architecture >= 90 and not langevin:
+        if sizes.hidden and not langevin:
             every.append((128, 64, 8, 4))
+    else:
+        every = [(16, 128, 8, 4), (32, 64, 8, 4), (64, 64, 8, 4)]
     return [Option((("B", b), ("N", n)), warps, stages) for n, b, warps, stages in every]
 
 
