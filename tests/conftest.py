@@ -88,15 +88,15 @@ def isa(request: pytest.FixtureRequest, cpp_engine: ModuleType) -> Iterator[str]
 
 
 @pytest.fixture
-def run_interpreted() -> Callable[[str], None]:
+def run_interpreted() -> Callable[..., None]:
     """Runs the tests of a file that are marked ``interpreter``, in a process with TRITON_INTERPRET=1.
 
     The variable has to be set before Triton is imported, hence the process of their own.
     """
 
-    def run(test_file: str) -> None:
+    def run(test_file: str, marks: str = "interpreter") -> None:
         result = subprocess.run(
-            [sys.executable, "-m", "pytest", "-m", "interpreter", "-p", "no:cacheprovider", "-q", test_file],
+            [sys.executable, "-m", "pytest", "-m", marks, "-p", "no:cacheprovider", "-q", test_file],
             cwd=ROOT,
             env={**os.environ, "TRITON_INTERPRET": "1"},
             capture_output=True,

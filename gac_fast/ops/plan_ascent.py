@@ -16,8 +16,8 @@ __all__ = ["plan_ascent", "plan_langevin"]
 
 OP = "plan_ascent"
 LANGEVIN = "plan_langevin"
-_dispatch.register(OP, "cpp")
-_dispatch.register(LANGEVIN, "cpp")
+_dispatch.register(OP, "triton", "cpp")
+_dispatch.register(LANGEVIN, "triton", "cpp")
 
 _WORD = 1 << 32
 
@@ -71,14 +71,65 @@ def _plan_langevin(
     return out
 
 
-@_plan_ascent.register_fake
-def _(prior_weights: Sequence[Tensor], return_weights: Sequence[Tensor], z0: Tensor, *_: object) -> tuple[Tensor, ...]:
+@torch.library.custom_op("gac_fast::plan_ascent_triton", mutates_args=())
+def _plan_ascent_triton(
+    prior_weights: Sequence[Tensor],
+    return_weights: Sequence[Tensor],
+    z0: Tensor,
+    context: Tensor | None,
+    n_steps: int,
+    step_size: float,
+    kappa: float,
+    prior_weight: float,
+    radius: float,
+    max_norm: float,
+    bf16: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from gac_fast.kernels import plan_ascent as kernel
+
+    out = _outputs(z0)
+    kernel.run(
+        prior_weights, return_weights, z0, context, out, n_steps, step_size=step_size, kappa=kappa,
+        prior_weight=prior_weight, radius=radius, max_norm=max_norm, bf16=bf16,
+    )  # fmt: skip
+    return out
+
+
+@torch.library.custom_op("gac_fast::plan_langevin_triton", mutates_args=())
+def _plan_langevin_triton(
+    prior_weights: Sequence[Tensor],
+    return_weights: Sequence[Tensor],
+    z0: Tensor,
+    target: Tensor,
+    plans: Tensor,
+    context: Tensor | None,
+    n_steps: int,
+    step_size: float,
+    max_drift_ratio: float,
+    seed0: int,
+    seed1: int,
+    first_step: int,
+    bf16: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from gac_fast.kernels import plan_ascent as kernel
+
+    out = _outputs(z0)
+    kernel.run(
+        prior_weights, return_weights, z0, context, out, n_steps, step_size=step_size, target=target.contiguous(),
+        plans=plans.contiguous(), max_drift_ratio=max_drift_ratio, seed=(seed0, seed1), first_step=first_step,
+        bf16=bf16,
+    )  # fmt: skip
+    return out
+
+
+def _fake(
+    prior_weights: Sequence[Tensor], return_weights: Sequence[Tensor], z0: Tensor, *_: object
+) -> tuple[Tensor, ...]:
     return _outputs(z0)
 
 
-@_plan_langevin.register_fake
-def _(prior_weights: Sequence[Tensor], return_weights: Sequence[Tensor], z0: Tensor, *_: object) -> tuple[Tensor, ...]:
-    return _outputs(z0)
+for _op in (_plan_ascent, _plan_langevin, _plan_ascent_triton, _plan_langevin_triton):
+    _op.register_fake(_fake)
 
 
 def _outputs(z0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -130,7 +181,8 @@ def plan_ascent(
         context: [P, obs_dim] or [P, G, obs_dim] normalised first states, where the return model takes them. Starts
             expanded over the plans are read once.
         bf16: round the operands of the products to bfloat16 (the reference leaves them as they are); sums, seeds,
-            norms and gradients stay float32.
+            norms and gradients stay float32. (The Triton engine also keeps the slopes of activations and the gradient
+            at the plan in bfloat16 between products.)
 
     Returns:
         seeds [P, n_z, D], mean [P] and std [P] of the standardised return.
@@ -144,9 +196,11 @@ def plan_ascent(
     _check_number("prior_weight", prior_weight)
     _check_radius("radius", radius)
     _check_radius("max_norm", max_norm)
-    if _dispatch.choose(OP, z0.device, _dispatch.refusal(z0)) == "cpp":
+    refused = _dispatch.refusal(z0) or _refused(OP, z0.device, return_weights.w1.shape[0])
+    engine = _dispatch.choose(OP, z0.device, refused)
+    if engine != "reference":
         with torch.no_grad():
-            return _plan_ascent(
+            return (_plan_ascent if engine == "cpp" else _plan_ascent_triton)(
                 [w for w in prior_weights if w is not None], list(return_weights), z0, _with_starts(context), n_steps,
                 step_size, kappa, prior_weight, radius, max_norm, bf16,
             )  # fmt: skip
@@ -206,9 +260,11 @@ def plan_langevin(
         raise ValueError(f"seed: expected two words within [0, 2^32), got {tuple(seed)}")
     if not 0 <= first_step <= _WORD - max(n_steps, 1):
         raise ValueError(f"first_step: expected {n_steps} steps within [0, 2^32), got the first at {first_step}")
-    if _dispatch.choose(LANGEVIN, z0.device, _dispatch.refusal(z0)) == "cpp":
+    refused = _dispatch.refusal(z0) or _refused(LANGEVIN, z0.device, return_weights.w1.shape[0])
+    engine = _dispatch.choose(LANGEVIN, z0.device, refused)
+    if engine != "reference":
         with torch.no_grad():
-            return _plan_langevin(
+            return (_plan_langevin if engine == "cpp" else _plan_langevin_triton)(
                 [w for w in prior_weights if w is not None], list(return_weights), z0, target.expand(len(z0)), plans,
                 _with_starts(context), n_steps, step_size, max_drift_ratio, *seed, first_step, bf16,
             )  # fmt: skip
@@ -216,6 +272,19 @@ def plan_langevin(
         prior_weights, return_weights, z0, target, n_steps=n_steps, step_size=step_size, seed=seed, plans=plans,
         first_step=first_step, max_drift_ratio=max_drift_ratio, context=context,
     )  # fmt: skip
+
+
+def _refused(op: str, device: torch.device, members: int) -> str | None:
+    """Why the Triton engine takes no such return models, where it would run."""
+    if _dispatch.active(op, device) != "triton":
+        return None
+    from gac_fast.kernels import plan_ascent as kernel
+
+    return kernel.refusal(members)
+
+
+# As choose(): a compiled graph asks once, when it is traced.
+_refused._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _with_starts(context: Tensor | None) -> Tensor | None:
