@@ -55,6 +55,8 @@ _COLUMNS = {80: 32, 90: 64}
 
 # Streaming multiprocessors of an H100 or H200: how many programs run at once.
 _PROCESSORS = 132
+# Microseconds that a step of a program takes alone, by its plans; counted, not measured.
+_CHAIN = {16: 19.0, 32: 21.0, 64: 31.0, 128: 60.0}
 
 
 @triton.jit
@@ -912,16 +914,21 @@ def _every_option(dtype: torch.dtype, sizes: Sizes, langevin: bool, architecture
     return [Option((("B", b), ("N", n)), warps, stages) for n, b, warps, stages in every]
 
 
-def options(every: list[Option], n_plans: int) -> list[Option]:
-    """What to choose from for that many plans, the likely best first.
+def _likely_time(n_plans: int, n: int) -> float:
+    """Microseconds of a step at the `gym` size on one H200, from counts: decides among options until they are timed.
 
-    However few plans it owns, a program reads all weights once a step. So the narrowest tile with which all programs
-    run at once comes first; half as many programs may be as fast, as they share one second-level cache, and so may be
-    more of them where several rounds are needed.
+    A program reads all weights once a step (1.34 MB) and its scratch besides, all programs from one second-level cache;
+    or it waits for its own chain of 42 products, some 600 cycles each with few plans, and 19 results of a few hundred.
     """
-    fits = [i for i, option in enumerate(every) if n_plans <= dict(option.tiles)["N"] * _PROCESSORS]
-    best = fits[0] if fits else len(every) - 1
-    return [every[i] for i in (best, best + 1, best - 1) if 0 <= i < len(every)]
+    programs = triton.cdiv(n_plans, n)
+    running = min(programs, _PROCESSORS)
+    read = running * (1.34 + 0.0125 * n) / 5.5
+    return triton.cdiv(programs, _PROCESSORS) * max(_CHAIN[n], read)
+
+
+def options(every: list[Option], n_plans: int) -> list[Option]:
+    """Up to three to choose from for that many plans, the likely best first."""
+    return sorted(every, key=lambda option: _likely_time(n_plans, dict(option.tiles)["N"]))[:3]
 
 
 @dataclass(frozen=True)

@@ -322,6 +322,16 @@ def test_gym_weights_run_ahead_of_the_products(fresh_cache):
     assert all("tensor<128x128x!tt.ptr<bf16>" in line for line in copies)
 
 
+@pytest.mark.parametrize(("n_plans", "n"), [(1, 16), (64, 16), (1024, 16), (4096, 64), (16384, 128)])
+def test_more_plans_get_wider_tiles(n_plans, n):
+    from gac_fast.kernels import plan_ascent as kernel
+
+    every = [one.option for one in kernel.shipped(dtype=torch.bfloat16, **GYM)]
+    chosen = kernel.options(every, n_plans)
+    assert len(chosen) == 3
+    assert dict(chosen[0].tiles)["N"] == n
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("architecture", [80, 90], ids=["sm_80", "sm_90"])
