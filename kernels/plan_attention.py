@@ -132,8 +132,8 @@ def _options(width: int, dtype: torch.dtype, backward: bool) -> list[Option]:
     """The likely best first; a backward has one, since the order of its sums depends on the tiles."""
     if dtype == torch.float32:
         return [Option((("BT", 64 if width <= 64 else 16),), 4, 1)]
-    if width > 64:
-        return [Option((("BT", 64),), 8, 1)]
+    if width > 32:
+        return [Option((("BT", 64),), 4 if width <= 64 else 8, 1)]
     wide = Option((("BT", 128),), 4, 1)
     return [wide] if backward else [wide, Option((("BT", 64),), 4, 1)]
 

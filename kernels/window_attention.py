@@ -436,7 +436,7 @@ def _options(q: Tensor, window: int, hopper: bool, backward: bool) -> list[Optio
         found = [(64, bp, 1, 4, 1, None)]
         if width == 32 and 32 <= bp <= 64:
             # Found by compiling: as few registers as need no spills, for three or four programs on a processor.
-            found = [(64, bp, 1, 4, 1, 168)]
+            found = [(64, bp, 1, 4, 1, 168 if backward else None)]
             if heads > 1 and n >= 2**15:
                 if backward:
                     found = [*found, (64, bp, heads, 4, 2, None)]
