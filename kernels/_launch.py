@@ -1,4 +1,4 @@
-"""What all kernels share: a launch as a value that is run, or compiled for a GPU that is not there; tiles; choices.
+"""What all kernels share: a launch as a value that is run, or compiled for a GPU that is not there; choices.
 
 A launcher builds :class:`Launch` objects and runs one of them. Tests and the table of resources compile those same
 objects, so what is proven without a GPU is what runs on one.
@@ -16,7 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
-__all__ = ["INTERPRETED", "Launch", "Option", "choose", "specialised_to_16", "tile_table"]
+__all__ = ["INTERPRETED", "Launch", "Option", "choose", "specialised_to_16"]
 
 # The interpreter keeps bfloat16 as raw integers and computes garbage without an error: kernels upcast at the load.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -124,35 +124,6 @@ def specialised_to_16(value: Tensor | int | float | None) -> bool:
         # Memory from an allocator of torch is aligned; a meta tensor stands for such memory.
         return value.device.type == "meta" or value.data_ptr() % 16 == 0
     return isinstance(value, int) and value % 16 == 0
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Tiles
-
-
-def tile_table(cu_seqlens: Tensor, n_tokens: int, size: int) -> Tensor:
-    """Tiles of at most ``size`` tokens that never cross a trajectory; nothing is read back from the device.
-
-    Args:
-        cu_seqlens: int [B + 1], token offsets of the trajectories.
-        n_tokens: N, their last.
-
-    Returns:
-        int32 [n_tiles, 4]: trajectory, first token, tokens, number of the tile within its trajectory. Their order is
-        that of the tokens; the last ones may hold no token (and trajectory 0).
-    """
-    cu = cu_seqlens.to(torch.int64)
-    n_sequences = cu.numel() - 1
-    ends = ((cu.diff() + size - 1) // size).cumsum(0)
-    # At most one tile per trajectory is not full: a bound known without reading the device.
-    tile = torch.arange(n_tokens // size + n_sequences, device=cu.device)
-    sequence = torch.searchsorted(ends, tile, right=True).clamp_(max=max(n_sequences - 1, 0))
-    number = tile - (ends - (cu.diff() + size - 1) // size)[sequence]
-    first = cu[sequence] + number * size
-    count = (cu[sequence + 1] - first).clamp(0, size)
-    empty = count == 0
-    table = torch.stack((sequence, first, count, number), dim=1)
-    return table.masked_fill_(empty[:, None], 0).to(torch.int32)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Launches as values, tiles and choices: what all Triton kernels share."""
+"""Launches as values, and choices: what all Triton kernels share."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import triton
 import triton.language as tl
 from kernel_fixtures import assert_fits, resources
 
-from gac_fast.kernels import _launch
 from gac_fast.kernels._launch import Launch, Option
 
 
@@ -31,28 +30,6 @@ def launch(x: torch.Tensor, out: torch.Tensor, bias: torch.Tensor | None = None,
     grid = (triton.cdiv(x.numel(), block),)
     arguments = {"p_x": x, "p_out": out, "n": x.numel(), "factor": 2.5, "p_bias": bias}
     return Launch(scale_kernel, grid, arguments, {"UPCAST": True}, option)
-
-
-def loop_tiles(lengths: list[int], size: int) -> list[tuple[int, int, int, int]]:
-    tiles, first = [], 0
-    for sequence, length in enumerate(lengths):
-        for number, start in enumerate(range(0, length, size)):
-            tiles.append((sequence, first + start, min(size, length - start), number))
-        first += length
-    return tiles
-
-
-@pytest.mark.parametrize("lengths", [[1], [64], [65, 1, 200], [0, 5, 0, 0, 130, 0], [3] * 40, [0, 0], []], ids=str)
-@pytest.mark.parametrize("size", [16, 64])
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
-def test_tiles_cover_every_token_once_and_never_cross(lengths, size, dtype):
-    cu = torch.tensor([0, *lengths]).cumsum(0).to(dtype)
-    table = _launch.tile_table(cu, sum(lengths), size)
-    assert table.dtype == torch.int32
-    full = [tuple(row) for row in table.tolist() if row[2] > 0]
-    assert full == loop_tiles(lengths, size)
-    assert all(row == [0, 0, 0, 0] for row in table.tolist() if row[2] == 0)
-    assert len(table) <= sum(lengths) // size + len(lengths)
 
 
 def test_interpreter_runs_a_launch(run_interpreted):
