@@ -3,6 +3,7 @@
 #   PYTHON=...             the Python (>= 3.11) to make .venv with; default: the first that serves
 #   TORCH_INDEX=...        a further package index, for example one that offers CPU builds of torch
 #   GAC_FAST_NO_CPP=1      leave out the C++ engine (needs no compiler)
+#   TEST_PROCESSES=...     processes that run the tests (2)
 #   BENCH="..."            options of `make bench`, for example BENCH="-k update --quick --threads 1"
 #   BENCH_CSV=...          where it appends its rows; the chart lies beside
 #   GPU_PYTHON=...         the Python of `make gpu`, which has torch and triton; default: python3
@@ -19,6 +20,9 @@ TORCH_INDEX ?=
 CXX_CANDIDATES := $(or $(if $(filter-out default undefined,$(origin CXX)),$(firstword $(CXX))),c++ g++ clang++)
 
 BENCH ?=
+# Processes of the tests, each of which takes whole files.
+TEST_PROCESSES ?= 2
+PARALLEL := -n $(TEST_PROCESSES) --dist loadfile
 BENCH_CSV ?= benchmarks/results/speed.csv
 GPU_PYTHON ?= python3
 GPU_OUT ?= runs/gpu
@@ -47,10 +51,10 @@ demo: $(INSTALLED) ## train GAC on PointMaze, plan, act, and write runs/demo (ab
 
 # Ends in the summary line of pytest: lint comes first.
 test: lint ## lint, type-check and run the tests that are not slow
-	$(PY) -m pytest -m "not slow"
+	$(PY) -m pytest -m "not slow" $(PARALLEL)
 
 test-all: lint resources ## the same with the slow tests, after the table of what the kernels need
-	$(PY) -m pytest
+	$(PY) -m pytest $(PARALLEL)
 
 sanitize: $(INSTALLED) ## tests of the ops under AddressSanitizer and UBSan, the thread pool under ThreadSanitizer
 	PY=$(PY) tests/sanitize.sh

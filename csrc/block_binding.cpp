@@ -7,11 +7,10 @@
 #include <array>
 #include <cstdint>
 #include <cstring>
-#include <memory>
-#include <new>
 #include <string>
 #include <vector>
 
+#include "aligned_memory.h"
 #include "bindings.h"
 #include "block.h"
 #include "check.h"
@@ -22,15 +21,7 @@ namespace py = pybind11;
 namespace gac_fast {
 namespace {
 
-constexpr std::align_val_t kAlignment{64};
 constexpr std::int64_t kPad = 32;
-
-struct Release {
-    void operator()(void* p) const { ::operator delete(p, kAlignment); }
-};
-using Memory = std::unique_ptr<void, Release>;
-
-Memory allocate(std::size_t bytes) { return Memory(::operator new(bytes > 0 ? bytes : 64, kAlignment)); }
 
 std::int64_t padded(std::int64_t n) { return (n + kPad - 1) / kPad * kPad; }
 
@@ -93,16 +84,16 @@ class BlockWeights {
     Isa isa;
 
   private:
-    const void* pack(const BlockLinear& map, bool transposed, Memory& memory) const {
+    const void* pack(const BlockLinear& map, bool transposed, AlignedMemory& memory) const {
         const std::int64_t n_out = transposed ? map.n_in : map.n_out;
         const std::int64_t n_in = transposed ? map.n_out : map.n_in;
-        memory = allocate(GAC_FAST_DISPATCH(isa, block_pack_bytes(packs.bf16, n_out, n_in)));
+        memory = allocate_aligned(GAC_FAST_DISPATCH(isa, block_pack_bytes(packs.bf16, n_out, n_in)));
         GAC_FAST_DISPATCH(isa, block_pack(packs.bf16, map, transposed, memory.get()));
         return memory.get();
     }
 
     bool backward_;
-    std::array<Memory, kBlockMaps> forward_, transposed_;
+    std::array<AlignedMemory, kBlockMaps> forward_, transposed_;
     std::array<std::vector<float>, kBlockMaps> bias_;
 };
 
@@ -184,7 +175,7 @@ struct Call {
     BlockPlan k{}, v{};
     std::vector<BlockTile> tiles;
     std::vector<std::int64_t> first_tile;
-    Memory plan_packs;
+    AlignedMemory plan_packs;
 
     Call(const BlockWeights& weights, std::int64_t n_tokens, const py::array& plan_k, const py::array& plan_v,
          const py::array& cu_seqlens, int n_threads) {
@@ -226,7 +217,7 @@ struct Call {
         shape.tiles = tiles.data();
         shape.first_tile = first_tile.data();
         shape.n_tiles = static_cast<std::int64_t>(tiles.size());
-        plan_packs = allocate(GAC_FAST_DISPATCH(weights.isa, block_plan_bytes(shape, dim, weights.packs.bf16)));
+        plan_packs = allocate_aligned(GAC_FAST_DISPATCH(weights.isa, block_plan_bytes(shape, dim, weights.packs.bf16)));
     }
 };
 
@@ -339,7 +330,7 @@ void backward(const BlockWeights& weights, const py::object& dx_out, const py::o
     BlockOperands out{};
     void** const slots[] = {&out.dx1,           &out.dq,        &out.dx2,    &out.dhidden, &out.dx3,
                             &out.attended_plan, &out.activated, &out.normed3};
-    Memory bias_partials;
+    AlignedMemory bias_partials;
     if (!operands.empty()) {
         if (operands.size() != widths.size()) fail("operands", "8 arrays or none", std::to_string(operands.size()));
         for (std::size_t i = 0; i < widths.size(); ++i) {
@@ -354,11 +345,12 @@ void backward(const BlockWeights& weights, const py::object& dx_out, const py::o
         const auto view = vector_view<float>(array, weights.n_bias(), "dbias");
         if (view.stride != 1 && view.size > 1) fail("dbias", "neighbouring elements", "a strided array");
         out.dbias = static_cast<float*>(array.mutable_data());
-        bias_partials = allocate(static_cast<std::size_t>(s.n_tiles * weights.n_bias()) * sizeof(float));
+        bias_partials = allocate_aligned(static_cast<std::size_t>(s.n_tiles * weights.n_bias()) * sizeof(float));
         out.dbias_partials = static_cast<float*>(bias_partials.get());
         f.operands = &out;
     }
-    const Memory partials = allocate(static_cast<std::size_t>(s.n_tiles * 2 * s.n_z * p.dim) * sizeof(float));
+    const AlignedMemory partials =
+        allocate_aligned(static_cast<std::size_t>(s.n_tiles * 2 * s.n_z * p.dim) * sizeof(float));
     f.plan_partials = static_cast<float*>(partials.get());
     const GilRelease release;
     GAC_FAST_DISPATCH(weights.isa, block_backward(f));

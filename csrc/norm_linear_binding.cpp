@@ -2,10 +2,9 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
-#include <memory>
-#include <new>
 #include <string>
 
+#include "aligned_memory.h"
 #include "attention_views.h"
 #include "bindings.h"
 #include "check.h"
@@ -16,15 +15,6 @@ namespace py = pybind11;
 
 namespace gac_fast {
 namespace {
-
-constexpr std::align_val_t kAlignment{64};
-
-struct Release {
-    void operator()(void* p) const { ::operator delete(p, kAlignment); }
-};
-using Memory = std::unique_ptr<void, Release>;
-
-Memory allocate(std::size_t bytes) { return Memory(::operator new(bytes > 0 ? bytes : 64, kAlignment)); }
 
 std::int64_t padded(std::int64_t n) { return (n + 31) / 32 * 32; }
 
@@ -102,7 +92,7 @@ void forward(const py::array& weight, const py::array& bias, bool has_norm, bool
     f.n_threads = n_threads;
     const Isa isa = active_isa();
     const GilRelease release;
-    const Memory packed = allocate(GAC_FAST_DISPATCH(isa, norm_linear_bytes(f.map)));
+    const AlignedMemory packed = allocate_aligned(GAC_FAST_DISPATCH(isa, norm_linear_bytes(f.map)));
     f.packed = packed.get();
     GAC_FAST_DISPATCH(isa, norm_linear(f));
 }
@@ -127,17 +117,17 @@ void backward(const py::array& weight, bool has_norm, bool bf16, const py::array
         f.dx_is_operand = dx_bf16 == bf16;
         f.dx = dense_rows(array, dx_bf16, f.n_tokens, f.map.n_in, "dx");
     }
-    Memory partials;
+    AlignedMemory partials;
     if (!dbias.is_none()) {
         f.dbias = dense_vector(dbias, f.map.n_out, "dbias");
         const std::int64_t n_tiles = (f.n_tokens + kNormLinearTile - 1) / kNormLinearTile;
-        partials = allocate(static_cast<std::size_t>(n_tiles * f.map.n_out) * sizeof(float));
+        partials = allocate_aligned(static_cast<std::size_t>(n_tiles * f.map.n_out) * sizeof(float));
         f.dbias_partials = static_cast<float*>(partials.get());
     }
     f.n_threads = n_threads;
     const Isa isa = active_isa();
     const GilRelease release;
-    const Memory packed = allocate(GAC_FAST_DISPATCH(isa, norm_linear_bytes(f.map)));
+    const AlignedMemory packed = allocate_aligned(GAC_FAST_DISPATCH(isa, norm_linear_bytes(f.map)));
     f.packed = packed.get();
     GAC_FAST_DISPATCH(isa, norm_linear_backward(f));
 }

@@ -3,11 +3,10 @@
 
 #include <cmath>
 #include <cstdint>
-#include <memory>
-#include <new>
 #include <string>
 #include <vector>
 
+#include "aligned_memory.h"
 #include "bindings.h"
 #include "check.h"
 #include "gil.h"
@@ -18,15 +17,9 @@ namespace py = pybind11;
 namespace gac_fast {
 namespace {
 
-constexpr std::align_val_t kAlignment{64};
-
-struct Release {
-    void operator()(void* p) const { ::operator delete(p, kAlignment); }
-};
-
 // What the tasks of one call share; it stays for the next call of this thread.
 void* shared_memory(std::size_t bytes) {
-    thread_local std::unique_ptr<void, Release> buffer;
+    thread_local AlignedMemory buffer;
     thread_local std::size_t size = 0;
 #if defined(GAC_FAST_ASAN)
     // Anew and exact every time, as in scratch.cpp.
@@ -35,7 +28,7 @@ void* shared_memory(std::size_t bytes) {
     if (bytes > size) {
         buffer.reset();
         size = 0;
-        buffer.reset(::operator new(bytes, kAlignment));
+        buffer = allocate_aligned(bytes);
         size = bytes;
     }
     return buffer.get();

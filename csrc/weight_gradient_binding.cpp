@@ -3,12 +3,11 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
-#include <memory>
-#include <new>
 #include <string>
 #include <tuple>
 #include <vector>
 
+#include "aligned_memory.h"
 #include "attention_views.h"
 #include "bindings.h"
 #include "check.h"
@@ -19,12 +18,6 @@ namespace py = pybind11;
 
 namespace gac_fast {
 namespace {
-
-constexpr std::align_val_t kAlignment{64};
-
-struct Release {
-    void operator()(void* p) const { ::operator delete(p, kAlignment); }
-};
 
 template <typename T>
 void set_rows(const py::array& dy, const py::array& x, std::int64_t n_rows, const std::string& name,
@@ -71,7 +64,7 @@ void run(const std::vector<std::tuple<py::array, py::array, py::array>>& maps, i
     const Isa isa = active_isa();
     const GilRelease release;
     const std::size_t bytes = GAC_FAST_DISPATCH(isa, weight_gradients_bytes(args));
-    const std::unique_ptr<void, Release> partials(::operator new(bytes > 0 ? bytes : 64, kAlignment));
+    const AlignedMemory partials = allocate_aligned(bytes);
     args.partials = partials.get();
     GAC_FAST_DISPATCH(isa, weight_gradients(args));
 }

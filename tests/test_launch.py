@@ -84,6 +84,6 @@ def outer_kernel(p_x, p_out, BLOCK: tl.constexpr):
 
 
 def outer_launch() -> Launch:
-    x = torch.empty(512, device="meta")
-    return Launch(outer_kernel, (1,), {"p_x": x, "p_out": torch.empty(512, 512, device="meta")}, {},
-                  Option((("BLOCK", 512),), 4, 1))  # fmt: skip
+    x = torch.empty(256, device="meta")
+    return Launch(outer_kernel, (1,), {"p_x": x, "p_out": torch.empty(256, 256, device="meta")}, {},
+                  Option((("BLOCK", 256),), 4, 1))  # fmt: skip
