@@ -7,6 +7,7 @@ objects, so what is proven without a GPU is what runs on one.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 __all__ = ["INTERPRETED", "Launch", "Option", "choose", "specialised_to_16"]
 
@@ -91,11 +93,16 @@ class Launch:
 
         constexprs = self.constexprs
         signature, attributes = {}, {}
-        for i, name in enumerate(self.kernel.arg_names):
+        # As the launcher of Triton specialises, so that this is the code that runs: integers of 1 are constants, and
+        # vectors of loads need to know what 16 divides; numbers that the kernel leaves out are neither.
+        for i, parameter in enumerate(self.kernel.params):
+            name = parameter.name
             value = self.arguments.get(name)
+            specialised = isinstance(value, Tensor) or not parameter.do_not_specialize
+            if type(value) is int and value == 1 and specialised:
+                constexprs[name] = 1
             signature[name] = "constexpr" if name in constexprs else _type_of(name, value)
-            # As the launcher of Triton specialises: vectors of loads need to know it.
-            if name not in constexprs and specialised_to_16(value):
+            if name not in constexprs and specialised and specialised_to_16(value):
                 attributes[(i,)] = [["tt.divisibility", 16]]
         source = ASTSource(fn=self.kernel, signature=signature, constexprs=constexprs, attrs=attributes)
         target = GPUTarget("cuda", architecture, 32)
@@ -149,7 +156,11 @@ def choose(key: Hashable, launches: Callable[[Option], Sequence[Launch]], option
 
         def milliseconds(option: Option) -> float:
             todo = launches(option)
-            return float(triton.testing.do_bench(lambda: [one.run() for one in todo], warmup=5, rep=20))
+            try:
+                return float(triton.testing.do_bench(lambda: [one.run() for one in todo], warmup=5, rep=20))
+            except OutOfResources:
+                # Options are made for the shared memory of data-centre cards.
+                return math.inf
 
         times = [milliseconds(option) for option in options]
         _chosen[full] = times.index(min(times))

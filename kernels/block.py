@@ -974,6 +974,9 @@ def _weight_gradients(
     def product(dy: Tensor | None, x: Tensor | None) -> Tensor:
         assert dy is not None
         assert x is not None
+        if dy.is_cuda and dy.dtype == torch.bfloat16:
+            # Sums of a million rows are split, and their parts, too, are to be float32.
+            return torch.mm(dy.T, x, out_dtype=torch.float32)
         return (dy.T @ x).to(torch.float32)
 
     def unfold(

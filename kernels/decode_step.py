@@ -305,6 +305,8 @@ def decode_step_kernel(
         p_obs, p_obs_mean, p_obs_std, p_edges, p_last, i_first, n_rows, obs_dim, act_dim, stride_obs_row, stride_obs,
         C, D, DP, EA, BE, BO,
     )  # fmt: skip
+    # Rotations are stored by some threads and loaded by others.
+    tl.debug_barrier()
 
     PADDED: tl.constexpr = (HP != H) or (DHP != DH)
     i_all = i_first + tl.arange(0, EA)
@@ -536,8 +538,8 @@ class Packed:
         matrices = 6 * dim**2 + 2 * dim * self.hidden
         edges = (self.obs_dim + self.act_dim * tokens + tokens + 2) * dim + self.act_dim
         self.matrices = torch.empty(self.n_layers, matrices, dtype=dtype, device=device)
-        self.vectors = torch.empty(self.n_layers, 13 * dim + self.hidden, device=device)
-        self.edges = torch.empty(edges, device=device)
+        self.vectors = torch.empty(self.n_layers, 13 * dim + self.hidden, dtype=torch.float32, device=device)
+        self.edges = torch.empty(edges, dtype=torch.float32, device=device)
         frequency = rope_base ** (-torch.arange(half, dtype=torch.float64) / half)
         self.turns = (frequency / (2 * math.pi)).to(device)
         # Column of q (or k) behind each packed one.
@@ -641,9 +643,9 @@ def new_scratch(packed: Packed, n_rows: int, option: Option) -> tuple[Tensor, Te
     tiles = dict(option.tiles)
     rows = triton.cdiv(n_rows, tiles["EA"]) * tiles["BE"] * packed.tokens
     device, dim = packed.edges.device, packed.dim
-    new = torch.empty(rows, 3 * dim, device=device)
+    new = torch.empty(rows, 3 * dim, dtype=torch.float32, device=device)
     mixed = torch.empty(rows, dim, dtype=packed.matrices.dtype, device=device)
-    return new, mixed, torch.empty(rows, dim // packed.n_heads, device=device)
+    return new, mixed, torch.empty(rows, dim // packed.n_heads, dtype=torch.float32, device=device)
 
 
 def launch(
@@ -728,9 +730,12 @@ def choose_option(packed: Packed, ring_shape: Sequence[int], n_z: int) -> Option
     def launches(option: Option) -> list[Launch]:
         if not tensors:
             rings = [torch.zeros(tuple(ring_shape), dtype=dtype, device=device) for _ in range(2)]
-            plans = [torch.zeros(packed.n_layers, n_rows, n_z, heads, width, device=device) for _ in range(2)]
-            actions = [torch.zeros(n_rows, packed.act_dim, device=device) for _ in range(2)]
-            obs = torch.zeros(n_rows, packed.obs_dim, device=device)
+            plans = [
+                torch.zeros(packed.n_layers, n_rows, n_z, heads, width, dtype=torch.float32, device=device)
+                for _ in range(2)
+            ]
+            actions = [torch.zeros(n_rows, packed.act_dim, dtype=torch.float32, device=device) for _ in range(2)]
+            obs = torch.zeros(n_rows, packed.obs_dim, dtype=torch.float32, device=device)
             # Full rings.
             tensors.extend((*rings, *plans, torch.full((n_rows,), window, device=device), *actions, obs))
         ring_k, ring_v, plan_k, plan_v, steps, last, out, obs = tensors

@@ -904,7 +904,9 @@ def _every_option(dtype: torch.dtype, sizes: Sizes, langevin: bool, architecture
         every = [(16, 32, 4, 3), (32, 32, 4, 3)]
     elif sizes.apart:
         # Several starts for each plan fill the columns of the products with few plans already.
-        every = [(16, 128, 8, 4), (32, 128, 8, 4)] if architecture >= 90 else [(16, 64, 8, 4)]
+        every = [(16, 128, 8, 4)] if architecture >= 90 else [(16, 64, 8, 4)]
+        if architecture >= 90 and sizes.dim <= 192:
+            every.append((32, 128, 8, 4))
     elif architecture >= 90:
         every = [(16, 128, 8, 4), (32, 128, 8, 4), (64, 128, 8, 4)]
         if sizes.hidden and not langevin:

@@ -107,7 +107,7 @@ def test_interpreted_strided_arguments_and_missing_gradients():
             dense = gradients(x.clone(), attended.clone(), *(t.clone() for t in plan.unbind(2)), cu, loss)
             strided = gradients(
                 torch.stack((x, x - 1), dim=1).detach()[:, 0], attended.T.clone().T, *plan.detach().unbind(2),
-                cu.long(), loss,
+                torch.stack((cu.long(), cu.long() + 1), dim=1)[:, 0], loss,
             )  # fmt: skip
             for one, other in zip(dense, strided, strict=True):
                 assert torch.equal(one, other), name

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import types
 
 import pytest
 import torch
@@ -30,6 +31,24 @@ def without_cpp(monkeypatch):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Choice
+
+
+@pytest.mark.parametrize(
+    ("properties", "problem"),
+    [
+        ({"major": 9, "shared_memory_per_block_optin": 232448}, None),
+        ({"major": 8, "shared_memory_per_block_optin": 166912}, None),
+        ({"major": 8, "shared_memory_per_block_optin": 101376}, "163 KiB of shared memory per block, a card has 99"),
+        ({"major": 7, "shared_memory_per_block_optin": 98304}, "compute capability 8.0 or more, a card has 7.0"),
+    ],
+    ids=["H100", "A100", "small", "old"],
+)
+def test_devices_that_the_kernels_do_not_fit_are_named(monkeypatch, properties, problem):
+    card = types.SimpleNamespace(name="a card", **properties)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    found = _dispatch._device_problem.__wrapped__(torch.device("cuda"))
+    assert found is None if problem is None else problem in found
 
 
 @pytest.mark.usefixtures("cpp_engine")

@@ -66,6 +66,28 @@ def test_aligned_arguments_are_compiled_as_such(tmp_path, monkeypatch):
     assert "ld.global.v4" not in narrow
 
 
+@triton.jit(do_not_specialize=["n_plain"])
+def sizes_kernel(p_x, n_one, n_sixteen, n_plain):
+    tl.store(p_x, n_one + n_sixteen + n_plain)
+
+
+def test_numbers_are_compiled_as_the_launcher_specialises_them(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+
+    def code(**numbers: int) -> str:
+        x = torch.empty(16, dtype=torch.int32, device="meta")
+        launched = Launch(sizes_kernel, (1,), {"p_x": x, **numbers}, {}, Option((), 4, 1))
+        return str(launched.compile(90).asm["ttir"]).split(") attributes")[0].split("tt.func")[1]
+
+    plain = code(n_one=3, n_sixteen=5, n_plain=7)
+    assert all(f"%{name}: i32" in plain for name in ("n_one", "n_sixteen", "n_plain"))
+    special = code(n_one=1, n_sixteen=32, n_plain=16)
+    assert "%n_one" not in special
+    assert "%n_sixteen: i32 {tt.divisibility = 16" in special
+    assert "%n_plain: i32 {" not in special
+    assert code(n_one=3, n_sixteen=5, n_plain=1) == plain
+
+
 def test_spills_are_found(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     big = outer_launch()

@@ -57,7 +57,14 @@ def _forward(
 
     dtype = torch.bfloat16 if bf16 else torch.float32
     x_out, y, saved = kernel.forward(
-        _rows(x), _rows(attended, dtype), _rows(plan_k), _rows(plan_v), cu_seqlens, _all(weights), dtype, save
+        _rows(x),
+        _rows(attended, dtype),
+        _rows(plan_k),
+        _rows(plan_v),
+        cu_seqlens.contiguous(),
+        _all(weights),
+        dtype,
+        save,
     )
     return x_out, y, *saved
 
@@ -95,7 +102,7 @@ def _backward(
     with torch.autocast(plan_k.device.type, enabled=False):
         found = kernel.backward(
             _rows(dx_out, torch.float32), _rows(dy, dtype), kernel.Saved(*saved), _rows(attended, dtype),
-            _rows(plan_k), _rows(plan_v), cu_seqlens, _all(weights), wants_dx, wants_weights,
+            _rows(plan_k), _rows(plan_v), cu_seqlens.contiguous(), _all(weights), wants_dx, wants_weights,
         )  # fmt: skip
     stream = [x for x in (found.dx, found.dattended) if x is not None]
     return [found.dplan_k, found.dplan_v, *stream, *found.weights]

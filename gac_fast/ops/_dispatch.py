@@ -284,7 +284,30 @@ def _triton_problem(device: torch.device) -> str | None:
     interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"
     if device.type != "cuda" and not (interpreted and device.type == "cpu"):
         return f"Triton needs CUDA tensors (or TRITON_INTERPRET=1), got {device.type} tensors"
-    return None if device.type == "cpu" else _launcher_problem(os.environ.get("CC"))
+    if device.type == "cpu":
+        return None
+    return _device_problem(device) or _launcher_problem(os.environ.get("CC"))
+
+
+# Bytes of shared memory that one program of the kernels may ask for at the least: those of sm_80.
+_SHARED_MEMORY = 163 * 1024
+
+
+@functools.cache
+def _device_problem(device: torch.device) -> str | None:
+    """The kernels' tiles are made for data-centre cards of compute capability 8.0 (A100) and 9.0 (H100, H200)."""
+    if not torch.cuda.is_available():
+        return None  # whoever has tensors on such a device cannot be here
+    properties = torch.cuda.get_device_properties(device)
+    if properties.major < 8:
+        return f"the kernels need compute capability 8.0 or more, {properties.name} has {properties.major}.0"
+    shared = getattr(properties, "shared_memory_per_block_optin", _SHARED_MEMORY)
+    if shared < _SHARED_MEMORY:
+        return (
+            f"the kernels' tiles need {_SHARED_MEMORY // 1024} KiB of shared memory per block, {properties.name} has "
+            f"{shared // 1024}"
+        )
+    return None
 
 
 @functools.cache

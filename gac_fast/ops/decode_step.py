@@ -362,7 +362,12 @@ class _TritonStep:
             # The first step compiles the kernel, and what it launches is what the graph then holds.
             self.launch(state, obs, out)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            # On a stream of the state's own device: torch's is of whichever device captured first.
+            stream = torch.cuda.Stream(x.device)
+            with (
+                torch.cuda.device(x.device),
+                torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
+            ):
                 self.launch(state, obs, out)
             self.graph = graph
         return out.clone()
@@ -389,7 +394,9 @@ def _decode_step_triton(weights: StepWeights, state: DecodeState, observations: 
     device = state.steps.device
     if isinstance(observations, np.ndarray):
         if step.on_host is None:
-            step.on_host = torch.empty(observations.shape, pin_memory=device.type == "cuda").numpy()
+            step.on_host = torch.empty(
+                observations.shape, dtype=torch.float32, pin_memory=device.type == "cuda"
+            ).numpy()
         # The former step's copy from here is over: its actions were waited for.
         with np.errstate(over="ignore"):
             np.copyto(step.on_host, observations, casting="unsafe")

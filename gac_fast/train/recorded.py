@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -90,9 +91,15 @@ class _Recording:
         return dict(zip(self.names, self.stacked.clone().unbind(), strict=True))
 
 
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all: torch keeps memory by stream, and its own for captures is of the device that captured first."""
+    return torch.cuda.Stream(device)
+
+
 def plainly(run: Callable[[], dict[str, Tensor]], device: torch.device) -> dict[str, Tensor]:
     """Run on a stream beside the default one, as what is recorded later must have run before."""
-    stream = torch.cuda.Stream(device)
+    stream = _stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
         values = run()
@@ -112,7 +119,10 @@ def record(
     """A function that replays ``run``, which is not run now, and the tensor [n_values] that each replay fills."""
     graph = torch.cuda.CUDAGraph()
     # The thread that prepares batches goes on calling CUDA meanwhile.
-    with torch.cuda.device(device), torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+    with (
+        torch.cuda.device(device),
+        torch.cuda.graph(graph, pool=pool, stream=_stream(device), capture_error_mode="thread_local"),
+    ):
         out = run()
     assert out.shape == (n_values,)
     return graph.replay, out
