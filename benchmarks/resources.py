@@ -71,7 +71,7 @@ def fingerprint() -> str:
     return digest.hexdigest()[:12]
 
 
-def launches(shipped: Callable[..., Sequence[Any]], dtype: str, dim: int) -> Iterator[Any]:
+def launches(shipped: Callable[..., Sequence[Any]], dtype: str, dim: int, architecture: int) -> Iterator[Any]:
     """Every launch once: with one and with two tokens per step, in the first layer and in the others."""
     seen = set()
     known = inspect.signature(shipped).parameters
@@ -79,6 +79,7 @@ def launches(shipped: Callable[..., Sequence[Any]], dtype: str, dim: int) -> Ite
         wanted = {
             "dim": dim, "heads": max(1, dim // HEAD_WIDTH), "n_z": N_Z, "tokens_per_step": tokens_per_step,
             "window": WINDOW * tokens_per_step, "has_o": has_o, "dtype": getattr(torch, dtype),
+            "architecture": architecture,
         }  # fmt: skip
         for launch in shipped(**{name: value for name, value in wanted.items() if name in known}):
             types = tuple(
@@ -106,7 +107,7 @@ def rows_of(task: Task) -> list[dict[str, Any]]:
 
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for launch in launches(modules()[task.op].shipped, task.dtype, task.dim):
+        for launch in launches(modules()[task.op].shipped, task.dtype, task.dim, task.architecture):
             start = time.perf_counter()
             row = {
                 "op": task.op, "kernel": launch.name, "option": str(launch.option), "constants": constants(launch),

@@ -648,14 +648,14 @@ def _option(
 
 
 # By pass, padded width and whether wgmma is there (it reads operands from shared memory, others hold them in
-# registers): what compiles without spills for bfloat16, the expected best first. A tile of 64 tokens leaves room for
-# three programs per processor, one of 128 halves the traffic of weights.
+# registers): what compiles without spills for bfloat16 with Triton 3.6 and 3.7, the expected best first. A tile of 64
+# tokens leaves room for three programs per processor, one of 128 halves the traffic of weights.
 _OPTIONS = {
     ("forward", 64, True): [_option(64, 64, 64, 64, 4, 2, 128), _option(128, 64, 64, 64, 4, 2)],
     ("forward", 128, True): [_option(64, 64, 32, 64, 4, 2, 168), _option(128, 64, 64, 64, 8, 2)],
     ("forward", 256, True): [_option(64, 32, 32, 32, 8, 2)],
     ("data", 64, True): [_option(64, 64, 64, 64, 4, 2)],
-    ("data", 128, True): [_option(128, 64, 64, 64, 8, 2), _option(64, 32, 64, 32, 4, 2)],
+    ("data", 128, True): [_option(128, 64, 32, 32, 8, 2), _option(64, 32, 32, 32, 4, 2)],
     ("data", 256, True): [_option(32, 32, 32, 32, 8, 2, 240)],
     ("weights", 64, True): [_option(64, 64, 64, 64, 4, 2)],
     ("weights", 128, True): [_option(128, 64, 32, 64, 8, 2), _option(64, 64, 32, 64, 4, 2)],

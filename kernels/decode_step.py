@@ -615,8 +615,9 @@ def _option(environments: int, dim: int, tokens: int, wide: bool) -> Option:
     padded = triton.next_power_of_2(dim)
     # Columns of a weight tile: as much at every width.
     columns = max(16, min(64, 64 * 128 // padded // (2 if wide else 1)))
-    # Elements of keys that a program holds at once; the copies in flight make up for smaller ones.
-    held = {64: 8192, 96: 4096, 128: 8192, 192: 2048, 256: 4096}[dim]
+    # Elements of keys that a program holds at once, few enough for no spills on sm_90, and how many such pieces are on
+    # their way.
+    held, stages = {64: (8192, 4), 96: (4096, 6), 128: (4096, 8), 192: (2048, 8), 256: (4096, 6)}[dim]
     slots = max(1, held // padded // environments)
     tiles = {
         "EA": environments,
@@ -627,7 +628,7 @@ def _option(environments: int, dim: int, tokens: int, wide: bool) -> Option:
         "BK": _divisor(dim, columns),
         "BH": _divisor(dim, columns),
         "BO": 16,
-        "RING_STAGES": 3 if wide else {8192: 4, 4096: 6, 2048: 8}[held],
+        "RING_STAGES": 3 if wide else stages,
         "STAGES": 2 if wide else 3,
     }
     return Option(tuple(tiles.items()), num_warps=8, num_stages=tiles["STAGES"])

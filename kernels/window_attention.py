@@ -283,7 +283,8 @@ def window_attention_backward_kernel(
     number = (first - start) // BT
     i_group = tl.program_id(0) % n_groups
 
-    for i in range(HEADS):
+    # Nothing is moved out of the loop, or it would be kept in registers that the heads need.
+    for i in tl.range(HEADS, disable_licm=True):
         # Read again, or all that follows from it would be carried, in registers, from head to head.
         start, end = bounds(p_cu, n_tokens, i_sequence)
         first = start + number * BT
