@@ -291,6 +291,8 @@ def test_side_by_side_names_bad_arguments():
         ops.window_attention_qkv(qkv[:, :2], cu, 3)
     with pytest.raises(ValueError, match="qkv: expected dtype float32 or bfloat16 or float64, got float16"):
         ops.window_attention_qkv(qkv.half(), cu, 3)
+    with pytest.raises(ValueError, match="qkv: expected an even head width of 8 to 256, got 7"):
+        ops.window_attention_qkv(qkv[..., :7], cu, 3)
     with pytest.raises(ValueError, match="window: expected at least 1 token, got 0"):
         ops.window_attention_qkv(qkv, cu, 0)
 

@@ -44,9 +44,9 @@ def shape(name: str, x: Tensor, *expected: int | str) -> None:
         raise ValueError(f"{name}: expected shape [{wanted}], got {list(x.shape)}")
 
 
-def head_width(width: int) -> None:
+def head_width(width: int, name: str = "q") -> None:
     if width % 2 != 0 or not 8 <= width <= 256:
-        raise ValueError(f"q: expected an even head width of 8 to 256, got {width}")
+        raise ValueError(f"{name}: expected an even head width of 8 to 256, got {width}")
 
 
 def cu_seqlens(x: Tensor, n_tokens: int) -> None:

@@ -399,7 +399,7 @@ def _check_inputs(
 ) -> None:
     """What both forms ask of heads ``x`` [N, ..., d] and of the rest."""
     _check.device("cu_seqlens", cu_seqlens, name, x)
-    _check.head_width(x.shape[-1])
+    _check.head_width(x.shape[-1], name)
     _check.cu_seqlens(cu_seqlens, x.shape[0])
     if window < 1:
         raise ValueError(f"window: expected at least 1 token, got {window}")
