@@ -638,8 +638,9 @@ def damaged_array(draw: Draw, x: np.ndarray) -> Any:
             return read_only
         case 12:
             filled = x.copy()
-            filled[...] = draw(st.sampled_from([np.nan, np.inf, 1e38] if x.dtype.kind == "f" else [
-                v for v in INTEGERS if np.iinfo(x.dtype).min <= v <= np.iinfo(x.dtype).max]))  # fmt: skip
+            filled[...] = draw(st.sampled_from(
+                [np.nan, np.inf, 1e38] if x.dtype.kind == "f" else [True, False] if x.dtype.kind == "b" else
+                [v for v in INTEGERS if np.iinfo(x.dtype).min <= v <= np.iinfo(x.dtype).max]))  # fmt: skip
             return filled
         case 13:
             one = x.copy().reshape(-1)
