@@ -539,7 +539,7 @@ PARTS = (
     Part("plan_ascent", 40, timed("plan_ascent")),
     Part("window_attention", 50, timed("window_attention")),
     Part("update", 100, timed("update")),
-    Part("sanitizer", 50, sanitizer),
+    Part("sanitizer", 60, sanitizer),
 )
 """In the order of running. Their seconds bound the whole pass."""
 
