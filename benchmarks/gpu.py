@@ -33,11 +33,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from gpu_cases import Built, Planned, cases_of, one_pass, repeat_cases
+from gpu_cases import FEWER_REPEATS, Built, Planned, cases_of, one_pass, repeat_cases
 from harness import ROOT, Floors, append_rows, commit, quantile
 
 from gac_fast import ops
 from gac_fast._version import __version__
+from gac_fast.ops import _dispatch
 
 COLUMNS = (
     "date", "commit", "op", "provider", "mode", "shape", "dtype", "rounds", "p20_us", "p50_us", "p80_us", "speedup",
@@ -49,6 +50,7 @@ COLUMNS = (
 where it was measured, else why not, or what was found."""
 
 N_REPEATS = 1000
+OUT_OF_TIME = "ran out of time"
 FLUSH_BYTES = 256 * 2**20
 N_PROCESSES = max(1, min(8, len(os.sched_getaffinity(0)) // 2))
 
@@ -188,6 +190,8 @@ def driver() -> str:
 
 def kernel_tests(ctx: Context) -> None:
     """Tests marked ``gpu`` of all files that import here."""
+    if ctx.has(op="tests", provider="pytest", mode="gpu"):
+        return
     files, left_out = test_files()
     if ctx.dry:
         files = files[:2]
@@ -234,6 +238,8 @@ def in_parallel(commands: Sequence[Sequence[str]], out: Path, name: str) -> list
 
 def compile_kernels(ctx: Context) -> None:
     """What the parts that follow start, started once by several processes: their time is then not the compiler's."""
+    if ctx.has(op="compile", provider="warm-up", mode=""):
+        return
     if ctx.dry:
         warm("plan_ascent:0", ctx.device, dry=True)
         ctx.add(op="compile", provider="warm-up", mode="", status="dry run")
@@ -310,9 +316,10 @@ def missing_import(path: Path, seen: set[Path]) -> str | None:
 
 def repeats(ctx: Context) -> None:
     """The same bits from every one of many runs."""
-    n = 3 if ctx.dry else N_REPEATS // 10 if ctx.quick else N_REPEATS
+    most = 3 if ctx.dry else N_REPEATS // 10 if ctx.quick else N_REPEATS
     for dtype in ("float32", "bfloat16"):
         for name, run in repeat_cases(ctx.device, dtype, "tiny" if ctx.dry else "full").items():
+            n = max(3, most // 10) if name in FEWER_REPEATS else most
             key = {"op": name, "provider": "triton", "mode": f"{n} repeats", "dtype": dtype}
             if ctx.has(**key):
                 continue
@@ -338,8 +345,9 @@ def finite(tensors: Sequence[torch.Tensor]) -> bool:
 
 
 def engines(ctx: Context) -> str:
-    """Which ops did not run on the kernels that this pass is about; nothing in a dry run, which has none."""
-    other = sorted({f"{op} on {name}" for op, name in ops.dispatch_counts() if name != "triton"})
+    """Which ops did not run on the kernels that they have here; nothing in a dry run, which has none."""
+    counted = [(op, name) for op, name in ops.dispatch_counts() if "triton" in _dispatch._engines[op]]
+    other = sorted({f"{op} on {name}" for op, name in counted if name != "triton"})
     return f"no kernel: {', '.join(other)}" if other and not ctx.dry else ""
 
 
@@ -470,28 +478,38 @@ def measure(
     ctx.begin(**key)
     on_gpu = ctx.device.type == "cuda"
     with reported(ctx, key):
+        # Before the row's own memory is counted, and its ops.
+        expected = case.expected()
         ops.reset_dispatch_counts()
         if on_gpu:
+            gc.collect()
+            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(ctx.device)
         built = make()
-        error = max(
-            (relative_error(x, y) for x, y in zip(built.results, case.expected(), strict=True)), default=float("inf")
-        )
-        if not error <= case.bound:
-            ctx.add(**key, status=f"WRONG: relative error {error:.1e}, allowed {case.bound:.0e}; not timed")
-            return
+        # What is compared with lies there all the time; the comparison itself needs more.
+        peak = torch.cuda.max_memory_allocated(ctx.device) - sum(x.nbytes for x in expected) if on_gpu else 0
+        # Each of a replay and its like may be off by the bound.
+        checks = [("relative error", built.results, expected, case.bound)]
+        if built.replayed is not None:
+            checks.append(("relative error of the replay", *built.replayed, 2 * case.bound))
+        for what, found, wanted, bound in checks:
+            errors = [relative_error(x, y) for x, y in zip(found, wanted, strict=True)]
+            wrong = [error for error in errors if not error <= bound]
+            if wrong or not errors:
+                error = wrong[0] if wrong else float("inf")
+                ctx.add(**key, status=f"WRONG: {what} {error:.1e}, allowed {bound:.0e}; not timed")
+                return
         other = engines(ctx) if provider.startswith("triton") else ""
         times = clock(built.run)
         p20, p50, p80 = (quantile(times, q) for q in (0.2, 0.5, 0.8))
-        base = [row["p50_us"] for row in ctx.record.rows if row["provider"] == "reference" and same_case(row, key)]
         roof = max(case.flops / floors.matmul[case.dtype], case.bytes / floors.copy)
         ctx.add(
             **key, rounds=len(times), p20_us=short(p20 * 1e6), p50_us=short(p50 * 1e6), p80_us=short(p80 * 1e6),
-            speedup=short(float(base[0]) / (p50 * 1e6)) if base and base[0] != "" else "", flops=short(case.flops),
-            bytes=short(case.bytes), flop_per_s=short(case.flops / p50), bytes_per_s=short(case.bytes / p50),
+            flops=short(case.flops), bytes=short(case.bytes), flop_per_s=short(case.flops / p50),
+            bytes_per_s=short(case.bytes / p50),
             matmul_flop_per_s=short(floors.matmul[case.dtype]), copy_bytes_per_s=short(floors.copy),
             roof_share=short(roof / p50),
-            peak_gib=short(torch.cuda.max_memory_allocated(ctx.device) / 2**30) if on_gpu else "", status=other,
+            peak_gib=short(peak / 2**30) if on_gpu else "", status=other,
         )  # fmt: skip
     built = None
     gc.collect()
@@ -500,7 +518,7 @@ def measure(
 
 
 def same_case(row: Mapping[str, Any], key: Mapping[str, Any]) -> bool:
-    return all(row[name] == key[name] for name in ("op", "mode", "shape"))
+    return all(row[name] == key[name] for name in ("op", "mode", "shape", "dtype"))
 
 
 def relative_error(x: torch.Tensor, y: torch.Tensor) -> float:
@@ -521,7 +539,7 @@ PARTS = (
     Part("plan_ascent", 40, timed("plan_ascent")),
     Part("window_attention", 50, timed("window_attention")),
     Part("update", 100, timed("update")),
-    Part("sanitizer", 50, sanitizer),
+    Part("sanitizer", 60, sanitizer),
 )
 """In the order of running. Their seconds bound the whole pass."""
 
@@ -543,6 +561,10 @@ def run_part(part: Part, arguments: argparse.Namespace) -> None:
     try:
         with ops.backend("reference") if ctx.dry else contextlib.nullcontext():
             part.run(ctx)
+            # What ended an earlier call comes after what that call did not reach.
+            if any(ran_out(row) for row in record.rows):
+                record.rows[:] = [row for row in record.rows if not ran_out(row)]
+                part.run(ctx)
         record.finished = not ctx.skipped
     finally:
         record.seconds += time.monotonic() - ctx.started
@@ -567,9 +589,9 @@ def run_isolated(part: Part, arguments: argparse.Namespace) -> None:
         )  # fmt: skip
         try:
             code = process.wait(part.seconds)
-            reason = "" if code == 0 else f"ended with exit status {code}, see {log}"
+            reason = "" if code == 0 else f"FAILED: ended with exit status {code}, see {log}"
         except subprocess.TimeoutExpired:
-            reason = f"not finished within the {part.seconds} s of this part"
+            reason = f"{OUT_OF_TIME}: not finished within the {part.seconds} s of this part"
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -579,9 +601,14 @@ def run_isolated(part: Part, arguments: argparse.Namespace) -> None:
         blamed = record.pending or {"op": part.name, "provider": "all", "mode": ""}
         known = record.rows[-1] if record.rows else dict(machine(torch.device("cpu")), gpu="unknown")
         same = {name: known[name] for name in machine_columns()}
-        record.rows.append({name: {**same, **blamed, "status": f"FAILED: {reason}"}.get(name, "") for name in COLUMNS})
+        record.rows.append({name: {**same, **blamed, "status": reason}.get(name, "") for name in COLUMNS})
         record.pending = None
         record.save()
+
+
+def ran_out(row: Mapping[str, Any]) -> bool:
+    """Nothing is known of it: the next call tries again."""
+    return str(row["status"]).startswith(OUT_OF_TIME)
 
 
 def machine_columns() -> tuple[str, ...]:
@@ -592,8 +619,18 @@ def write_csv(out: Path, records: Sequence[Record]) -> Path:
     """All rows of all parts, in one file that is written anew."""
     path = out / "gpu.csv"
     path.unlink(missing_ok=True)
-    append_rows(path, [row for record in records for row in record.rows], COLUMNS)
+    append_rows(path, with_speedup([row for record in records for row in record.rows]), COLUMNS)
     return path
+
+
+def with_speedup(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Filled once all are there, as the reference of a case is not measured first."""
+    filled = []
+    for row in rows:
+        base = [x["p50_us"] for x in rows if x["provider"] == "reference" and x["p50_us"] != "" and same_case(x, row)]
+        timed = base and row["p50_us"] != ""
+        filled.append({**row, "speedup": short(float(base[0]) / float(row["p50_us"])) if timed else ""})
+    return filled
 
 
 def verdict(rows: Sequence[Mapping[str, Any]], bar: Bar | None) -> tuple[str, ...]:

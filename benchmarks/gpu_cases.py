@@ -42,6 +42,8 @@ class Built(NamedTuple):
 
     run: Run
     results: list[Tensor]
+    replayed: tuple[list[Tensor], list[Tensor]] | None = None
+    """Of a recorded call: what a replay gave, and what the same call gives that is not recorded."""
 
 
 @dataclass
@@ -72,21 +74,40 @@ class Planned:
         return self._expected
 
 
-def recorded(run: Run, device: torch.device) -> Run:
-    """``run`` as a CUDA graph; as it is on the CPU."""
+N_WARM = 3
+"""Calls before a call is recorded."""
+
+
+def recorded(run: Run, device: torch.device) -> tuple[Run, list[Tensor]]:
+    """``run`` as a CUDA graph, as it is on the CPU; and the memory of its results, which the next replay fills."""
     if device.type != "cuda":
-        return run
+        for _ in range(N_WARM):
+            run()
+        kept: list[Tensor] = []
+
+        def call() -> None:
+            kept[:] = tensors(run())
+
+        return call, kept
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
-        for _ in range(3):
+        for _ in range(N_WARM):
             run()
     torch.cuda.current_stream(device).wait_stream(stream)
     torch.cuda.synchronize(device)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        run()
-    return graph.replay
+        out = run()
+    return graph.replay, [x.detach() for x in (out if isinstance(out, list | tuple) else (out,))]
+
+
+def replayed(replay: Run, kept: list[Tensor]) -> list[Tensor]:
+    """What one replay gives; NaN where it writes nothing."""
+    for x in kept:
+        x.fill_(math.nan)
+    replay()
+    return tensors(kept)
 
 
 def autotuned(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
@@ -114,13 +135,25 @@ def variants(
     plain: Callable[[], Callable[[], Any]],
     fast: Callable[[], Callable[[], Any]] | None,
     name: str,
+    pure: bool = True,
 ) -> dict[str, Callable[[], Built]]:
-    """``name`` as it is, recorded, compiled, and both, of builders of a call."""
+    """``name`` as it is, recorded, compiled, and both, of builders of a call; not ``pure`` where each moves a state."""
 
     def built(make: Callable[[], Callable[[], Any]], record: bool) -> Built:
+        following: list[Tensor] = []
+        if record and not pure:
+            # Another state as far on as the recorded one is at its first replay; never compiled, which takes long.
+            other = plain()
+            for _ in range(1 + N_WARM):
+                other()
+            following = tensors(other())
+            del other
         run = make()
         results = tensors(run())
-        return Built(recorded(run, device) if record else run, results)
+        if not record:
+            return Built(run, results)
+        replay, kept = recorded(run, device)
+        return Built(replay, results, (replayed(replay, kept), following or results))
 
     found = {name: lambda: built(plain, False), f"{name} + graph": lambda: built(plain, True)}
     if fast is not None:
@@ -205,8 +238,7 @@ def attention_case(device: torch.device, tiny: bool) -> Planned:
             if device.type != "cuda":
                 # It has no backward on the CPU.
                 def forward() -> Tensor:
-                    with torch.no_grad():
-                        return attend(q, k, v)
+                    return attend(*(x.detach() for x in (q, k, v)))
 
                 return Built(forward, [forward(), *tensors(both(plain)())[1:]])
             run = both(attend)
@@ -343,8 +375,8 @@ def update_case(device: torch.device, tiny: bool, c: int, b: int, t: int) -> Pla
 
     flops, n_bytes = update_cost(config, b * t)
     providers = {
-        **variants(device, maker("", False), maker("", True), "triton"),
-        **variants(device, maker("reference", False), maker("reference", True), "reference"),
+        **variants(device, maker("", False), maker("", True), "triton", pure=False),
+        **variants(device, maker("reference", False), maker("reference", True), "reference", pure=False),
     }
     # Of the traffic in float32: the stream alone is kept so, and each layer's input may be kept in bfloat16.
     return Planned(
@@ -522,13 +554,34 @@ def decode_case(device: torch.device, tiny: bool, c: int, n: int) -> Planned:
                 target[i].copy_(x)
         return found
 
-    def acting(make: Callable[[], Callable[[Tensor], Tensor]], record: bool) -> Callable[[], Built]:
+    def acting(
+        make: Callable[[], Callable[[Tensor], Tensor]],
+        record: bool,
+        plain: Callable[[], Callable[[Tensor], Tensor]] | None = None,
+    ) -> Callable[[], Built]:
+        """``plain``: the same, not compiled, for the comparison of a recorded step; default ``make``."""
+
         def build() -> Built:
+            following: list[Tensor] = []
+            if record:
+                # Another state as far on as the recorded one is at its first replay.
+                other = (plain or make)()
+                for x in (*observations, *[observations[-1]] * N_WARM):
+                    other(x)
+                following = tensors(other(observations[0]))
+                del other
             step = make()
             outputs = torch.stack([step(x).detach().clone() for x in observations])
-            last = observations[-1]
+            last = observations[-1].clone()
             run: Run = functools.partial(step, last)
-            return Built(recorded(run, device) if record else run, [outputs])
+            if not record:
+                return Built(run, [outputs])
+            replay, kept = recorded(run, device)
+            # Something else than what the steps before it saw: theirs is not what is right.
+            last.copy_(observations[0])
+            found = replayed(replay, kept)
+            last.copy_(observations[-1])
+            return Built(replay, [outputs], (found, following))
 
         return build
 
@@ -560,7 +613,7 @@ def decode_case(device: torch.device, tiny: bool, c: int, n: int) -> Planned:
         "triton + graph": acting(op(""), True),
         "reference": acting(op("reference"), False),
         **{f"torch{' + graph' * g}": acting(peer(False), g) for g in (False, True)},
-        **{f"torch + compile{' + graph' * g}": acting(peer(True), g) for g in (False, True)},
+        **{f"torch + compile{' + graph' * g}": acting(peer(True), g, peer(False)) for g in (False, True)},
     }
     flops, n_bytes = decode_cost(config, n)
     # With C = 2 an actor reads its own actions, and errors feed themselves.
@@ -580,14 +633,21 @@ class Size(NamedTuple):
     lengths: tuple[int, ...]
     window: int
     n_rows: int  # plans, and environments
+    ring: int  # steps that the ring of a long episode holds
+    n_steps: int  # of that episode: more
+    long: tuple[int, ...]  # lengths of a batch so large that other tiles are chosen; none: left out
 
 
 SIZES = {
-    "tiny": Size("tiny", (1, 20, 13), 6, 5),
+    "tiny": Size("tiny", (1, 20, 13), 6, 5, 4, 10, (30, 1, 20)),
     # For the sanitizer, which slows a kernel by a hundred.
-    "small": Size("gym", (1, 70, 129, 2), 64, 33),
-    "full": Size("gym", (1, 700, 64, 129, 300, 63, 1000, 2, 17), 64, 200),
+    "small": Size("gym", (1, 70, 129, 2), 64, 33, 4, 10, ()),
+    "full": Size("gym", (1, 700, 64, 129, 300, 63, 1000, 2, 17), 64, 200, 16, 40, (2000,) * 19 + (1, 1000, 999)),
 }
+N_STARTS, N_MEMBERS = 8, 4
+
+FEWER_REPEATS = ("decode_step ring",)
+"""Each call of these is many launches of the same kernel: a tenth of the repeats."""
 
 
 def repeat_cases(device: torch.device, dtype: str, size: str) -> dict[str, Callable[[], list[Tensor]]]:
@@ -595,18 +655,22 @@ def repeat_cases(device: torch.device, dtype: str, size: str) -> dict[str, Calla
     s = SIZES[size]
     config = preset(s.model)
     m = config.model
-    heads, width, n_z, dim = m.n_heads, m.dim // m.n_heads, m.n_z, m.dim
-    lengths = torch.tensor(s.lengths)
-    b, n = len(s.lengths), int(lengths.sum())
+    heads, width, n_z = m.n_heads, m.dim // m.n_heads, m.n_z
+    b, n = len(s.lengths), sum(s.lengths)
     of_dtype = getattr(torch, dtype)
     torch.manual_seed(0)
-    cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32).to(device)
-    positions = torch.cat([torch.arange(int(length)) for length in lengths]).to(device)
+
+    def packed(lengths: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        ends = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).to(torch.int32).to(device)
+        return ends, torch.cat([torch.arange(length) for length in lengths]).to(device)
+
+    cu_seqlens, _ = packed(s.lengths)
 
     def normal(*shape: int, like: torch.dtype = of_dtype) -> Tensor:
         return torch.randn(shape).to(like).to(device)
 
-    q, k, v, g = (normal(n, heads, width) for _ in range(4))
+    q = normal(n, heads, width)
+    g = normal(n, heads, width)
     plan_k, plan_v = (normal(b, n_z, heads, width) for _ in range(2))
 
     def with_gradients(forward: Callable[..., Any], leaves: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
@@ -615,22 +679,30 @@ def repeat_cases(device: torch.device, dtype: str, size: str) -> dict[str, Calla
         out = list(out) if isinstance(out, tuple) else [out]
         return [*out, *torch.autograd.grad(out, leaves, grads)]
 
-    def window_attention() -> list[Tensor]:
-        return with_gradients(
-            lambda q, k, v: ops.window_attention(q, k, v, cu_seqlens, s.window, positions), [q, k, v], [g]
-        )
+    def window_attention(lengths: tuple[int, ...]) -> Callable[[], list[Tensor]]:
+        ends, positions = packed(lengths)
+        q, k, v, g = (normal(sum(lengths), heads, width) for _ in range(4))
+
+        def run() -> list[Tensor]:
+            return with_gradients(
+                lambda q, k, v: ops.window_attention(q, k, v, ends, s.window, positions), [q, k, v], [g]
+            )
+
+        return run
 
     def plan_attention() -> list[Tensor]:
         return with_gradients(lambda q, k, v: ops.plan_attention(q, k, v, cu_seqlens), [q, plan_k, plan_v], [g])
 
-    hidden = 4 * dim
-    _, exact_weights = exact_inputs(1, 1, heads, width, n_z, hidden)
-    weights = [w.float().to(device) for w in exact_weights]
     is_bf16 = dtype == "bfloat16"
-    x, attended = normal(n, dim, like=torch.float32), normal(n, dim)
-    dx, dy = normal(n, dim, like=torch.float32), normal(n, 3 * dim)
 
-    def block(train_weights: bool) -> Callable[[], list[Tensor]]:
+    def block(train_weights: bool, heads: int) -> Callable[[], list[Tensor]]:
+        dim = heads * width
+        _, exact_weights = exact_inputs(1, 1, heads, width, n_z, 4 * dim)
+        weights = [w.float().to(device) for w in exact_weights]
+        plan_k, plan_v = (normal(b, n_z, heads, width) for _ in range(2))
+        x, attended = normal(n, dim, like=torch.float32), normal(n, dim)
+        dx, dy = normal(n, dim, like=torch.float32), normal(n, 3 * dim)
+
         def run() -> list[Tensor]:
             def forward(x: Tensor, attended: Tensor, k: Tensor, v: Tensor, *own: Tensor) -> Any:
                 w = BlockWeights(*(own or weights))
@@ -641,44 +713,60 @@ def repeat_cases(device: torch.device, dtype: str, size: str) -> dict[str, Calla
 
         return run
 
-    model = GAC(config.model, OBS_DIM, ACT_DIM).to(device).requires_grad_(False)
+    def acting(**fields: Any) -> GAC:
+        model = GAC(config.replace(model=fields).model, OBS_DIM, ACT_DIM)
+        return model.to(device).requires_grad_(False)
+
     z0 = normal(s.n_rows, m.n_z, m.dim, like=torch.float32)
     ids = torch.arange(len(z0), device=device)
-    networks = model.prior.weights(), model.returns.weights()
+    alone = acting()
+    # The mean over several starts of each plan, and over several members.
+    of_starts = acting(return_context="first_state", return_ensemble=N_MEMBERS)
+    starts = normal(len(z0), N_STARTS, OBS_DIM, like=torch.float32)
 
-    def ascent() -> list[Tensor]:
-        found = ops.plan_ascent(
-            *networks, z0, n_steps=5, step_size=0.05, kappa=1.0, radius=0.5, max_norm=1.1, bf16=is_bf16
-        )
-        return list(found)
+    def ascent(model: GAC, context: Tensor | None) -> Callable[[], list[Tensor]]:
+        networks = model.prior.weights(), model.returns.weights()
+        return lambda: list(ops.plan_ascent(
+            *networks, z0, n_steps=5, step_size=0.05, kappa=1.0, radius=0.5, max_norm=1.1, context=context,
+            bf16=is_bf16,
+        ))  # fmt: skip
 
-    def langevin() -> list[Tensor]:
+    def langevin(model: GAC, context: Tensor | None) -> Callable[[], list[Tensor]]:
+        networks = model.prior.weights(), model.returns.weights()
         target = torch.ones((), device=device)
-        found = ops.plan_langevin(
-            *networks, z0, target, n_steps=5, step_size=0.3, seed=(1, 2), plans=ids, max_drift_ratio=0.5, bf16=is_bf16
-        )
-        return list(found)
+        return lambda: list(ops.plan_langevin(
+            *networks, z0, target, n_steps=5, step_size=0.3, seed=(1, 2), plans=ids, max_drift_ratio=0.5,
+            context=context, bf16=is_bf16,
+        ))  # fmt: skip
 
     def philox() -> list[Tensor]:
         return [ops.philox_normal((1, 2), ids, 7, 1027)]
 
-    step_weights = model.decoder.step_weights()
-    step_inputs = normal(5, len(z0), OBS_DIM, like=torch.float32)
+    def decode(model: GAC, n_steps: int) -> Callable[[], list[Tensor]]:
+        step_weights = model.decoder.step_weights()
+        step_inputs = normal(n_steps, len(z0), OBS_DIM, like=torch.float32)
 
-    def decode() -> list[Tensor]:
-        state = DecodeState(
-            n_layers=m.n_layers, n_rows=len(z0), window=model.decoder.window, n_heads=m.n_heads,
-            width=m.dim // m.n_heads, n_z=m.n_z, act_dim=ACT_DIM, device=device, bf16=is_bf16,
-        )  # fmt: skip
-        for i, layer in enumerate(model.decoder.layers):
-            for target, x in zip((state.plan_k, state.plan_v), layer.plan_keys(z0), strict=True):  # type: ignore[operator]
-                target[i].copy_(x)
-        return [ops.decode_step(step_weights, state, x).clone() for x in step_inputs]
+        def run() -> list[Tensor]:
+            state = DecodeState(
+                n_layers=m.n_layers, n_rows=len(z0), window=model.decoder.window, n_heads=m.n_heads,
+                width=m.dim // m.n_heads, n_z=m.n_z, act_dim=ACT_DIM, device=device, bf16=is_bf16,
+            )  # fmt: skip
+            for i, layer in enumerate(model.decoder.layers):
+                for target, x in zip((state.plan_k, state.plan_v), layer.plan_keys(z0), strict=True):  # type: ignore[operator]
+                    target[i].copy_(x)
+            return [ops.decode_step(step_weights, state, x).clone() for x in step_inputs]
+
+        return run
 
     cases = {
-        "window_attention": window_attention, "plan_attention": plan_attention, "block frozen": block(False),
-        "block": block(True), "decode_step": decode, "plan_ascent": ascent, "plan_langevin": langevin,
+        "window_attention": window_attention(s.lengths), "plan_attention": plan_attention,
+        "block frozen": block(False, heads), "block": block(True, heads), "block wide": block(True, 2 * heads),
+        "decode_step": decode(alone, 5), "decode_step ring": decode(acting(window=s.ring), s.n_steps),
+        "plan_ascent": ascent(alone, None), "plan_ascent starts": ascent(of_starts, starts),
+        "plan_langevin": langevin(alone, None), "plan_langevin starts": langevin(of_starts, starts),
     }  # fmt: skip
+    if s.long:
+        cases["window_attention long"] = window_attention(s.long)
     return {**cases, "philox_normal": philox} if dtype == "float32" else cases
 
 

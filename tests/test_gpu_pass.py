@@ -281,12 +281,82 @@ def test_a_part_that_hangs_is_ended_and_blamed(gpu, tmp_path):
     found = gpu.Record.load(tmp_path, "slow")
     assert not found.finished
     assert [(row["provider"], row["status"]) for row in found.rows] == [
-        ("reference + compile", "FAILED: not finished within the 0.05 s of this part")
+        ("reference + compile", "ran out of time: not finished within the 0.05 s of this part")
     ]
+    assert not gpu.is_wrong({**found.rows[0], "provider": "triton"})
     # Its row is there: the next call goes on with the others.
     assert gpu.Context(found, torch.device("cpu"), True, False, True, 1, tmp_path).has(**{
         name: found.rows[0][name] for name in ("op", "provider", "mode", "shape", "dtype")
     })  # fmt: skip
+
+
+def test_what_ran_out_of_time_is_tried_again_after_the_others(gpu, tmp_path):
+    key = {"op": "update", "mode": "x", "shape": "y", "dtype": "z"}
+    record = gpu.Record(tmp_path / "parts" / "slow.json")
+    late = {**dict.fromkeys(gpu.COLUMNS, ""), **key, "provider": "triton", "status": f"{gpu.OUT_OF_TIME}: it did"}
+    record.rows = [late, {**late, "provider": "done", "status": ""}]
+    record.save()
+    order = []
+
+    def run(ctx: Any) -> None:
+        for provider in ("triton", "done", "next"):
+            if not ctx.has(**key, provider=provider):
+                order.append(provider)
+                ctx.add(**key, provider=provider)
+
+    arguments = argparse.Namespace(out=tmp_path, dry_run=True, quick=False, no_compile=True)
+    gpu.run_part(gpu.Part("slow", 10, run), arguments)
+    found = gpu.Record.load(tmp_path, "slow")
+    assert order == ["next", "triton"]
+    assert found.finished
+    assert [row["provider"] for row in found.rows] == ["done", "next", "triton"]
+    assert not any(row["status"] for row in found.rows)
+
+
+@pytest.mark.parametrize("pure", [True, False])
+def test_an_empty_recording_is_wrong(gpu, tmp_path, monkeypatch, pure):
+    """Of calls that give the same every time, and of those that move a state."""
+    import gpu_cases
+
+    def make() -> Any:
+        state = torch.ones(3)
+
+        def run() -> torch.Tensor:
+            if not pure:
+                state.add_(1)
+            return state.clone()
+
+        return run
+
+    def measured(record: Any) -> str:
+        monkeypatch.setattr(gpu_cases, "recorded", record)
+        ctx = context(gpu, tmp_path)
+        builders = gpu_cases.variants(ctx.device, make, make, "triton", pure=pure)
+        clock = gpu.Clock(ctx.device, 0.01)
+        case = planned(gpu, **builders)
+        case.reference = lambda: [torch.ones(3) * (1 if pure else 2)]
+        for name in ("triton + graph", "triton + compile + graph"):
+            gpu.measure(ctx, case, name, builders[name], clock, gpu.Floors({"float32": 1.0}, 1.0))
+        return " ".join(row["status"] for row in ctx.record.rows).strip()
+
+    assert measured(gpu_cases.recorded) == ""
+    said = measured(lambda run, device: (lambda: None, [torch.ones(3)]))
+    assert said.count("WRONG: relative error of the replay") == 2
+
+
+def test_speedups_are_filled_when_all_rows_are_there(gpu, tmp_path):
+    rows = [make_row("triton", 5.0), make_row("reference", 20.0), make_row("flex", ""), make_row("x", 1.0, shape="z")]
+    filled = gpu.with_speedup(rows)
+    assert [row["speedup"] for row in filled] == [4.0, 1.0, "", ""]
+
+
+def test_ops_without_a_kernel_by_design_are_not_blamed(gpu, tmp_path, monkeypatch):
+    counts = {("norm_linear", "reference"): 3, ("pack_batch", "cpp"): 1, ("block", "triton"): 2}
+    monkeypatch.setattr(gpu.ops, "dispatch_counts", lambda: counts)
+    ctx = context(gpu, tmp_path, dry=False)
+    assert gpu.engines(ctx) == ""
+    counts["block", "reference"] = 1
+    assert gpu.engines(ctx) == "no kernel: block on reference"
 
 
 def test_the_benchmarks_are_a_module_without_being_installed():
