@@ -664,10 +664,10 @@ _OPTIONS = {
     ("forward", 128, False): [_option(64, 64, 64, 64, 4, 2), _option(128, 64, 64, 64, 8, 2)],
     ("forward", 256, False): [_option(64, 32, 32, 32, 8, 2)],
     ("data", 64, False): [_option(64, 64, 64, 64, 4, 2)],
-    ("data", 128, False): [_option(64, 32, 32, 32, 8, 2), _option(128, 64, 32, 32, 8, 2)],
+    ("data", 128, False): [_option(64, 32, 32, 32, 8, 2)],
     ("data", 256, False): [_option(32, 32, 32, 32, 8, 2, 240)],
     ("weights", 64, False): [_option(64, 64, 64, 64, 4, 2)],
-    ("weights", 128, False): [_option(64, 32, 32, 32, 8, 2), _option(64, 32, 32, 32, 4, 2)],
+    ("weights", 128, False): [_option(64, 32, 32, 32, 8, 2)],
     ("weights", 256, False): [_option(32, 32, 32, 32, 8, 2, 240)],
 }
 
@@ -680,8 +680,8 @@ def options(sizes: Sizes, dtype: torch.dtype, mode: str, architecture: int) -> l
         return [_option(16, 16, 16, 16, 4, 1)]
     found = _OPTIONS[mode, max(64, sizes.padded_dim), architecture >= 90]
     if sizes.dim != sizes.padded_dim or sizes.columns > sizes.columns_at_once:
-        # Masks and the loop over heads take registers that only the first leaves.
-        found = found[:1]
+        # Masks and the loop over heads take registers that only the first leaves, and that it must not go without.
+        found = [replace(found[0], registers=None)] if mode == "forward" else found[:1]
     # Tiles no larger than what they cut.
     return [
         replace(

@@ -442,7 +442,7 @@ def _options(q: Tensor, window: int, hopper: bool, backward: bool) -> list[Optio
                 if backward:
                     found = [*found, (64, bp, heads, 4, 2, None)]
                 else:
-                    found = [(64, bp, heads, 4, 1, 128), (64, bp, heads, 4, 2, 168), *found]
+                    found = [(64, bp, heads, 4, 1, 128 if heads == 4 else 168), (64, bp, heads, 4, 2, 168), *found]
     return [
         Option((("BT", bt), ("BP", bp), ("HEADS", n_together)), warps, stages, registers)
         for bt, bp, n_together, warps, stages, registers in found
