@@ -3,7 +3,7 @@
 #   PYTHON=...             the Python (>= 3.11) to make .venv with; default: the first that serves
 #   TORCH_INDEX=...        a further package index, for example one that offers CPU builds of torch
 #   GAC_FAST_NO_CPP=1      leave out the C++ engine (needs no compiler)
-#   TEST_PROCESSES=...     processes that run the tests (2)
+#   TEST_PROCESSES=...     processes that run the tests (1)
 #   BENCH="..."            options of `make bench`, for example BENCH="-k update --quick --threads 1"
 #   BENCH_CSV=...          where it appends its rows; the chart lies beside
 #   GPU_PYTHON=...         the Python of `make gpu`, which has torch and triton; default: python3
@@ -20,9 +20,10 @@ TORCH_INDEX ?=
 CXX_CANDIDATES := $(or $(if $(filter-out default undefined,$(origin CXX)),$(firstword $(CXX))),c++ g++ clang++)
 
 BENCH ?=
-# Processes of the tests, each of which takes whole files.
-TEST_PROCESSES ?= 2
-PARALLEL := -n $(TEST_PROCESSES) --dist loadfile
+# Processes of the tests, each of which takes whole files. Tests of the benchmarks run on all cores: beside another
+# process, threads of OpenMP that wait for each other take minutes where they take seconds alone.
+TEST_PROCESSES ?= 1
+PARALLEL := $(if $(filter-out 0 1,$(TEST_PROCESSES)),-n $(TEST_PROCESSES) --dist loadfile)
 BENCH_CSV ?= benchmarks/results/speed.csv
 GPU_PYTHON ?= python3
 GPU_OUT ?= runs/gpu

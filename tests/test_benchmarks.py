@@ -18,6 +18,11 @@ from conftest import ROOT
 DATE = "2026-01-02T03:04:05+00:00"
 
 
+def outside() -> dict[str, str]:
+    """The environment without pytest-xdist's variables: pytest-benchmark measures nothing in one of its workers."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+
+
 @pytest.fixture
 def harness(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
@@ -264,7 +269,7 @@ def test_every_case_runs_on_toy_sizes(tmp_path, report):
     path = tmp_path / "speed.csv"
     command = [sys.executable, "-m", "pytest", "benchmarks", "--tiny", "--threads", "1", "--csv", str(path), "-q"]
     short = ["--benchmark-max-time=0.001", "--benchmark-min-rounds=1", "--benchmark-quiet", "-p", "no:cacheprovider"]
-    result = subprocess.run([*command, *short], cwd=ROOT, capture_output=True, text=True, check=False)
+    result = subprocess.run([*command, *short], cwd=ROOT, env=outside(), capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     rows = report.read(path)
     measured = {row["op"] for row in rows}
@@ -279,7 +284,7 @@ def test_every_case_runs_on_toy_sizes(tmp_path, report):
 
 def test_a_wrong_thread_count_is_refused(tmp_path):
     command = [sys.executable, "-m", "pytest", "benchmarks", "--threads", "one", "-p", "no:cacheprovider"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    result = subprocess.run(command, cwd=ROOT, env=outside(), capture_output=True, text=True, check=False)
     assert result.returncode != 0
     assert "--threads: expected counts such as 1,2, got 'one'" in result.stdout + result.stderr
 
@@ -303,7 +308,7 @@ def test_a_plain_case_of_pytest_benchmark_is_recorded_too(tmp_path, report):
     path = tmp_path / "speed.csv"
     command = [sys.executable, "-m", "pytest", str(tmp_path), "-c", str(ROOT / "pyproject.toml"), "--quick", "-q"]
     options = ["--threads", "1,2", "--csv", str(path), "--benchmark-max-time=0.001", "-p", "no:cacheprovider"]
-    result = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True, check=False)
+    result = subprocess.run([*command, *options], cwd=ROOT, env=outside(), capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     rows = report.read(path)
     assert sorted((row["provider"], row["threads"]) for row in rows) == sorted(

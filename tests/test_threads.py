@@ -78,7 +78,7 @@ from gac_fast import ops
 kept = ops.keep_freed_memory()
 assert kept == (sys.argv[1] == "kept"), kept
 def use():
-    blocks = [torch.ones(1 << 22) for _ in range(6)]  # of 16 MiB
+    blocks = [torch.ones(10 << 20) for _ in range(3)]  # of 40 MiB, beyond what glibc's own threshold grows to
     del blocks
 for _ in range(20): use()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -99,7 +99,7 @@ def faults(expected: str, **environment: str) -> int:
 @pytest.mark.usefixtures("cpp_engine")
 @pytest.mark.skipif(sys.platform != "linux", reason="counts page faults of glibc's allocator")
 def test_freed_memory_stays_for_the_next_update():
-    # Twenty times six blocks of 4,096 pages.
+    # Twenty times three blocks of 10,240 pages.
     assert faults("kept") < 10_000
     assert faults("not", GAC_FAST_KEEP_MEMORY="0") > 50_000
     # Whoever tunes the allocator is left alone.
