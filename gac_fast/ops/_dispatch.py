@@ -167,9 +167,6 @@ def active(op: str, device: torch.device) -> str:
     return _select(op, device)
 
 
-active._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
 def is_for_triton(op: str, device: torch.device) -> bool:
     """Whether the Triton engine would take a call on tensors of ``device``: limits of its own then count."""
     try:

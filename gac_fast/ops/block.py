@@ -414,7 +414,7 @@ def decoder_block(
         given.append(weight)
 
     refused = _dispatch.refusal(x)
-    if refused is None and _dispatch.active(OP, x.device) == "triton":
+    if refused is None and _dispatch.is_for_triton(OP, x.device):
         refused = _block_triton.refusal(x, plan_k)
     engine = _dispatch.choose(OP, x.device, refused)
     if engine != "cpp" and every > 1:

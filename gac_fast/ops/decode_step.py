@@ -299,7 +299,7 @@ def _bind(state: DecodeState, units: Units | None) -> None:
 def _triton_refusal(state: DecodeState) -> str | None:
     """Why the Triton engine does not take a state that it would get; None where it does, or would not get it."""
     device = state.steps.device
-    if _dispatch.active(OP, device) != "triton":
+    if not _dispatch.is_for_triton(OP, device):
         return None
     from gac_fast.kernels import decode_step as kernel
 

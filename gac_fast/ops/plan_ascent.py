@@ -276,7 +276,7 @@ def plan_langevin(
 
 def _refused(op: str, device: torch.device, members: int) -> str | None:
     """Why the Triton engine takes no such return models, where it would run."""
-    if _dispatch.active(op, device) != "triton":
+    if not _dispatch.is_for_triton(op, device):
         return None
     from gac_fast.kernels import plan_ascent as kernel
 
