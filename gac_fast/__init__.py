@@ -4,6 +4,7 @@
     policy = gac_fast.load(run_dir)
     actor = policy.actor(policy.exploit(n=64))
     result = gac_fast.evaluate(policy, "pointmaze-umaze", episodes=256, seed=0)
+    better = gac_fast.load(gac_fast.finetune(run_dir, "pointmaze-umaze"))
 
 Everything is imported on first use: ``import gac_fast`` alone loads neither torch nor a simulator.
 """
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from gac_fast.plan import Plans
     from gac_fast.policy import Policy, load
     from gac_fast.train.offline import train
+    from gac_fast.train.online import finetune
 
 __all__ = [
     "Actor",
@@ -46,6 +48,7 @@ __all__ = [
     "__version__",
     "errors",
     "evaluate",
+    "finetune",
     "load",
     "preset",
     "train",
@@ -58,6 +61,7 @@ _HOME = {
     "Plans": "gac_fast.plan",
     "Policy": "gac_fast.policy",
     "Trajectories": "gac_fast.data",
+    "finetune": "gac_fast.train.online",
     "load": "gac_fast.policy",
     "preset": "gac_fast.config",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, Protocol, TypeVar
 
 import numpy as np
@@ -37,7 +38,10 @@ class Actor:
         normalization: units of observations and actions.
         z0: [P, n_z, D], one plan seed per environment, P >= 1; NumPy or tensor, of any float type and device. It goes
             to the device and type of ``normalization``.
-        action_noise: standard deviation of Gaussian noise on the action, in units of half the action space.
+        action_noise: standard deviation of Gaussian noise on the action, in units of half the action space; one for
+            all environments, or [P].
+        noise_correlation: steps after which the noise has forgotten 1 - 1/e of itself: 0 draws it anew at every step,
+            many steps push an episode consistently one way.
         seed: of that noise.
         bf16: let the engines run the decoder's layers in bfloat16: several times faster where the processor has
             matrix units for it, actions to about 1%. ``"auto"`` does so where it has them and the decoder was trained
@@ -45,8 +49,12 @@ class Actor:
             float32.
         cuda_graph: with the Triton engine on a GPU, replay each step as a CUDA graph, which takes less of the host.
 
+    Attributes:
+        z0: [P, n_z, D], the seeds that act.
+
     Raises:
-        ValueError: ``z0`` has another shape, is not of a float type, or is not finite (checked if it comes on the CPU).
+        ValueError: ``z0`` has another shape, is not of a float type, or is not finite (checked if it comes on the CPU);
+            ``action_noise`` or ``noise_correlation`` is negative, not finite, or of another shape.
     """
 
     def __init__(
@@ -54,17 +62,21 @@ class Actor:
         model: GAC,
         normalization: Normalization,
         z0: np.ndarray | Tensor,
-        action_noise: float = 0.0,
+        action_noise: float | np.ndarray | Tensor = 0.0,
         seed: int = 0,
         bf16: bool | Literal["auto"] = "auto",
         cuda_graph: bool = False,
+        noise_correlation: float = 0.0,
     ) -> None:
         if bf16 not in (True, False, "auto"):
             raise ValueError(f"bf16: expected True, False or 'auto', got {bf16!r}")
         self.model = model
         self.normalization = normalization
+        self.z0 = z0 = self._seeds("z0", z0, None)
         self.action_noise = action_noise
-        z0 = self._seeds("z0", z0, None)
+        if not 0 <= noise_correlation < math.inf:
+            raise ValueError(f"noise_correlation: expected a number of at least 0, got {noise_correlation}")
+        self.noise_correlation = noise_correlation
         self._generator = torch.Generator(device=z0.device).manual_seed(seed)
         config, decoder = model.config, model.decoder
         if bf16 == "auto":
@@ -77,6 +89,24 @@ class Actor:
         self._weights = ops.WeightsOf(decoder)
         self._units = _units(normalization)
         self._set_plans(torch.ones(len(z0), dtype=torch.bool, device=z0.device), z0)
+        # Noise of the step before, of unit variance; NaN where an episode begins.
+        self._noise = torch.full((len(z0), model.act_dim), math.nan, dtype=z0.dtype, device=z0.device)
+
+    @property
+    def action_noise(self) -> float | np.ndarray | Tensor:
+        """Standard deviation of the noise; it may be set at any time."""
+        return self._action_noise
+
+    @action_noise.setter
+    def action_noise(self, value: float | np.ndarray | Tensor) -> None:
+        levels = torch.as_tensor(value, dtype=self.z0.dtype, device=self.z0.device)
+        if levels.shape not in ((), (len(self.z0),)):
+            raise ValueError(f"action_noise: expected a number or shape [{len(self.z0)}], got {list(levels.shape)}")
+        if not bool(((levels >= 0) & levels.isfinite()).all()):
+            raise ValueError(f"action_noise: expected finite values of at least 0, got {value}")
+        self._action_noise = value
+        # [P, 1], or None where nothing is to be added.
+        self._noise_levels = levels.expand(len(self.z0))[:, None] if bool(levels.any()) else None
 
     def __len__(self) -> int:
         """Number of environments P."""
@@ -145,8 +175,11 @@ class Actor:
                 raise ValueError(f"mask: expected bool [{len(self)}], got {rows.dtype} {list(rows.shape)}")
         if plans is not None:
             z0 = plans if isinstance(plans, np.ndarray | Tensor) else plans.z0
-            self._set_plans(rows, self._seeds("plans", z0, rows))
+            seeds = self._seeds("plans", z0, rows)
+            self._set_plans(rows, seeds)
+            self.z0 = torch.where(rows[:, None, None], seeds, self.z0)
         self._state.reset(None if mask is None else rows)
+        self._noise[rows] = math.nan
 
     def act(self, obs: Array) -> Array:
         """Mean actions (plus noise, if any) for the current observations.
@@ -166,14 +199,20 @@ class Actor:
         if self._weights.decoder is not self.model.decoder:
             self._weights = ops.WeightsOf(self.model.decoder)
         out = ops.decode_step(self._weights(), self._state, obs, self._units)
-        return out if self.action_noise <= 0 else self._add_noise(out)
+        return out if self._noise_levels is None else self._add_noise(out, self._noise_levels)
 
     @torch.no_grad()
-    def _add_noise(self, out: Array) -> Array:
+    def _add_noise(self, out: Array, levels: Tensor) -> Array:
         """The same actions with noise, of the same kind; it is what the decoder will read back."""
         action = self._state.last_action
         noise = torch.randn(action.shape, generator=self._generator, dtype=action.dtype, device=action.device)
-        action.add_(noise, alpha=self.action_noise).clamp_(-1, 1)
+        if self.noise_correlation > 0:
+            # An Ornstein-Uhlenbeck process, begun in its stationary law.
+            kept = math.exp(-1 / self.noise_correlation)
+            follows = self._noise * kept + noise * math.sqrt(1 - kept * kept)
+            noise = torch.where(self._noise.isnan(), noise, follows)
+            self._noise = noise
+        action.add_(noise * levels).clamp_(-1, 1)
         noisy = self.normalization.to_environment(action)
         return noisy.cpu().numpy() if isinstance(out, np.ndarray) else noisy
 

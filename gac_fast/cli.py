@@ -1,4 +1,4 @@
-"""The command line: ``gac-fast data | train | eval | info``.
+"""The command line: ``gac-fast data | train | finetune | eval | info``.
 
 Each command is a dataclass whose field docs are its help, and a function that runs it. Heavy imports are inside the
 functions, so that ``--help`` is quick.
@@ -109,6 +109,35 @@ class Train:
 
 
 @dataclass(frozen=True)
+class Finetune:
+    """Improve a run by acting: explore, learn from what came of it, and go on; Ctrl-C saves and stops.
+
+    Every value of the configuration is a flag; without --preset it starts from the run's own. Without RUN training
+    starts from scratch, with random plans.
+    """
+
+    run: Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="RUN")] = None
+    """Folder of the run to improve, or of one of its checkpoints."""
+    env: str | None = None
+    """Environment id; default that of the run's data."""
+    steps: int | None = None
+    """Environment time steps in all; another name for --online.n-steps."""
+    data: str | None = None
+    """Offline data that the run was trained on; default what the run recorded."""
+    preset: _PresetName = None
+    """Named values to start from; default the run's own configuration."""
+    run_dir: Path | None = None
+    """Folder of the new run; default runs/<environment>-online-s<seed>-<time>."""
+    resume: bool = False
+    """Go on from the newest checkpoint of --run-dir, as if it had never stopped."""
+    overwrite: bool = False
+    """Replace a run that is in --run-dir."""
+    tensorboard: bool = True
+    """Write TensorBoard files beside the CSV."""
+    config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
+
+
+@dataclass(frozen=True)
 class Eval:
     """Evaluate a run: whole episodes, what they return and what was predicted. Adds to the run's result.json."""
 
@@ -137,6 +166,9 @@ class Info:
     """Print versions, devices, the active engine of every op and why not another, and environment variables."""
 
 
+_Command = PointMaze | Show | Train | Finetune | Eval | Info
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
@@ -153,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return exit_status("gac-fast", lambda: _run(_parse(arguments)))
 
 
-def _run(command: PointMaze | Show | Train | Eval | Info) -> None:
+def _run(command: _Command) -> None:
     match command:
         case PointMaze():
             _data_pointmaze(command)
@@ -161,6 +193,8 @@ def _run(command: PointMaze | Show | Train | Eval | Info) -> None:
             _data_show(command)
         case Train():
             _train(command)
+        case Finetune():
+            _finetune(command)
         case Eval():
             _eval(command)
         case Info():
@@ -194,16 +228,20 @@ def _sentence(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
-def _parse(arguments: list[str]) -> PointMaze | Show | Train | Eval | Info:
+def _parse(arguments: list[str]) -> _Command:
     train = Train(data=tyro.MISSING)
     if arguments[:1] == ["train"]:
         train = Train(data=tyro.MISSING, config=_base_config(arguments[1:]))
+    tune = Finetune()
+    if arguments[:1] == ["finetune"]:
+        tune = Finetune(config=_tuned_config(arguments[1:]))
     command: Any = (
         Annotated[
             Annotated[PointMaze, tyro.conf.subcommand("pointmaze")] | Annotated[Show, tyro.conf.subcommand("show")],
             tyro.conf.subcommand("data", description="Make a dataset, or look into one."),
         ]
         | Annotated[Train, tyro.conf.subcommand("train", default=train)]
+        | Annotated[Finetune, tyro.conf.subcommand("finetune", default=tune)]
         | Annotated[Eval, tyro.conf.subcommand("eval")]
         | Annotated[Info, tyro.conf.subcommand("info")]
     )
@@ -256,14 +294,59 @@ def _base_config(arguments: list[str]) -> Config:
         return preset(known.preset if known.preset is not None else DEFAULT_PRESET)
     if known.run_dir is None:
         raise ConfigError("--resume: expected --run-dir to name the run to resume, got none")
-    path = Path(known.run_dir) / "config.json"
+    return _config_of(Path(known.run_dir), "a run to resume")
+
+
+def _config_of(run: Path, expected: str) -> Config:
+    path = run / "config.json"
     if not path.is_file():
-        raise ConfigError(f"run folder {known.run_dir}: expected a run to resume, found no config.json")
+        raise ConfigError(f"run folder {run}: expected {expected}, found no config.json")
     values = read_json(path)
     try:
         return Config.from_dict(values)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
+
+
+def _tuned_config(arguments: list[str]) -> Config:
+    """What the flags of ``finetune`` are laid over: a preset, or the configuration of the run.
+
+    A preset changes what happens online; the model and what was fitted with it stay those of the run.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--preset")
+    parser.add_argument("--run-dir", "--run_dir")
+    parser.add_argument("--resume", action=argparse.BooleanOptionalAction, default=False)
+    try:
+        known, _ = parser.parse_known_args(arguments)
+    except argparse.ArgumentError:
+        return Config()
+    # The first that is no flag nor the value of one: every flag here takes one, but the switches.
+    run = next(iter(_positionals(arguments)), None)
+    if known.resume and known.run_dir is not None and known.preset is None:
+        return _config_of(Path(known.run_dir), "a run to resume")
+    if run is None:
+        return preset(known.preset if known.preset is not None else DEFAULT_PRESET)
+    if not Path(run).is_dir():
+        raise CheckpointError(f"{run}: expected the folder of a run, found {_found(Path(run))}")
+    own = _config_of(_run_of(Path(run)).path, "a run to go on from")
+    if known.preset is None:
+        return own
+    named = preset(known.preset)
+    return own.replace(plan=named.to_dict()["plan"], online=named.to_dict()["online"])
+
+
+def _positionals(arguments: Sequence[str]) -> Iterator[str]:
+    switches = {"resume", "overwrite", "tensorboard"}
+    names = switches | {f"no-{name}" for name in switches} | {"help", "h"}
+    takes_value = False
+    for argument in arguments:
+        if argument.startswith("-"):
+            takes_value = "=" not in argument and argument.lstrip("-") not in names
+        elif takes_value:
+            takes_value = False
+        else:
+            yield argument
 
 
 def _print_rows(rows: Iterable[tuple[str, object]]) -> None:
@@ -348,6 +431,55 @@ def _train(command: Train) -> None:
             ("run", path),
             ("updates", f"{step:,}{stopped}"),
             *((name, f"{value:.4g}") for name, value in metrics.items() if name.startswith(("held_out/", "replay/"))),
+        ]
+    )
+
+
+def _finetune(command: Finetune) -> None:
+    if command.resume and command.overwrite:
+        raise ConfigError("--resume and --overwrite exclude each other: got both")
+    if command.run is None and not command.resume and command.preset is None:
+        raise ConfigError("RUN: expected the folder of a run to go on from, or --preset to start from scratch")
+    from gac_fast import checkpoint, envs
+    from gac_fast.policy import load
+    from gac_fast.train.log import RunDir, last_metrics, read_result
+    from gac_fast.train.offline import pick_device
+    from gac_fast.train.online import finetune
+
+    config = command.config
+    if command.steps is not None:
+        config = config.replace(online={"n_steps": command.steps})
+    policy = None
+    if command.run is not None and not command.resume:
+        policy = load(command.run, device=pick_device(config.train.device))
+    env_id = command.env or (policy.env_id if policy is not None else None)
+    if env_id is None and command.resume and command.run_dir is not None:
+        env_id = read_result(RunDir(command.run_dir)).get("env_id")
+    if env_id is None:
+        raise ConfigError("--env: expected an environment id, as neither flags nor the run name one")
+    path = finetune(
+        policy,
+        envs.resolve_env_id(env_id),
+        config,
+        data=command.data,
+        run_dir=command.run_dir,
+        resume=command.resume,
+        overwrite=command.overwrite,
+        tensorboard=command.tensorboard,
+    )
+    run = RunDir(path)
+    metrics = last_metrics(run.metrics)
+    steps = int(metrics.get("online/env_steps", 0))
+    done = steps >= config.online.n_steps or config.online.n_updates > 0
+    stopped = "" if done else f" of {config.online.n_steps:,}: go on with --run-dir {path} --resume"
+    shown = ("explore/target", "explore/achieved", "exploit/predicted", "exploit/achieved", "online/updates")
+    _print_rows(
+        [
+            ("run", path),
+            ("environment steps", f"{steps:,}{stopped}"),
+            ("checkpoint", checkpoint.latest(path)),
+            *((name, f"{metrics[name]:.4g}") for name in shown if name in metrics),
+            ("pictures", run.plots),
         ]
     )
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_type_hints
 
 from gac_fast.errors import ConfigError
 
-__all__ = ["PRESETS", "Config", "ModelConfig", "PlanConfig", "PosteriorConfig", "TrainConfig", "preset"]
+__all__ = ["PRESETS", "Config", "ModelConfig", "OnlineConfig", "PlanConfig", "PosteriorConfig", "TrainConfig", "preset"]
 
 
 def _check(condition: bool, name: str, expected: str, value: object) -> None:
@@ -166,6 +166,8 @@ class PlanConfig:
     """Candidates raised for each start, the most promising ones, when starts are given."""
     explore_step_size: float = 0.3
     """Langevin step of explore."""
+    explore_sharpness: float = 1.0
+    """Weight of log p(y* given z) beside log p(z0) in explore; above 1 the plans come closer to the target return."""
     bf16: Literal["off", "on"] = "off"
     """Round the operands of the C++ engine's products to bfloat16: several times faster on CPUs with AMX, gradients to
     about 1%."""
@@ -173,7 +175,7 @@ class PlanConfig:
     def __post_init__(self) -> None:
         _check(self.bf16 in ("off", "on"), "plan.bf16", "off or on", self.bf16)
         _check(self.n_steps >= 0, "plan.n_steps", "at least 0", self.n_steps)
-        for name in ("step_size", "radius", "max_norm", "explore_step_size"):
+        for name in ("step_size", "radius", "max_norm", "explore_step_size", "explore_sharpness"):
             _check(getattr(self, name) > 0, f"plan.{name}", "greater than 0", getattr(self, name))
         for name in ("kappa", "prior_weight"):
             _check(getattr(self, name) >= 0, f"plan.{name}", "at least 0", getattr(self, name))
@@ -256,6 +258,89 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class OnlineConfig:
+    """Online fine-tuning: rounds of exploring, learning and, now and then, evaluating."""
+
+    n_steps: int = 100_000
+    """Environment time steps in all; the round that reaches them is the last."""
+    n_updates: int = 0
+    """Parameter updates in all, whichever budget is used up first; 0 leaves it to n_steps."""
+    explore: Literal["on", "off"] = "on"
+    """off: the same updates without a new episode, the control run; it needs n_updates."""
+    n_envs: int = 64
+    """Environments, each of which runs one episode per round under a plan of its own."""
+    updates_per_round: int = 40
+    """Parameter updates M after every round."""
+    online_share: float = 0.5
+    """Share of each batch drawn from online episodes; the rest comes from the offline data, where there is some."""
+    best_share: float = 0.5
+    """Share of those drawn from the keep_best ones, which without it are too few to be learnt from soon."""
+    learning_rate: float = 3e-4
+    """AdamW learning rate; a cosine to final_lr_ratio follows."""
+    final_lr_ratio: float = 0.1
+    """Learning rate at the end of the budget in units of the first."""
+    action_noise: float = 0.2
+    """Standard deviation of exploration's Gaussian noise on actions, in units of half the action space, in the noisiest
+    environment; that of the others is spread evenly from 0."""
+    noise_correlation: float = 0.0
+    """Steps after which that noise has forgotten 1 - 1/e of itself; 0: drawn anew at every step."""
+    target_best: int = 32
+    """Best returns whose mean the target return starts from."""
+    exploit_share: float = 0.5
+    """Share of exploring environments that act by exploit's plans: what the ascent believes in is put to the test."""
+    radius: float = 0.1
+    """Trust region that takes the place of plan.radius: a return model fitted to its own plans is right near them."""
+    bold_radius: float = 1.0
+    """Trust region of every other exploring environment that acts by exploit's plans, to find what is beyond."""
+    capacity: int = 4096
+    """Online episodes kept; beyond it the oldest are dropped."""
+    keep_best: int = 64
+    """Online episodes of the greatest return, which are never dropped."""
+    fill_episodes: int = 256
+    """Random-plan episodes that fill an empty buffer, where there is no offline data."""
+    fill_noise: float = 1.0
+    """Action noise of those."""
+    eval_every: int = 5
+    """Rounds between evaluations of exploit; 0 for the end only."""
+    eval_episodes: int = 64
+    """Episodes of each."""
+    checkpoint_every: int = 5
+    """Rounds between checkpoints."""
+
+    def __post_init__(self) -> None:
+        positive = (
+            "n_steps", "n_envs", "updates_per_round", "target_best", "capacity", "fill_episodes",
+            "eval_episodes", "checkpoint_every",
+        )  # fmt: skip
+        for name in positive:
+            _check(getattr(self, name) >= 1, f"online.{name}", "at least 1", getattr(self, name))
+        for name in (
+            "n_updates",
+            "action_noise",
+            "noise_correlation",
+            "keep_best",
+            "fill_noise",
+            "eval_every",
+        ):
+            _check(getattr(self, name) >= 0, f"online.{name}", "at least 0", getattr(self, name))
+        for name in ("learning_rate", "radius", "bold_radius"):
+            _check(getattr(self, name) > 0, f"online.{name}", "greater than 0", getattr(self, name))
+        for name in ("online_share", "best_share", "exploit_share", "final_lr_ratio"):
+            _check(0 <= getattr(self, name) <= 1, f"online.{name}", "in [0, 1]", getattr(self, name))
+        _check(self.explore in ("on", "off"), "online.explore", "on or off", self.explore)
+        _check(
+            self.explore == "on" or self.n_updates > 0,
+            "online.n_updates", "at least 1 where online.explore = 'off'", self.n_updates,
+        )  # fmt: skip
+        _check(
+            self.capacity >= self.keep_best + self.n_envs,
+            "online.capacity", "at least online.keep_best + online.n_envs, or a round would drop its own episodes",
+            self.capacity,
+        )  # fmt: skip
+        _check_finite(self, "online")
+
+
+@dataclass(frozen=True)
 class Config:
     """All of a run."""
 
@@ -263,6 +348,7 @@ class Config:
     posterior: PosteriorConfig = field(default_factory=PosteriorConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    online: OnlineConfig = field(default_factory=OnlineConfig)
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain dict, JSON-ready."""
@@ -315,9 +401,13 @@ PRESETS: dict[str, Config] = {
             return_context="first_state",
         ),
         posterior=PosteriorConfig(action_temperature=0.12),
-        plan=PlanConfig(radius=1.0),
+        plan=PlanConfig(radius=1.0, explore_sharpness=16.0),
         train=TrainConfig(
             n_updates=700, batch_size=32, held_out=0.01, bf16="auto", eval_every=175, checkpoint_every=175
+        ),
+        # 100 rounds: nine minutes on two cores.
+        online=OnlineConfig(
+            n_steps=1_920_000, action_noise=0.4, best_share=0.25, exploit_share=0.25, eval_every=10, checkpoint_every=10
         ),
     ),
     "tiny": Config(

@@ -98,6 +98,7 @@ def run(demo: Demo) -> dict[str, Any]:
         "predicted_mean": float(exploit.predicted.mean()),
         "episodes": n,
         "seed": demo.seed,
+        "data_episodes": demo.data_episodes,
         "n_updates": policy.step,
         "steering_metrics": {
             name: value
@@ -108,7 +109,7 @@ def run(demo: Demo) -> dict[str, Any]:
         "n_evaluations": len(results),
     }
     _say("4/4  pictures")
-    _pictures(run_dir.plots, exploit)
+    pictures(run_dir.plots, exploit)
     values["seconds"] = time.perf_counter() - started
     merge_result(run_dir, values)
     _say(_table(values))
@@ -150,7 +151,8 @@ class _UniformActor:
         return self.rng.uniform(self.space.low, self.space.high).astype(np.float32)
 
 
-def _pictures(folder: Path, exploit: EvalResult) -> None:
+def pictures(folder: Path, exploit: EvalResult) -> None:
+    """Predicted against achieved returns by start, and episodes in the maze."""
     from gac_fast import plots
     from gac_fast.envs.mazes import maze_spec
 

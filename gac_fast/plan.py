@@ -129,7 +129,7 @@ def explore(
     seed: int = 0,
     start: Tensor | None = None,
 ) -> Plans:
-    """Plans sampled from p(z0 | y = target) by Langevin steps.
+    """Plans sampled from p(z0) p(y = target | z)^explore_sharpness by Langevin steps.
 
     Args:
         n: number of plans.
@@ -144,9 +144,12 @@ def explore(
     key = (seed & 0xFFFFFFFF, 0x45585052)
 
     z0 = ops.philox_normal(key, plans, 0, c.n_z * c.dim).view(n, c.n_z, c.dim) if start is None else start
+    weights = model.returns.weights()
+    # A Gaussian to the power b is one of 1/b the variance.
+    shift = weights.b3.new_tensor((0.0, math.log(config.explore_sharpness)))
     z0, mean, std = ops.plan_langevin(
         model.prior.weights(),
-        model.returns.weights(),
+        weights._replace(b3=weights.b3 - shift),
         z0,
         normalization.returns(torch.as_tensor(target, dtype=torch.float32, device=device)),
         n_steps=config.n_steps,
@@ -158,6 +161,8 @@ def explore(
         context=first_states if model.returns.uses_first_state else None,
         bf16=config.bf16 == "on",
     )
+    if config.explore_sharpness != 1.0:
+        return predict(model, normalization, z0, first_states)
     return _plans(normalization, z0, mean, std)
 
 

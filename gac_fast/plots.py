@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["METRIC_LABELS", "learning_curves", "maze_episodes", "predicted_vs_achieved"]
+__all__ = ["METRIC_LABELS", "learning_curves", "maze_episodes", "online_curves", "predicted_vs_achieved"]
 
 METRIC_LABELS: Mapping[str, str] = {
     "nll_per_step": "action NLL (nats per step)",
@@ -187,6 +187,92 @@ def _running_mean(values: NDArray[np.float64]) -> NDArray[np.float64] | None:
 def _spans_decades(curves: Sequence[NDArray[np.float64]]) -> bool:
     low, high = min(float(c.min()) for c in curves), max(float(c.max()) for c in curves)
     return low > 0 and high / low > 300
+
+
+def online_curves(metrics_csv: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
+    """Draw an online run against its environment steps.
+
+    Four panels: target, explored and exploited returns; predicted against achieved returns of every round; environment
+    steps per second while acting; where the time went.
+
+    Args:
+        metrics_csv: of the run, as :func:`gac_fast.train.online.finetune` logs it.
+        path: picture to write.
+
+    Raises:
+        DataError: the file has no column `step`, or no round with environment steps.
+    """
+    found = _read_metrics(Path(metrics_csv))
+    if "online/env_steps" not in found:
+        raise DataError(f"{metrics_csv} holds no environment steps: nothing to draw")
+    updates, env_steps = found["online/env_steps"]
+
+    def at(name: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Environment steps and values of a column."""
+        steps, values = found.get(name, (np.zeros(0), np.zeros(0)))
+        return env_steps[np.searchsorted(updates, steps).clip(max=len(env_steps) - 1)], values
+
+    with _figure(path, 11.0, 7.0) as figure:
+        ((returns, honesty), (speed, time)) = figure.subplots(2, 2)
+        _draw_returns(returns, at)
+        _draw_honesty(honesty, found)
+        x, values = at("online/env_steps_per_second")
+        speed.plot(x, values, color=_COLOURS[0], marker="o" if len(x) < 25 else None, markersize=3)
+        speed.set_ylim(bottom=0)
+        speed.set_title("environment steps per second while acting", loc="left")
+        shares = [(name.removeprefix("time/"), *at(name)) for name in found if name.startswith("time/")]
+        if shares:
+            time.stackplot(
+                shares[0][1],
+                [values for _, _, values in shares],
+                labels=[name for name, _, _ in shares],
+                colors=_COLOURS[: len(shares)],
+                alpha=0.8,
+            )
+            time.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=len(shares), borderaxespad=0.2)
+        time.set_ylim(0, 1)
+        time.set_ylabel("share of the round's time")
+        for axes in (returns, speed, time):
+            axes.set_xlabel("environment steps")
+
+
+def _draw_returns(axes: Axes, at: Callable[[str], tuple[NDArray[np.float64], NDArray[np.float64]]]) -> None:
+    lines = (
+        ("explore/target", "target", {"color": "0.4", "linestyle": (0, (4, 3))}),
+        ("explore/best", "best explored", {"color": _COLOURS[2], "alpha": 0.6, "linewidth": 0.9}),
+        ("explore/achieved", "explored", {"color": _COLOURS[2]}),
+        ("noisy_exploit/achieved", "exploit with action noise", {"color": _COLOURS[1], "alpha": 0.5}),
+        ("exploit/predicted", "exploit, predicted", {"color": _COLOURS[0], "linestyle": (0, (1, 1.5))}),
+        ("exploit/achieved", "exploit, achieved", {"color": _COLOURS[0], "marker": "o", "markersize": 3}),
+    )
+    for name, label, style in lines:
+        x, values = at(name)
+        if len(x):
+            axes.plot(x, values, label=label, **style)
+    axes.set_title("return", loc="left")
+    axes.legend(fontsize="x-small")
+
+
+def _draw_honesty(axes: Axes, found: Mapping[str, tuple[NDArray[np.float64], NDArray[np.float64]]]) -> None:
+    kinds = (("explore", "explored", 2), ("noisy_exploit", "exploit with action noise", 1), ("exploit", "exploit", 0))
+    low, high = math.inf, -math.inf
+    for kind, label, colour in kinds:
+        if f"{kind}/achieved" not in found or f"{kind}/predicted" not in found:
+            continue
+        (steps, achieved), (also, predicted) = found[f"{kind}/achieved"], found[f"{kind}/predicted"]
+        _, i, j = np.intersect1d(steps, also, return_indices=True)
+        axes.scatter(predicted[j], achieved[i], s=18, alpha=0.6, color=_COLOURS[colour], linewidths=0, label=label)
+        both = np.concatenate((predicted[j], achieved[i]))
+        if len(both):
+            low, high = min(low, float(both.min())), max(high, float(both.max()))
+    if low <= high:
+        margin = 0.05 * (high - low) or 1.0
+        limits = (low - margin, high + margin)
+        axes.plot(limits, limits, color="0.5", linewidth=1, linestyle=(0, (4, 3)))
+        axes.set(xlim=limits, ylim=limits)
+        axes.legend(fontsize="x-small")
+    axes.set(xlabel="predicted, mean of a round", ylabel="achieved")
+    axes.set_title("predicted against achieved", loc="left")
 
 
 def predicted_vs_achieved(

@@ -37,11 +37,17 @@ class Policy:
         first_observations: [B, obs_dim], in environment units.
         usable: bool [B], episodes that were trained on, whose return is known and whose chain was moved at all.
         step: parameter updates made.
+        candidates: int64 [n], trajectories whose seeds exploit starts from, best first: those given, then all other
+            usable ones by return.
+        source: folder of the checkpoint it was loaded from; None for one that was not.
     """
+
+    source: Path | None = None
 
     def __init__(
         self, model: GAC, normalization: Normalization, config: Config, env_id: str | None,
         z0: Tensor, returns: Tensor, first_observations: Tensor, usable: Tensor, step: int = 0,
+        candidates: Tensor | None = None,
     ) -> None:  # fmt: skip
         self.model = model.eval()
         self.normalization = normalization
@@ -51,6 +57,9 @@ class Policy:
         self.step = step
         order = torch.where(usable, returns, -torch.inf).argsort(descending=True, stable=True)
         self._best = order[: int(usable.sum())]
+        self.candidates = self._best
+        if candidates is not None:
+            self.candidates = torch.cat((candidates, self._best[~torch.isin(self._best, candidates)]))
 
     def __repr__(self) -> str:
         return f"Policy({self.env_id or 'unnamed environment'}, {len(self.returns)} trajectories, step {self.step})"
@@ -91,11 +100,17 @@ class Policy:
         """
         _check_count(n)
         config = self._plan_config(overrides)
-        seeds = self.z0[self._best[: config.n_best]]
+        seeds = self.z0[self.candidates[: config.n_best]]
         return planning.exploit(self.model, self.normalization, seeds, n, config, self._starts(n, obs, seed), seed=seed)
 
     def explore(
-        self, n: int, target: float, obs: np.ndarray | Tensor | None = None, seed: int = 0, **overrides: Any
+        self,
+        n: int,
+        target: float,
+        obs: np.ndarray | Tensor | None = None,
+        seed: int = 0,
+        start: Tensor | None = None,
+        **overrides: Any,
     ) -> Plans:
         """Plans sampled from p(z0 | y = target).
 
@@ -104,6 +119,7 @@ class Policy:
             target: wanted return in environment units.
             obs: [n, obs_dim] first observations, as in :meth:`exploit`.
             seed: of the samples.
+            start: [n, n_z, D] seeds that sampling starts from; None draws them from the prior.
             overrides: fields of :class:`PlanConfig`.
 
         Raises:
@@ -116,7 +132,7 @@ class Policy:
             raise ConfigError(f"target: expected a finite return, also when squared in float32, got {target}")
         starts = self._per_plan(n, self._starts(n, obs, seed))
         return planning.explore(
-            self.model, self.normalization, n, target, self._plan_config(overrides), starts, seed=seed
+            self.model, self.normalization, n, target, self._plan_config(overrides), starts, seed=seed, start=start
         )
 
     def best(self, n: int) -> Tensor:
@@ -146,19 +162,20 @@ class Policy:
     def actor(
         self,
         plans: Plans | Tensor | np.ndarray,
-        action_noise: float = 0.0,
+        action_noise: float | np.ndarray | Tensor = 0.0,
         seed: int = 0,
         bf16: bool | Literal["auto"] = "auto",
         cuda_graph: bool = False,
+        noise_correlation: float = 0.0,
     ) -> Actor:
         """An :class:`Actor` for ``len(plans)`` environments, plan i acting in environment i.
 
         Args:
             plans: or their seeds, [P, n_z, D].
-            action_noise, seed, bf16, cuda_graph: as for :class:`Actor`.
+            action_noise, seed, bf16, cuda_graph, noise_correlation: as for :class:`Actor`.
         """
         z0 = plans.z0 if isinstance(plans, Plans) else plans
-        return Actor(self.model, self.normalization, z0, action_noise, seed, bf16, cuda_graph)
+        return Actor(self.model, self.normalization, z0, action_noise, seed, bf16, cuda_graph, noise_correlation)
 
 
 def _check_count(n: int) -> None:
@@ -182,7 +199,9 @@ def load(run_dir: str | Path, step: int | None = None, device: str | torch.devic
         path = checkpoint.checkpoint_path(path, step)
     elif not (path / "state.json").exists():
         path = checkpoint.latest(path)
-    return from_checkpoint(*checkpoint.load(path), device=device, name=str(path))
+    policy = from_checkpoint(*checkpoint.load(path), device=device, name=str(path))
+    policy.source = path
+    return policy
 
 
 def plan_seeds(
@@ -221,10 +240,11 @@ def from_checkpoint(
         model.bf16 = bool(state.get("bf16", False))
         fields = [tensors[f"normalization.{field}"] for field in Normalization._fields]
         returns = tensors["data.returns"]
-        b = len(returns)
+        # Of an online run, whose episodes come and go; trajectory i of an offline one is row i.
+        rows = tensors.get("data.rows", torch.arange(len(returns)))
         z0, usable = plan_seeds(
-            tensors["posterior.z0"][:b],
-            tensors["posterior.n_draws"][:b],
+            tensors["posterior.z0"][rows],
+            tensors["posterior.n_draws"][rows],
             tensors["data.usable"],
             tensors.get("best.ids"),
             tensors.get("best.z0"),
@@ -233,6 +253,7 @@ def from_checkpoint(
             model.to(device), Normalization(*fields).to(device), config, state["env_id"],
             z0.to(device), returns.to(device),
             tensors["data.first_observations"].to(device), usable.to(device), state["step"],
+            tensors["best.ids"].to(device) if "best.ids" in tensors else None,
         )  # fmt: skip
     except KeyError as error:
         raise CheckpointError(f"{name}: expected {error.args[0]!r} in it, found no such entry") from None

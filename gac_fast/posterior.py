@@ -22,6 +22,10 @@ Noise = Callable[[int], Tensor]
 
 ADAM_BETAS = (0.9, 0.99)
 LOG_STD_RANGE = (-6.0, 1.0)
+FIRST_LOG_STD = -0.5
+
+# Second words of the noise's key ("POST", "ONLN"): a run that goes on online numbers its chains anew.
+OFFLINE, ONLINE = 0x504F5354, 0x4F4E4C4E
 
 
 class PosteriorStats(NamedTuple):
@@ -138,10 +142,17 @@ class PosteriorState:
     """
 
     def __init__(
-        self, config: PosteriorConfig, n_trajectories: int, n_z: int, dim: int, seed: int, device: torch.device
+        self,
+        config: PosteriorConfig,
+        n_trajectories: int,
+        n_z: int,
+        dim: int,
+        seed: int,
+        device: torch.device,
+        word: int = OFFLINE,
     ) -> None:
         self.config = config
-        self.seed = (seed & 0xFFFFFFFF, 0x504F5354)
+        self.seed = (seed & 0xFFFFFFFF, word)
         self.n_trajectories = n_trajectories
         rows = 2 * n_trajectories + 1
         self._memory: dict[str, Tensor] = {"n_draws": torch.zeros(rows, dtype=torch.int64, device=device)}
@@ -150,7 +161,7 @@ class PosteriorState:
         if config.method == "variational":
             shape = (rows, n_z, dim)
             self._memory["mean"] = torch.zeros(shape, device=device)
-            self._memory["log_std"] = torch.full(shape, -0.5, device=device)
+            self._memory["log_std"] = torch.full(shape, FIRST_LOG_STD, device=device)
             self._memory["moments"] = torch.zeros(rows, 4, n_z, dim, device=device)
             self._memory["n_taken"] = torch.zeros(rows, dtype=torch.int64, device=device)
         self.tensors = {name: x[: 2 * n_trajectories] for name, x in self._memory.items()}
@@ -164,6 +175,22 @@ class PosteriorState:
         """Draw ``offset`` (from the next one) of the given chains: [len(rows), *shape]."""
         step = self._memory["n_draws"][rows] + offset
         return ops.philox_normal(self.seed, rows, step, shape[0] * shape[1]).view(-1, *shape)
+
+    def begin_at(self, rows: Tensor, z0: Tensor) -> None:
+        """Start the chains of trajectories ``rows`` (int64 [n]) anew, both of each, at ``z0`` [n, n_z, D].
+
+        Their counters of draws go on, so that a row used again never repeats the noise of the one before.
+        """
+        both = torch.cat((rows, rows + self.n_trajectories))
+        seeds = torch.cat((z0, z0))
+        self._memory["z0"][both] = seeds
+        # They count as moved: whoever acted by a seed has made it more than a draw from the prior.
+        self._memory["n_draws"][both] += 1
+        if self.config.method == "variational":
+            self._memory["mean"][both] = seeds
+            self._memory["log_std"][both] = FIRST_LOG_STD
+            self._memory["moments"][both] = 0.0
+            self._memory["n_taken"][both] = 0
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Take over saved tensors.

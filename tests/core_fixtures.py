@@ -100,7 +100,7 @@ def goal_trajectories(b: int, length: int, seed: int = 0) -> Trajectories:
 
 def __getattr__(name: str) -> Any:
     """Environments need gymnasium, which a bare GPU machine does without: imported when asked for."""
-    if name in ("CountingEnv", "counting_vector"):
+    if name in ("CountingEnv", "SeededEnv", "counting_vector", "seeded_vector"):
         import env_fixtures
 
         return getattr(env_fixtures, name)

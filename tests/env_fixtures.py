@@ -55,6 +55,36 @@ class CountingEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         return self._observation(), reward, ended and even, ended and not even, {}
 
 
+class SeededEnv(gymnasium.Env[np.ndarray, np.ndarray]):
+    """A point pushed about, for episodes of 3 to 6 steps; all of an episode follows from the seed of its reset."""
+
+    def __init__(self) -> None:
+        self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (OBS_DIM,), np.float32)
+        self.action_space = gymnasium.spaces.Box(
+            np.array([-1.25, -2.5], np.float32), np.array([1.75, 3.5], np.float32), dtype=np.float32
+        )
+        self.state, self.t, self.length = np.zeros(OBS_DIM), 0, 3
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.state, self.t = self.np_random.normal(size=OBS_DIM), 0
+        self.length = int(self.np_random.integers(3, 7))
+        return self.state.astype(np.float32), {}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        self.t += 1
+        self.state = 0.9 * self.state + 0.3 * np.resize(action, OBS_DIM)
+        reward = 1.0 - float(np.abs(self.state).sum()) / 3
+        return self.state.astype(np.float32), reward, False, self.t >= self.length, {}
+
+
+def seeded_vector(n: int, mode: AutoresetMode = AutoresetMode.NEXT_STEP) -> SyncVectorEnv:
+    """A vector of :class:`SeededEnv`."""
+    return SyncVectorEnv([SeededEnv] * n, autoreset_mode=mode)
+
+
 def counting_vector(
     lengths: Sequence[Sequence[int]],
     mode: AutoresetMode = AutoresetMode.NEXT_STEP,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -330,3 +331,58 @@ def test_seeds_of_any_float_type(dtype, kind):
     assert torch.equal(out, expected.act(obs))
     actor.reset(plans=given)
     assert torch.equal(actor.act(obs), out)
+
+
+def test_every_environment_may_have_its_own_noise():
+    obs = observations(60)
+    levels = np.linspace(0, 0.3, P)
+    noisy, clean = make_actor(action_noise=levels), make_actor()
+    units = clean.normalization
+    difference = torch.stack([(noisy.act(o) - clean.act(o)) / units.action_half for o in obs])
+    assert bool((difference[:, 0] == 0).all())
+    # 120 draws for each; the walls take a little.
+    assert torch.allclose(difference.std(dim=(0, 2)), torch.from_numpy(levels).float(), rtol=0.35, atol=1e-6)
+
+
+def test_correlated_noise_keeps_its_size_and_forgets_at_its_rate():
+    obs = observations(400)
+    noisy, clean = make_actor(action_noise=0.05, noise_correlation=10.0), make_actor()
+    units = clean.normalization
+    steps = torch.stack([(noisy.act(o) - clean.act(o)) / units.action_half for o in obs])
+    assert 0.035 < float(steps.std()) < 0.065
+    centred = steps - steps.mean()
+    lags = {lag: float((centred[lag:] * centred[:-lag]).mean() / centred.square().mean()) for lag in (1, 10, 60)}
+    assert lags[1] == pytest.approx(math.exp(-0.1), abs=0.08)
+    assert lags[10] == pytest.approx(math.exp(-1), abs=0.2)
+    assert abs(lags[60]) < 0.3
+    # A new episode begins with a draw of its own, and only there.
+    before = noisy._noise.clone()
+    noisy.reset(torch.arange(P) == 1)
+    assert bool(noisy._noise[1].isnan().all())
+    keep = torch.arange(P) != 1
+    assert torch.equal(noisy._noise[keep], before[keep])
+    assert np.isfinite(noisy.act(obs[0]).numpy()).all()
+
+
+def test_an_actor_knows_the_seeds_that_act():
+    model = make_model(model_config(context="states_actions", window=3))
+    seeds, others = random_seeds(P, model.config), random_seeds(P, model.config, seed=9)
+    actor = Actor(model, make_normalization(), seeds)
+    assert torch.equal(actor.z0, seeds)
+    actor.reset(torch.arange(P) == 2, others)
+    assert torch.equal(actor.z0[2], others[2])
+    assert torch.equal(actor.z0[:2], seeds[:2])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"action_noise": -0.1}, "action_noise: expected finite values of at least 0, got -0.1"),
+        ({"action_noise": math.nan}, "action_noise: expected finite values of at least 0, got nan"),
+        ({"action_noise": np.zeros(P + 1)}, rf"action_noise: expected a number or shape \[{P}\], got \[{P + 1}\]"),
+        ({"noise_correlation": -1.0}, "noise_correlation: expected a number of at least 0, got -1.0"),
+    ],
+)
+def test_noise_out_of_bounds_is_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        make_actor(**fields)

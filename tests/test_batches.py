@@ -21,7 +21,7 @@ from gac_fast import ops
 from gac_fast.config import Config, PosteriorConfig, TrainConfig
 from gac_fast.errors import BackendError, ConfigError
 from gac_fast.model.normalization import Normalization
-from gac_fast.train.batches import Batches, bucket
+from gac_fast.train.batches import Batches, Mix, bucket
 from gac_fast.train.feeder import Feeder
 
 LENGTHS = [3, 30, 6, 9, 12, 5]
@@ -448,3 +448,82 @@ def test_compiled_and_recorded_runs_fill_their_batches_up():
     for name in ("compile", "cuda_graph"):
         assert batches(**{name: "on"})[1].draw(0)[0].is_real is not None
     assert batches(compile="on", bucketed=False)[1].draw(0)[0].is_real is None
+
+
+# Offline and online trajectories
+
+
+def mixed(share: float, batch_size: int = 8, tau_only_fraction: float = 0.25, n_offline: int = 14):
+    """20 episodes, the last of them online, with chains elsewhere."""
+    data = make_trajectories([4] * 20)
+    config = Config(
+        model=model_config(),
+        posterior=PosteriorConfig(tau_only_fraction=tau_only_fraction),
+        train=TrainConfig(batch_size=batch_size, prefetch=0),
+    )
+    online = torch.arange(20) >= n_offline
+    mix = Mix(online, torch.zeros_like(online), share, 0.0, rows=100 + torch.arange(20), n_chains=1000)
+    held = torch.tensor([0, 1])
+    normalization = Normalization.fit(data)
+    return Batches(data, normalization, held, config, torch.device("cpu"), mix=mix), online
+
+
+@pytest.mark.parametrize(("share", "n_online"), [(0.0, 0), (0.5, 4), (0.75, 6), (1.0, 6)])
+def test_a_batch_holds_the_share_of_online_episodes(share, n_online):
+    b, online = mixed(share)
+    seen = set()
+    for number in range(40):
+        batch, rows = b.draw(number)
+        ids = (rows - 100) % 1000
+        assert int(online[ids].sum()) == n_online
+        assert len(set(ids.tolist())) == 8
+        assert not set(ids.tolist()) & {0, 1}
+        hidden = rows >= 1000
+        assert torch.equal(batch.has_return, ~hidden)
+        # Of each kind its share, so that the variance sees both.
+        assert int((hidden & online[ids]).sum()) == round(0.25 * n_online)
+        assert int((hidden & ~online[ids]).sum()) == round(0.25 * (8 - n_online))
+        seen |= set(ids.tolist())
+    assert seen == ({*range(2, 14)} if n_online < 8 else set()) | ({*range(14, 20)} if n_online else set())
+
+
+def test_without_offline_episodes_a_batch_is_online():
+    b, online = mixed(0.25, batch_size=4, n_offline=0)
+    _, rows = b.draw(0)
+    assert online[(rows - 100) % 1000].all()
+    assert b.size == 4
+
+
+def test_a_tiny_share_still_leaves_a_chain_that_sees_no_return():
+    b, _ = mixed(0.5, batch_size=2)
+    batch, _ = b.draw(0)
+    assert batch.has_return.tolist().count(False) == 1
+
+
+def test_without_a_mix_and_with_all_of_one_kind_batches_are_the_same():
+    data = make_trajectories(LENGTHS)
+    config = Config(model=model_config(), train=TrainConfig(batch_size=4))
+    n = Normalization.fit(data)
+    none = torch.zeros(0, dtype=torch.int64)
+    mix = Mix(*torch.zeros(2, 6, dtype=torch.bool), 0.5, 0.5, torch.arange(6), 6)
+    one = Batches(data, n, none, config, torch.device("cpu"))
+    two = Batches(data, n, none, config, torch.device("cpu"), mix=mix)
+    for number in range(3):
+        (a, rows_a), (b, rows_b) = one.draw(number), two.draw(number)
+        assert torch.equal(rows_a, rows_b)
+        assert torch.equal(a.observations, b.observations)
+        assert torch.equal(a.has_return, b.has_return)
+
+
+@pytest.mark.parametrize(("best_share", "n_best"), [(0.0, 0), (0.25, 1), (0.5, 2), (1.0, 2)])
+def test_the_best_have_their_own_share(best_share, n_best):
+    data = make_trajectories([4] * 20)
+    config = Config(model=model_config(), train=TrainConfig(batch_size=8, prefetch=0))
+    online, best = torch.arange(20) >= 12, torch.arange(20) >= 18
+    mix = Mix(online, best, 0.5, best_share, torch.arange(20), 20)
+    none = torch.zeros(0, dtype=torch.int64)
+    b = Batches(data, Normalization.fit(data), none, config, torch.device("cpu"), mix=mix)
+    for number in range(20):
+        ids = b.draw(number)[1] % 20
+        assert (int(online[ids].sum()), int(best[ids].sum())) == (4, n_best)
+        assert len(ids.unique()) == 8

@@ -440,3 +440,15 @@ def test_the_model_starts_tame():
         assert float(mean_actions(model, batch, z0).abs().mean()) < 0.9
         assert float(model.return_moments(model.prior(z0), None)[0].abs().max()) < 2.0
         assert math.isfinite(float(model.energy(z0, batch, 0.5, 0.5).sum()))
+
+
+@pytest.mark.parametrize("return_context", ["none", "first_state"])
+def test_the_return_model_says_the_same_in_other_units(return_context):
+    model = make_model(model_config(return_context=return_context, return_ensemble=2))
+    z = random_seeds(5, model.config)
+    first = torch.randn(5, model.obs_dim) if return_context == "first_state" else None
+    mean, std = model.return_moments(z, first)
+    model.returns.change_units(0.25, -1.5)
+    changed_mean, changed_std = model.return_moments(z, first)
+    torch.testing.assert_close(changed_mean, 0.25 * mean - 1.5)
+    torch.testing.assert_close(changed_std, 0.25 * std)

@@ -22,6 +22,7 @@ from gac_fast.config import Config, PosteriorConfig, TrainConfig
 from gac_fast.errors import CheckpointError, ConfigError, DataError, EnvError
 from gac_fast.policy import load
 from gac_fast.train import offline
+from gac_fast.train import trainer as trainer_module
 from gac_fast.train.offline import OfflineTrainer, TrainingDivergedError, pick_device, uses_bf16
 from gac_fast.train.update import compiled
 
@@ -524,7 +525,7 @@ def test_a_graph_needs_a_cuda_device():
 def quick_compiler(monkeypatch):
     """Traces and runs what it traced as it is."""
     limit = torch._dynamo.config.recompile_limit
-    monkeypatch.setattr(offline, "compiled", lambda parts: compiled(parts, backend="eager"))
+    monkeypatch.setattr(trainer_module, "compiled", lambda parts: compiled(parts, backend="eager"))
     yield
     torch._dynamo.config.recompile_limit = limit
     torch._dynamo.reset()
@@ -540,7 +541,7 @@ def test_a_compiled_run_is_a_run(tmp_path):
 
 
 def test_what_fills_a_batch_up_is_not_counted_as_work(monkeypatch):
-    monkeypatch.setattr(offline, "compiled", lambda parts: parts)
+    monkeypatch.setattr(trainer_module, "compiled", lambda parts: parts)
     plain, filled = OfflineTrainer(data(), config()), OfflineTrainer(data(), config(compile="on"))
     for _ in range(3):
         assert plain.run_update()[1] == filled.run_update()[1]

@@ -200,6 +200,33 @@ def test_explore_follows_its_target(return_context):
     assert high > prior + 3
 
 
+@pytest.mark.parametrize("return_context", ["none", "first_state"])
+def test_sharper_explore_comes_closer_to_the_target(return_context):
+    m = model(return_context=return_context)
+    context = starts(64)[:, None] if return_context == "first_state" else None
+    seeds = random_seeds(64, m.config)
+    target = float(predict(m, UNITS, seeds, context).return_mean.mean()) + 25.0
+    plans = {}
+    for sharpness in (1.0, 4.0, 16.0):
+        config = dataclasses.replace(CONFIG, n_steps=60, explore_sharpness=sharpness)
+        plans[sharpness] = explore(m, UNITS, 64, target, config, context, seed=1)
+        # What is said of a plan does not depend on how it was found.
+        again = predict(m, UNITS, plans[sharpness].z0, context)
+        torch.testing.assert_close(plans[sharpness].return_mean, again.return_mean, rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(plans[sharpness].return_std, again.return_std, rtol=1e-4, atol=1e-3)
+    misses = [abs(target - float(p.return_mean.mean())) for p in plans.values()]
+    assert misses[0] > misses[1] + 1 > misses[2] + 2
+
+
+def test_sharpness_divides_the_variance():
+    m = model()
+    one = explore(m, UNITS, 8, 45.0, dataclasses.replace(CONFIG, n_steps=1, explore_sharpness=9.0))
+    with torch.no_grad():
+        m.returns.b3[:, 1] -= math.log(9.0)
+    other = explore(m, UNITS, 8, 45.0, dataclasses.replace(CONFIG, n_steps=1))
+    torch.testing.assert_close(one.z0, other.z0, rtol=1e-5, atol=1e-6)
+
+
 def test_explore_samples_differ_by_plan_and_seed():
     m = model()
     one, same, other = (explore(m, UNITS, 3, 45.0, CONFIG, seed=seed).z0 for seed in (1, 1, 2))

@@ -209,3 +209,35 @@ plots.predicted_vs_achieved([1.0, 2.0], [2.0, 1.0], sys.argv[1])
 assert "matplotlib.pyplot" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", script, str(tmp_path / "a.png")], check=True)
+
+
+ONLINE = (
+    "step,explore/target,explore/best,explore/achieved,explore/predicted,noisy_exploit/achieved,noisy_exploit/predicted,"
+    "online/env_steps,online/env_steps_per_second,exploit/achieved,exploit/predicted,time/env,time/learning\n"
+    "40,100,90,30,50,60,80,1000,5000,,,0.2,0.8\n"
+    "80,110,95,40,60,70,90,2000,6000,75,85,0.3,0.7\n"
+    "120,115,120,50,65,80,95,3100,5500,,,0.25,0.75\n"
+)
+
+
+def test_an_online_run_is_drawn_against_its_environment_steps(tmp_path: Path, figures: list[Figure]) -> None:
+    (tmp_path / "metrics.csv").write_text(ONLINE)
+    plots.online_curves(tmp_path / "metrics.csv", tmp_path / "online.png")
+    assert_picture(tmp_path / "online.png")
+    returns, honesty, speed, time = figures[0].axes
+    lines = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in returns.get_lines()}
+    assert lines["explored"] == ([1000, 2000, 3100], [30, 40, 50])
+    assert lines["exploit, achieved"] == ([2000], [75])
+    assert lines["target"][1] == [100, 110, 115]
+    dots = {dot.get_label(): dot.get_offsets().tolist() for dot in honesty.collections}
+    assert dots["explored"] == [[50, 30], [60, 40], [65, 50]]
+    assert dots["exploit"] == [[85, 75]]
+    assert list(speed.get_lines()[0].get_ydata()) == [5000, 6000, 5500]
+    assert [area.get_label() for area in time.collections] == ["env", "learning"]
+
+
+def test_a_run_without_environment_steps_has_no_online_picture(tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_text("step,loss\n1,2\n")
+    with pytest.raises(DataError, match="holds no environment steps"):
+        plots.online_curves(tmp_path / "metrics.csv", tmp_path / "online.png")
+    assert not (tmp_path / "online.png").exists()

@@ -53,8 +53,16 @@ def parameters(function: Callable[..., Any]) -> list[str]:
     [
         ("load", ["run_dir", "step=None", "device=cpu"]),
         ("Policy.exploit", ["n", "obs=None", "seed=0"]),
-        ("Policy.explore", ["n", "target", "obs=None", "seed=0"]),
-        ("Policy.actor", ["plans", "action_noise=0.0", "seed=0", "bf16=auto", "cuda_graph=False"]),
+        ("Policy.explore", ["n", "target", "obs=None", "seed=0", "start=None"]),
+        (
+            "Policy.actor",
+            ["plans", "action_noise=0.0", "seed=0", "bf16=auto", "cuda_graph=False", "noise_correlation=0.0"],
+        ),
+        (
+            "finetune",
+            ["policy", "env", "config=None", "data=None", "run_dir=None", "resume=False", "overwrite=False"]
+            + ["progress=True", "tensorboard=True"],
+        ),
         ("Actor.act", ["obs"]),
         ("Actor.reset", ["mask=None", "plans=None"]),
         ("evaluate", ["policy", "env", "episodes=100", "seed=0", "plans=None", "keep=0", "progress=False"]),

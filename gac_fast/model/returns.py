@@ -34,6 +34,15 @@ class ReturnModel(nn.Module):
         """Parameters in the order that :func:`gac_fast.reference.return_model` takes them."""
         return ReturnWeights(self.w1, self.b1, self.w2, self.b2, self.w3, self.b3)  # type: ignore[arg-type]
 
+    @torch.no_grad()
+    def change_units(self, scale: float, shift: float) -> None:
+        """Let the model predict y' = scale * y + shift where it predicted y, with the standard deviation that goes
+        with it (van Hasselt et al., arXiv 1602.07714)."""
+        weights = self.weights()
+        weights.w3[:, 0].mul_(scale)
+        weights.b3[:, 0].mul_(scale).add_(shift)
+        weights.b3[:, 1].add_(2 * math.log(scale))
+
     def forward(self, z: Tensor, first_state: Tensor | None, dropout: bool = False) -> tuple[Tensor, Tensor]:
         """Means and log-variances [E, P] of the standardised return.
 

@@ -17,16 +17,33 @@ from gac_fast.model.normalization import Normalization
 from gac_fast.ops.pack_batch import works_beside
 from gac_fast.train.feeder import Feeder
 
-__all__ = ["Batches", "bucket"]
+__all__ = ["Batches", "Mix", "bucket"]
 
-# Second word of the key: no other noise of a run shares it ("BATC").
-KEY = 0x42415443
+# Second words of the key: no other noise of a run shares them ("BATC", "BATO", "BATB").
+KEY, ONLINE_KEY, BEST_KEY = 0x42415443, 0x4241544F, 0x42415442
 
 # Tensors of a batch with an entry for every time step; the others have one for every trajectory.
 PER_STEP = {"observations", "actions", "positions", "sequence", "dropped"}
 
 # Each tensor of a batch begins at a multiple of this many bytes.
 ALIGNMENT = 64
+
+
+class Mix(NamedTuple):
+    """Offline and online trajectories in one data set, drawn apart, and where their chains are."""
+
+    online: Tensor
+    """bool [B], which trajectories are online."""
+    best: Tensor
+    """bool [B], which of those are drawn apart from the others."""
+    share: float
+    """Of each batch, drawn from online ones; all of it where there are no others."""
+    best_share: float
+    """Of that, drawn from the best."""
+    rows: Tensor
+    """int64 [B], the posterior's trajectory that stands for each."""
+    n_chains: int
+    """Trajectories that the posterior has."""
 
 
 class Batches:
@@ -43,6 +60,7 @@ class Batches:
         device: where batches go.
         bucketed: fill drawn batches up to one of a few sizes (:func:`bucket`), for which compiled code and recorded
             graphs are made; None does so on CUDA, and wherever the configuration compiles or records.
+        mix: of offline and online trajectories; None: all are of one kind, and chain i is that of trajectory i.
 
     Attributes:
         n_steps: time steps of the batch drawn last, what fills it up left aside.
@@ -56,12 +74,13 @@ class Batches:
         config: Config,
         device: torch.device,
         bucketed: bool | None = None,
+        mix: Mix | None = None,
     ) -> None:
         self.normalization = normalization.to(device)
         self.device = device
         if bucketed is None:
             bucketed = device.type == "cuda" or "on" in (config.train.compile, config.train.cuda_graph)
-        self._packer = p = _Packer(data, normalization, held_out, config, device.type == "cuda", bucketed)
+        self._packer = p = _Packer(data, normalization, held_out, config, device.type == "cuda", bucketed, mix)
         self.size = p.size
         self.n_steps = 0
         depth = config.train.prefetch
@@ -75,7 +94,7 @@ class Batches:
         Returns:
             the batch, and the posterior rows of its chains, int64 [b]: row i of trajectory i given (tau, y), row
             B + i where the chain sees tau alone (a share of the batch, and every cut episode), row 2 B where the
-            trajectory only fills the batch up.
+            trajectory only fills the batch up. With a mix, its rows and its number of chains take the place of i and B.
         """
         if self._feeder is not None and works_beside():
             packed = self._feeder.take(number)
@@ -191,6 +210,7 @@ class _Packer:
         config: Config,
         pin_memory: bool,
         bucketed: bool,
+        mix: Mix | None,
     ) -> None:
         self.observations = torch.from_numpy(data.observations)
         self.actions = torch.from_numpy(data.actions)
@@ -203,10 +223,12 @@ class _Packer:
         if config.train.sampling == "uniform":
             self.weights.fill_(1.0)
         self.weights[held_out] = 0.0
+        b = len(self.complete)
+        self.chains = torch.arange(b) if mix is None else mix.rows
+        self.n_chains = b if mix is None else mix.n_chains
         self.size = min(config.train.batch_size, int((self.weights > 0).sum()))
-        fraction = config.posterior.tau_only_fraction
-        # At least one where asked for: without any, the return model's variance is never fitted.
-        self.n_tau_only = max(1, round(fraction * self.size)) if fraction > 0 and self.size > 1 else 0
+        self.groups = _groups(self.weights, self.size, config, mix)
+        self.sees_return = torch.cat([torch.arange(g.size) < g.size - g.n_tau_only for g in self.groups])
         self.action_token_dropout = config.model.action_token_dropout
         self.seed = (config.train.seed, KEY)
         self.pin_memory = pin_memory
@@ -217,7 +239,8 @@ class _Packer:
         self._slots: list[_Slot] = []
 
     def pack(self, number: int) -> _Packed:
-        ids = ops.draw_trajectories(self.weights, self.size, self.seed, number)
+        drawn = [ops.draw_trajectories(g.weights, g.size, (self.seed[0], g.key), number) for g in self.groups]
+        ids = drawn[0] if len(drawn) == 1 else torch.cat(drawn)
         n = int(self.lengths[ids].sum())
         whole_n = bucket(n + 1) if self.bucketed else n
         layout, n_bytes = self._layout(whole_n)
@@ -233,9 +256,10 @@ class _Packer:
             ops.drop_steps(n, self.action_token_dropout, self.seed, number, out=x["dropped"])
         torch.index_select(self.returns, 0, ids, out=x["returns"])
         torch.index_select(self.complete, 0, ids, out=x["has_label"])
-        # Trajectories come in random order: those at the end, which hide their return, are any.
-        x["has_return"].copy_(x["has_label"])[self.size - self.n_tau_only :] = False
-        torch.where(x["has_return"], ids, ids + len(self.complete), out=x["rows"])
+        # Trajectories of a group come in random order: those at its end, which hide their return, are any.
+        torch.logical_and(x["has_label"], self.sees_return, out=x["has_return"])
+        rows = self.chains[ids]
+        torch.where(x["has_return"], rows, rows + self.n_chains, out=x["rows"])
         if self.bucketed:
             self._fill_up(whole, n)
         return _Packed(slot, block, layout, whole, n)
@@ -248,7 +272,7 @@ class _Packer:
         whole["sequence"][n:] = self.whole_size - 1
         whole["cu_seqlens"][self.size :] = n
         whole["cu_seqlens"][-1] = len(whole["positions"])
-        whole["rows"][self.size :] = 2 * len(self.complete)
+        whole["rows"][self.size :] = 2 * self.n_chains
         whole["is_real"][: self.size] = True
 
     def _layout(self, n: int) -> tuple[Layout, int]:
@@ -292,6 +316,33 @@ class _Packer:
         slot = _Slot(self._layout(bucket(longest + 1) if self.bucketed else longest)[1], self.pin_memory)
         self._slots.append(slot)
         return slot
+
+
+class _Group(NamedTuple):
+    """Trajectories drawn together."""
+
+    weights: Tensor  # float64 [B], 0 for those of other groups
+    size: int  # drawn of them
+    n_tau_only: int  # at the end, which hide their return
+    key: int
+
+
+def _groups(weights: Tensor, size: int, config: Config, mix: Mix | None) -> list[_Group]:
+    fraction = config.posterior.tau_only_fraction
+    parts = [(weights, size, KEY)]
+    if mix is not None:
+        offline, others, best = (
+            torch.where(which, weights, 0.0) for which in (~mix.online, mix.online & ~mix.best, mix.best)
+        )
+        most_offline, most_others, most_best = (int((w > 0).sum()) for w in (offline, others, best))
+        n_online = min(max(round(mix.share * size), size - most_offline), most_others + most_best)
+        n_best = min(max(round(mix.best_share * n_online), n_online - most_others), most_best)
+        parts = [(offline, size - n_online, KEY), (others, n_online - n_best, ONLINE_KEY), (best, n_best, BEST_KEY)]
+    groups = [_Group(w, n, round(fraction * n), key) for w, n, key in parts if n > 0]
+    # At least one where asked for: without any, the return model's variance is never fitted.
+    if fraction > 0 and size > 1 and not any(g.n_tau_only for g in groups):
+        groups[-1] = groups[-1]._replace(n_tau_only=1)
+    return groups
 
 
 def carve(block: Tensor, layout: Layout) -> dict[str, Tensor]:

@@ -342,13 +342,14 @@ class Progress:
     """Progress of a loop: a bar on a terminal; elsewhere, as in the log of a build, a line every few seconds.
 
     Args:
-        total: number of updates.
+        total: number of updates, or of what else is counted.
         description: first word of the bar or line.
         initial: updates made before, where a run is resumed.
         interval: seconds between two lines where there is no terminal.
         file: where to write, by default standard error.
         disable: stay silent.
         clock: monotonic seconds.
+        unit: what is counted.
     """
 
     def __init__(
@@ -360,6 +361,7 @@ class Progress:
         file: TextIO | None = None,
         disable: bool = False,
         clock: Callable[[], float] = time.monotonic,
+        unit: str = "update",
     ) -> None:
         self._total, self._description, self._disable, self._clock = total, description, disable, clock
         self._file = file if file is not None else sys.stderr
@@ -373,7 +375,7 @@ class Progress:
         if not disable and self._file.isatty():
             from tqdm import tqdm
 
-            self._bar = tqdm(total=total, initial=initial, desc=description, unit="update", file=self._file)
+            self._bar = tqdm(total=total, initial=initial, desc=description, unit=unit, file=self._file)
             self._interval = 0.5
 
     def update(self, updates: int = 1, time_steps: int = 0, **values: Any) -> None:

@@ -1,0 +1,817 @@
+"""Online fine-tuning: explore with plans for a target return, learn from what came of it, and go on."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gac_fast import checkpoint, ops
+from gac_fast.config import Config
+from gac_fast.data import Trajectories
+from gac_fast.data.buffer import EpisodeBuffer
+from gac_fast.errors import CheckpointError, ConfigError, DataError, EnvError
+from gac_fast.evaluate import EvalResult, check_fit, evaluate
+from gac_fast.files import read_json
+from gac_fast.model.normalization import SMALLEST_STD, Normalization
+from gac_fast.plan import Plans, TargetSchedule
+from gac_fast.policy import Policy, load
+from gac_fast.posterior import ONLINE, PosteriorState
+from gac_fast.rollout import SEED_LIMIT, rollout
+from gac_fast.train.batches import Batches, Mix
+from gac_fast.train.log import Logger, Progress, RunDir, StopSignal, last_metrics, merge_result, start_run
+from gac_fast.train.trainer import (
+    Trainer,
+    TrainingDivergedError,
+    check_config,
+    check_finite,
+    check_state,
+    fingerprint,
+    hold_out,
+)
+
+if TYPE_CHECKING:
+    from gymnasium.vector import VectorEnv
+
+    from gac_fast.act import Actor
+
+__all__ = ["OnlineTrainer", "Spaces", "finetune"]
+
+# What may differ between a run and its resumption beside all of plan.
+RESUME_MAY_CHANGE = {
+    "online.n_steps",
+    "online.n_updates",
+    "online.eval_every",
+    "online.eval_episodes",
+    "online.checkpoint_every",
+    "train.log_every",
+    "train.keep_checkpoints",
+    "train.n_threads",
+    "train.prefetch",
+    "train.compile",
+    "train.cuda_graph",
+}
+
+# First words of what a round's seeds are made of.
+ENV, PLAN, NOISE, EVALUATION, COMPARED = range(5)
+
+# Plans that ranking compares an episode with, and the least spread of their returns, standardised.
+N_COMPARED = 16
+SMALLEST_SPREAD = 0.1
+
+
+class Spaces(NamedTuple):
+    """What the method needs to know of an environment."""
+
+    obs_dim: int
+    act_dim: int
+    action_low: np.ndarray
+    """float32 [act_dim]"""
+    action_high: np.ndarray
+    env_id: str | None
+
+    @classmethod
+    def of(cls, env: VectorEnv[Any, Any, Any], env_id: str | None) -> Spaces:
+        """Those of a vector environment with flat observations and a Box of actions.
+
+        Raises:
+            EnvError: an action without bounds.
+        """
+        space: Any = env.single_action_space
+        low, high = np.asarray(space.low, np.float32), np.asarray(space.high, np.float32)
+        if not (np.isfinite(low).all() and np.isfinite(high).all()):
+            raise EnvError(f"{env_id}: expected an action space with bounds, got {space}")
+        return cls(env.single_observation_space.shape[0], space.shape[0], low, high, env_id)  # type: ignore[index]
+
+    @classmethod
+    def of_data(cls, data: Trajectories) -> Spaces:
+        """Those that episodes come from."""
+        return cls(data.obs_dim, data.act_dim, data.action_low, data.action_high, data.env_id)
+
+
+class Explored(NamedTuple):
+    """Episodes of one round."""
+
+    episodes: Trajectories
+    z0: np.ndarray
+    """float32 [n, n_z, D], seeds of the plans that made them."""
+    predicted: np.ndarray
+    """[n], return that the model expected of each."""
+    planning_seconds: float
+    acting_seconds: float
+    seconds: float
+    """All of it."""
+
+
+class OnlineTrainer(Trainer):
+    """Training on episodes that come in, beside those of an offline data set.
+
+    Args:
+        config: of the run.
+        spaces: of the environment, and of the data where there is some.
+        offline: episodes of a fixed data set, or None.
+    """
+
+    def __init__(self, config: Config, spaces: Spaces, offline: Trajectories | None = None) -> None:
+        super().__init__(config)
+        self.spaces = spaces
+        self.offline = offline
+        online = config.online
+        self.buffer = EpisodeBuffer(offline, online.capacity, online.keep_best)
+        self.schedule = TargetSchedule(online.target_best)
+        self.round = 0
+        self.in_round = False
+        self.updates_left = 0
+        self.env_steps = 0
+        self.achieved: list[float] = []
+        self.row: dict[str, float] = {}
+        if offline is None:
+            self.held_out, self._offline_usable = torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.bool)
+            self.normalization = _units_of(spaces)
+        else:
+            self.held_out, self._offline_usable = hold_out(offline, config)
+            self.normalization = Normalization.fit(offline)
+        self._make_model(spaces.obs_dim, spaces.act_dim)
+        n_chains = self.buffer.n_offline + online.capacity
+        self.posterior = PosteriorState(
+            config.posterior, n_chains, config.model.n_z, config.model.dim, config.train.seed, self.device, ONLINE
+        )
+        self._make_update()
+        self._refresh()
+
+    def learning_rate(self) -> float:
+        o = self.config.online
+        cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, self.spent())))
+        return o.learning_rate * (o.final_lr_ratio + (1 - o.final_lr_ratio) * cosine)
+
+    def spent(self) -> float:
+        """Share of the budget used up; of the one that ends the run first."""
+        o = self.config.online
+        parts = [self.n_updates / o.n_updates] if o.n_updates else []
+        if o.explore == "on":
+            parts.append(self.env_steps / o.n_steps)
+        return max(parts)
+
+    @property
+    def n_updates(self) -> int:
+        """Updates since training online began."""
+        return self.step - self.first_step
+
+    first_step = 0
+    """Updates that the model had before."""
+
+    def _refresh(self) -> None:
+        """Whatever follows from the episodes there are."""
+        self.close()
+        buffer = self.buffer
+        if buffer.n_offline + buffer.n_online == 0:
+            return
+        self.data = data = buffer.trajectories
+        online = torch.arange(len(data)) >= buffer.n_offline
+        self.usable = torch.cat((self._offline_usable, torch.from_numpy(data.complete[buffer.n_offline :])))
+        self.rows = torch.cat((torch.arange(buffer.n_offline), buffer.n_offline + torch.from_numpy(buffer.slots)))
+        o = self.config.online
+        best = torch.zeros(len(data), dtype=torch.bool)
+        best[buffer.n_offline + torch.from_numpy(buffer.best())] = True
+        mix = Mix(online, best, o.online_share, o.best_share, self.rows, self.posterior.n_trajectories)
+        self.batches = Batches(data, self.normalization, self.held_out, self.config, self.device, mix=mix)
+
+    def begin_at(self, path: Path) -> None:
+        """Go on from a checkpoint of training, offline or online: weights, optimiser, units, and the offline chains.
+
+        Raises:
+            CheckpointError: of another model, other units of actions, or other offline episodes.
+        """
+        tensors, state = checkpoint.load(path)
+        check_state(state, path, {"step", "config", "obs_dim", "act_dim", "optimizer", "bf16", "device"}, self.device)
+        check_config(state, path, self.config, set(), free={"plan", "online", "train", "posterior"})
+        for name in ("obs_dim", "act_dim"):
+            if state[name] != getattr(self.spaces, name):
+                raise CheckpointError(
+                    f"{path}: expected {name} {getattr(self.spaces, name)} as in the environment, "
+                    f"the checkpoint has {state[name]}"
+                )
+        method = Config.from_dict(state["config"]).posterior.method
+        if method != self.config.posterior.method:
+            raise CheckpointError(
+                f"{path}: expected posterior.method {self.config.posterior.method!r}, the checkpoint has {method!r}"
+            )
+        if self.offline is not None and state.get("data_fingerprint") != fingerprint(self.offline):
+            raise CheckpointError(f"{path}: the run was trained on other episodes than the data given now")
+        own = self.posterior
+        b = 0 if self.offline is None else len(self.offline)
+        n_saved = len(tensors["posterior.n_draws"]) // 2
+        for name, mine in own.tensors.items():
+            saved = tensors[f"posterior.{name}"]
+            mine[:b], mine[own.n_trajectories :][:b] = saved[:b], saved[n_saved:][:b]
+        self._restore_tensors(tensors | {f"posterior.{n}": x for n, x in own.tensors.items()}, state, path)
+        self.first_step = self.step
+        self._refresh()
+
+    def add(self, explored: Explored) -> None:
+        """Keep new episodes, their chains begun at the seeds that made them."""
+        slots = torch.from_numpy(self.buffer.add(explored.episodes))
+        kept = slots >= 0
+        z0 = torch.from_numpy(explored.z0)[kept].to(self.device)
+        self.posterior.begin_at((self.buffer.n_offline + slots[kept]).to(self.device), z0)
+        self.env_steps += explored.episodes.num_steps
+        self._fit_units()
+        self._refresh()
+
+    def _fit_units(self) -> None:
+        """Standardise returns as batches hold them, and let the return model say the same in the new units.
+
+        Online returns come to lie ten standard deviations of the offline ones away: their errors would take all of the
+        gradient that clipping allows.
+        """
+        buffer, data = self.buffer, self.buffer.trajectories
+        online = np.arange(len(data)) >= buffer.n_offline
+        usable = np.concatenate((self._offline_usable.numpy(), data.complete[buffer.n_offline :]))
+        n_online, n_offline = int((usable & online).sum()), int((usable & ~online).sum())
+        share = self.config.online.online_share if n_offline else 1.0
+        weights = usable * np.where(online, share / max(1, n_online), (1 - share) / max(1, n_offline))
+        weights /= weights.sum()
+        mean = float(weights @ data.returns)
+        std = float(np.sqrt(weights @ np.square(data.returns - mean)))
+        old = self.normalization
+        new = old._replace(return_mean=old.return_mean.new_tensor(mean), return_std=old.return_std.new_tensor(std))
+        if not std > SMALLEST_STD:
+            return
+        self.model.returns.change_units(
+            float(old.return_std / new.return_std), float((old.return_mean - new.return_mean) / new.return_std)
+        )
+        self.normalization = new
+
+    def ranking(self) -> Tensor:
+        """float64 [B], by which the trajectories are picked that exploit starts from.
+
+        Their returns; where the return model takes the first state, minus the better of two ranks: by return, and by
+        how far it lies above what the model expects of plans from that start, in standard deviations over plans. The
+        best returns alone are those of the luckiest starts, whose plans know nothing of the way there.
+        """
+        returns = torch.from_numpy(self.data.returns)
+        if not self.model.returns.uses_first_state:
+            return returns
+        # Plans as batches hold them.
+        share = self.config.online.online_share
+        usable = self.usable.nonzero()[:, 0]
+        online = usable >= self.buffer.n_offline
+        n_online = int(online.sum())
+        per_offline, per_online = (1 - share) / max(1, len(usable) - n_online), share / max(1, n_online)
+        weights = torch.where(online, per_online, per_offline)
+        generator = torch.Generator().manual_seed(self.seed(COMPARED))
+        # Where only one kind is there the other's share is nobody's.
+        drawn = usable[(weights + 1e-12).multinomial(min(N_COMPARED, len(usable)), generator=generator)]
+        units, data = self.batches.normalization, self.data
+        starts = units.observations(torch.from_numpy(data.observations[data.cu_seqlens[:-1]]).to(self.device))
+        with torch.no_grad():
+            z = self.model.prior(self.posterior.z0[self.rows[drawn].to(self.device)])
+            expected, _ = self.model.return_moments_of_pairs(z, starts)  # [B, N_COMPARED]
+        y = units.returns(returns.to(self.device, torch.float32))
+        above = (y - expected.mean(dim=1)) / expected.std(dim=1, correction=0).clamp_min(SMALLEST_SPREAD)
+        return -torch.minimum(self._ranks(returns), self._ranks(above.double().cpu()))
+
+    def _ranks(self, values: Tensor) -> Tensor:
+        """float64 [B], 0 for the greatest of the usable trajectories."""
+        order = torch.where(self.usable, values, -torch.inf).argsort(descending=True, stable=True)
+        return torch.empty(len(values), dtype=torch.float64).index_copy_(0, order, torch.arange(len(values)).double())
+
+    def close(self) -> None:
+        """End the thread that prepares batches."""
+        if hasattr(self, "batches"):
+            self.batches.close()
+
+    def target(self) -> float:
+        """Target return of the next round."""
+        data = self.data
+        return self.schedule.update(data.returns[data.complete].tolist(), self.achieved or None)
+
+    def seed(self, kind: int) -> int:
+        """Of one part of the present round, within [0, SEED_LIMIT)."""
+        words = np.random.SeedSequence([self.config.train.seed, kind, self.round])
+        return int(words.generate_state(1, np.uint64)[0] % SEED_LIMIT)
+
+    def save(self, run_dir: Path, settle: bool = False) -> Path:
+        """Write the checkpoint of the present step and drop those beyond ``keep_checkpoints``."""
+        tensors, state = self._tensors(settle and bool(self.usable.any()))
+        tensors["data.rows"] = self.rows
+        tensors |= {f"online.{name}": torch.from_numpy(array) for name, array in self.buffer.state().items()}
+        state["online"] = {
+            "round": self.round,
+            "in_round": self.in_round,
+            "updates_left": self.updates_left,
+            "env_steps": self.env_steps,
+            "first_step": self.first_step,
+            "target": self.schedule.target,
+            "achieved": self.achieved,
+            "row": self.row,
+        }
+        # Of the fixed episodes; the others are in here.
+        state["data_fingerprint"] = None if self.offline is None else self._fingerprint()
+        path = checkpoint.checkpoint_path(run_dir, self.step)
+        checkpoint.save(path, tensors, state)
+        checkpoint.prune(run_dir, keep_last=self.config.train.keep_checkpoints)
+        return path
+
+    _known_fingerprint: str | None = None
+
+    def _fingerprint(self) -> str:
+        if self._known_fingerprint is None:
+            assert self.offline is not None
+            self._known_fingerprint = fingerprint(self.offline)
+        return self._known_fingerprint
+
+    def restore(self, path: Path) -> None:
+        """Take over a checkpoint of this very run.
+
+        Raises:
+            CheckpointError: not of an online run, or of other data or another configuration, naming what differs.
+        """
+        tensors, state = checkpoint.load(path)
+        expected = {"step", "config", "obs_dim", "act_dim", "data_fingerprint", "optimizer", "bf16", "device", "online"}
+        check_state(state, path, expected, self.device)
+        for name, value in (("obs_dim", self.spaces.obs_dim), ("act_dim", self.spaces.act_dim)):
+            if state[name] != value:
+                raise CheckpointError(f"{path}: expected {name} {value}, the checkpoint has {state[name]}")
+        if state["data_fingerprint"] != (None if self.offline is None else self._fingerprint()):
+            raise CheckpointError(f"{path}: the run was trained on other offline episodes than those given now")
+        check_config(state, path, self.config, RESUME_MAY_CHANGE, free={"plan"})
+        self._restore_tensors(tensors, state, path)
+        arrays = {
+            name.removeprefix("online."): value.numpy() for name, value in tensors.items() if name.startswith("online.")
+        }
+        saved = state["online"]
+        try:
+            self.buffer.load(arrays, self.spaces)
+            self.round, self.in_round, self.updates_left = saved["round"], saved["in_round"], saved["updates_left"]
+            self.env_steps, self.first_step = saved["env_steps"], saved["first_step"]
+            self.schedule.target, self.achieved, self.row = saved["target"], saved["achieved"], saved["row"]
+        except (KeyError, DataError) as error:
+            raise CheckpointError(f"{path}: {error}") from None
+        self._refresh()
+
+
+def _units_of(spaces: Spaces) -> Normalization:
+    """Of an environment of which nothing was seen: only the actions are scaled."""
+    low, high = torch.from_numpy(spaces.action_low), torch.from_numpy(spaces.action_high)
+    zeros = torch.zeros(spaces.obs_dim)
+    return Normalization(zeros, zeros + 1, (high + low) / 2, (high - low) / 2, torch.zeros(()), torch.ones(()))
+
+
+class _Watched:
+    """An actor whose time is taken, and whose actions must be finite."""
+
+    def __init__(self, actor: Actor) -> None:
+        self._actor = actor
+        self.seconds = 0.0
+        self.steps = 0
+
+    @property
+    def z0(self) -> Any:
+        return getattr(self._actor, "z0", None)
+
+    def act(self, obs: np.ndarray) -> np.ndarray:
+        begin = time.perf_counter()
+        action = self._actor.act(obs)
+        self.seconds += time.perf_counter() - begin
+        if not np.isfinite(action).all():
+            row = int(np.flatnonzero(~np.isfinite(action).all(axis=1))[0])
+            raise TrainingDivergedError(f"step {self.steps}, environment {row}: the model's action is NaN or infinite")
+        self.steps += 1
+        return action
+
+
+class _Stopped(BaseException):
+    """Raised out of a rollout that was asked to stop."""
+
+
+def explore(
+    trainer: OnlineTrainer,
+    env: VectorEnv[Any, Any, Any],
+    plans_for: Any,
+    episodes: int,
+    action_noise: float,
+    on_step: Any = None,
+) -> Explored:
+    """Whole episodes, one plan each.
+
+    Args:
+        plans_for: (first observations [n, obs_dim], policy) -> n plans.
+        on_step: as of :func:`gac_fast.rollout.rollout`.
+    """
+    started = time.perf_counter()
+    policy = trainer.policy(rank=True) if trainer.buffer.n_offline + trainer.buffer.n_online else _untrained(trainer)
+    c = trainer.config.model
+    z0 = np.zeros((episodes, c.n_z, c.dim), np.float32)
+    predicted = np.zeros(episodes)
+    watched: list[_Watched] = []
+    planning = time.perf_counter() - started
+
+    def make_actor(obs: np.ndarray, first: int) -> _Watched:
+        nonlocal planning
+        begin = time.perf_counter()
+        plans: Plans = plans_for(obs, first, policy)
+        rows = slice(first, min(first + len(obs), episodes))
+        wanted = rows.stop - rows.start
+        z0[rows] = plans.z0[:wanted].cpu().numpy()
+        predicted[rows] = plans.return_mean[:wanted].cpu().numpy()
+        levels = action_noise * _levels(trainer.seed(NOISE), episodes)[np.arange(first, first + len(obs)) % episodes]
+        correlation = trainer.config.online.noise_correlation
+        actor = policy.actor(plans, levels, trainer.seed(NOISE) + first, noise_correlation=correlation)
+        watched.append(_Watched(actor))
+        planning += time.perf_counter() - begin
+        return watched[-1]
+
+    result = rollout(env, make_actor, episodes, trainer.seed(ENV), episodes, on_step)
+    return Explored(
+        result.trajectories(env, trainer.spaces.env_id), z0, predicted, planning,
+        sum(w.seconds for w in watched), time.perf_counter() - started,
+    )  # fmt: skip
+
+
+def _levels(seed: int, n: int) -> np.ndarray:
+    """n levels spread evenly over (0, 1], in random order."""
+    return np.random.default_rng(seed).permutation(np.arange(1, n + 1) / n)
+
+
+def _untrained(trainer: OnlineTrainer) -> Policy:
+    c, device = trainer.config.model, trainer.device
+    return Policy(
+        trainer.model, trainer.normalization.to(device), trainer.config, trainer.spaces.env_id,
+        torch.zeros(1, c.n_z, c.dim, device=device), torch.zeros(1, dtype=torch.float64, device=device),
+        torch.zeros(1, trainer.spaces.obs_dim, device=device), torch.ones(1, dtype=torch.bool, device=device),
+        trainer.step,
+    )  # fmt: skip
+
+
+def finetune(
+    policy: Policy | str | Path | None,
+    env: str | VectorEnv[Any, Any, Any],
+    config: Config | None = None,
+    *,
+    data: Trajectories | str | Path | None = None,
+    run_dir: str | Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: bool = True,
+    tensorboard: bool = True,
+) -> Path:
+    """Improve a policy by acting, and return the folder of the run.
+
+    In rounds: plans are sampled for a target return that follows what was achieved, one per environment; each acts for
+    a whole episode; the episodes join the buffer, their posterior chains begun at the seeds that made them; updates
+    follow on offline and online episodes. SIGINT and SIGTERM save a checkpoint and stop cleanly; ``resume=True`` goes
+    on from the newest checkpoint, on the CPU bit for bit as if it had never stopped.
+
+    Args:
+        policy: to begin with: folder of a run, or what :func:`gac_fast.load` returned. None begins with an untrained
+            model, whose random plans fill the buffer first.
+        env: environment id, or a vector environment of the caller's (of its ``num_envs``, not ``online.n_envs``).
+        config: of the run; default that of the policy, or :class:`Config`. The model must be the policy's.
+        data: the episodes that the policy was trained on, or what :func:`gac_fast.data.load` takes; default what its
+            run recorded. Without any, training is on online episodes alone.
+        run_dir: default ``runs/<environment>-online-s<seed>-<time>``.
+        resume: go on from the newest checkpoint of ``run_dir``; ``policy`` is then not read.
+        overwrite: replace a run that is there.
+        progress: show a progress bar.
+        tensorboard: write TensorBoard files beside the CSV.
+
+    Raises:
+        DataError, ConfigError, CheckpointError, EnvError: what does not fit, named. An environment that failed in the
+            middle ends the run so, with the episodes finished until then kept in a checkpoint.
+        TrainingDivergedError: a loss, a plan or an action became NaN or infinite; the checkpoints saved before remain.
+    """
+    from gac_fast import envs
+
+    if resume and run_dir is None:
+        raise ConfigError("resume: expected run_dir to name the run to resume, got None")
+    if isinstance(policy, str | Path):
+        policy = load(policy)
+    if config is None:
+        config = policy.config if policy is not None else Config()
+    t, online = config.train, config.online
+    config = config.replace(plan={"radius": online.radius})
+    if t.n_threads:
+        torch.set_num_threads(t.n_threads)
+    ops.keep_freed_memory()
+    env_id = env if isinstance(env, str) else None
+    folder = Path(run_dir) if run_dir is not None else _default_run_dir(env_id, config)
+    source: str | None = None
+    if data is None:
+        source = _recorded_data(folder if resume else policy)
+        data = source
+    elif isinstance(data, str | Path):
+        source = str(data)
+    offline = _load(data)
+    vector = envs.make_vector(env, num_envs=online.n_envs)
+    try:
+        spaces = Spaces.of(vector, env_id or (offline.env_id if offline is not None else None))
+        _check_spaces(spaces, offline)
+        trainer = OnlineTrainer(config, spaces, offline)
+        if resume:
+            trainer.restore(checkpoint.latest(folder))
+        elif policy is not None:
+            _begin_at(trainer, policy)
+            if isinstance(env, str):
+                # Now, not at the first evaluation.
+                check_fit(policy, env)
+        run = start_run(folder, config.to_dict(), overwrite=overwrite, resume=resume)
+        merge_result(
+            run, {"env_id": spaces.env_id, "data": source, "begun_at": _name(policy) if not resume else _begun_at(run)}
+        )
+        explores = online.explore == "on"
+        with (
+            contextlib.closing(trainer),
+            Logger(run.path, tensorboard=tensorboard) as logger,
+            Progress(
+                online.n_steps if explores else online.n_updates,
+                "finetune",
+                initial=trainer.env_steps if explores else trainer.n_updates,
+                disable=not progress,
+                unit="step" if explores else "update",
+            ) as bar,
+            StopSignal() as stop,
+        ):
+            if resume:
+                logger.truncate_after(trainer.step)
+            _Loop(trainer, vector, env, run, logger, bar, stop).run()
+    finally:
+        if isinstance(env, str):
+            vector.close()
+    _write_plots(run)
+    return run.path
+
+
+def _default_run_dir(env_id: str | None, config: Config) -> Path:
+    name = (env_id or "env").split("/")[-1].lower()
+    return Path("runs") / f"{name}-online-s{config.train.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def _recorded_data(run: Path | Policy | None) -> str | None:
+    """What a run's ``result.json`` names as its data."""
+    if isinstance(run, Policy):
+        # <run>/checkpoints/step_<n>
+        run = None if run.source is None else run.source.parent.parent
+    if run is None or not RunDir(run).result.is_file():
+        return None
+    value = read_json(RunDir(run).result).get("data")
+    return value if isinstance(value, str) else None
+
+
+def _load(data: Trajectories | str | Path | None) -> Trajectories | None:
+    from gac_fast import data as data_module
+
+    return data if data is None or isinstance(data, Trajectories) else data_module.load(data)
+
+
+def _check_spaces(spaces: Spaces, offline: Trajectories | None) -> None:
+    if offline is None:
+        return
+    of_data = Spaces.of_data(offline)
+    for name in ("obs_dim", "act_dim", "action_low", "action_high"):
+        mine, its = getattr(spaces, name), getattr(of_data, name)
+        if not np.array_equal(mine, its):
+            raise EnvError(f"{spaces.env_id}: expected {name} {its} as in the data, the environment has {mine}")
+
+
+def _begin_at(trainer: OnlineTrainer, policy: Policy) -> None:
+    if policy.source is None:
+        raise ConfigError("policy: expected one that was loaded from a run, got one that was not")
+    trainer.begin_at(policy.source)
+
+
+def _name(policy: Policy | None) -> str | None:
+    return None if policy is None else str(policy.source)
+
+
+def _begun_at(run: RunDir) -> str | None:
+    value: str | None = read_json(run.result).get("begun_at") if run.result.is_file() else None
+    return value
+
+
+class _Loop:
+    """Rounds until the budget is used up or a signal asks to stop."""
+
+    def __init__(
+        self,
+        trainer: OnlineTrainer,
+        vector: VectorEnv[Any, Any, Any],
+        env: str | VectorEnv[Any, Any, Any],
+        run: RunDir,
+        logger: Logger,
+        bar: Progress,
+        stop: StopSignal,
+    ) -> None:
+        self.trainer, self.vector, self.env, self.run_dir = trainer, vector, env, run
+        self.logger, self.bar, self.stop = logger, bar, stop
+        self.online = trainer.config.online
+        self.explores = self.online.explore == "on"
+        self.values: dict[str, Tensor] = {}
+        self.learning_seconds = 0.0
+
+    def run(self) -> None:
+        trainer = self.trainer
+        try:
+            if trainer.buffer.n_offline + trainer.buffer.n_online == 0:
+                self._fill()
+            if not checkpoint.list_checkpoints(self.run_dir.path):
+                trainer.save(self.run_dir.path)
+            while not self.finished and not self.stop.requested:
+                if not trainer.in_round:
+                    self._begin_round()
+                self._learn()
+                if trainer.updates_left == 0:
+                    self._end_round()
+        except _Stopped:
+            pass
+        except (TrainingDivergedError, FloatingPointError) as error:
+            raise TrainingDivergedError(f"{error}; the last good checkpoint is {self._last()}") from error
+        if self.stop.requested and trainer.buffer.n_offline + trainer.buffer.n_online:
+            check_finite(self.values, trainer.step, self.run_dir.checkpoints)
+            trainer.save(self.run_dir.path)
+
+    @property
+    def finished(self) -> bool:
+        t = self.trainer
+        if t.in_round:
+            return False
+        return t.spent() >= 1
+
+    def _last(self) -> Path | str:
+        found = checkpoint.list_checkpoints(self.run_dir.path)
+        return found[-1] if found else "none"
+
+    def _explore(self, plans_for: Any, episodes: int, noise: float) -> Explored:
+        """Episodes, added to the buffer; those of a round that failed too."""
+        trainer = self.trainer
+        counted = 0
+
+        def on_step(done: int, steps: int) -> None:
+            nonlocal counted
+            if self.stop.requested:
+                raise _Stopped
+            self.bar.update(steps - counted)
+            counted = steps
+
+        explored = explore(trainer, self.vector, plans_for, episodes, noise, on_step)
+        trainer.add(explored)
+        return explored
+
+    def _fill(self) -> None:
+        """Episodes of random plans, and the units they show."""
+        trainer, o = self.trainer, self.online
+        # A model that has learnt is not told to flail.
+        noise = o.fill_noise if trainer.step == 0 else o.action_noise
+
+        def plans_for(obs: np.ndarray, first: int, policy: Policy) -> Plans:
+            return policy.prior_plans(len(obs), trainer.seed(PLAN) + first)
+
+        if trainer.step == 0:
+            explored = explore(trainer, self.vector, plans_for, o.fill_episodes, noise, self._raise_if_stopped)
+            trainer.normalization = Normalization.fit(explored.episodes)
+            trainer.add(explored)
+        else:
+            explored = self._explore(plans_for, o.fill_episodes, noise)
+        self.bar.update(0)
+        trainer.round += 1
+
+    def _raise_if_stopped(self, done: int, steps: int) -> None:
+        if self.stop.requested:
+            raise _Stopped
+
+    def _begin_round(self) -> None:
+        trainer, o = self.trainer, self.online
+        trainer.row = {}
+        if self.explores:
+            before = trainer.schedule.target
+            target = trainer.target()
+            raised = _raised(self.vector.num_envs, o.exploit_share)
+
+            def plans_for(obs: np.ndarray, first: int, policy: Policy) -> Plans:
+                # The halves of a pair each ask for their own rows; a last round may have some too many.
+                mine = np.resize(raised[first:], len(obs))
+                return _plans(policy, obs, target, mine, o.bold_radius, trainer.seed(PLAN) + first)
+
+            try:
+                explored = self._explore(plans_for, self.vector.num_envs, o.action_noise)
+            except BaseException:
+                # The round was not: what is saved now must not know of it.
+                trainer.schedule.target = before
+                raise
+            trainer.row = _summary(explored, target, raised) | {
+                "online/kept": trainer.buffer.n_online,
+                "online/env_steps": trainer.env_steps,
+            }
+            # Where nothing was sampled for the target, all that was achieved speaks to it.
+            sampled = raised if raised.all() else ~raised
+            trainer.achieved = explored.episodes.returns[sampled].tolist()
+        left = o.n_updates - trainer.n_updates if o.n_updates else o.updates_per_round
+        trainer.updates_left, trainer.in_round = min(o.updates_per_round, left), True
+        self.learning_seconds = 0.0
+
+    def _learn(self) -> None:
+        trainer = self.trainer
+        started = time.perf_counter()
+        while trainer.updates_left and not self.stop.requested:
+            self.values, _ = trainer.run_update()
+            trainer.updates_left -= 1
+            if trainer.step % trainer.config.train.log_every == 0:
+                check_finite(self.values, trainer.step, self.run_dir.checkpoints)
+            self.bar.update(0 if self.explores else 1, loss=self.values["loss"])
+        self.learning_seconds += time.perf_counter() - started
+
+    def _end_round(self) -> None:
+        trainer, o = self.trainer, self.online
+        trainer.round, trainer.in_round = trainer.round + 1, False
+        row = trainer.row | {name: float(value) for name, value in self.values.items()}
+        row["online/round"] = trainer.round
+        row["online/updates"] = trainer.n_updates
+        check_finite(row, trainer.step, self.run_dir.checkpoints)
+        last = self.finished
+        seconds = {name: row.pop(f"time/{name}", 0.0) for name in ("env", "planning", "acting")}
+        seconds["learning"] = self.learning_seconds
+        started = time.perf_counter()
+        if last or (o.eval_every and trainer.round % o.eval_every == 0):
+            result = self._evaluate()
+            row |= {"exploit/achieved": result.mean, "exploit/predicted": float(result.predicted.mean())}
+            row["exploit/standard_error"] = result.standard_error
+            row |= trainer.metrics()
+            self.bar.update(0, exploit=result.mean)
+            merge_result(self.run_dir, self._result(result))
+        seconds["evaluation"] = time.perf_counter() - started
+        whole = sum(seconds.values())
+        row |= {f"time/{name}": value / max(whole, 1e-9) for name, value in seconds.items()}
+        self.logger.log(trainer.step, row)
+        trainer.row = {}
+        if last or trainer.round % o.checkpoint_every == 0:
+            trainer.save(self.run_dir.path, settle=last)
+
+    def _evaluate(self) -> EvalResult:
+        trainer, o = self.trainer, self.online
+        return evaluate(trainer.policy(settle=True), self.env, o.eval_episodes, trainer.seed(EVALUATION))
+
+    def _result(self, result: EvalResult) -> dict[str, Any]:
+        trainer = self.trainer
+        return {
+            "env_id": trainer.spaces.env_id,
+            "step": trainer.step,
+            "rounds": trainer.round,
+            "env_steps": trainer.env_steps,
+            "episodes": trainer.buffer.n_added,
+            "exploit": result.summary(),
+        }
+
+
+def _summary(explored: Explored, target: float, raised: np.ndarray) -> dict[str, float]:
+    """Of a round, for the log; times in seconds."""
+    returns = explored.episodes.returns
+    row = {
+        "explore/target": target,
+        "explore/best": float(returns.max()),
+        "online/episodes": len(returns),
+        "online/env_steps_per_second": explored.episodes.num_steps / max(explored.seconds, 1e-9),
+        "time/planning": explored.planning_seconds,
+        "time/acting": explored.acting_seconds,
+        "time/env": max(0.0, explored.seconds - explored.planning_seconds - explored.acting_seconds),
+    }
+    for name, rows in (("explore", ~raised), ("noisy_exploit", raised)):
+        if rows.any():
+            row[f"{name}/achieved"] = float(returns[rows].mean())
+            row[f"{name}/predicted"] = float(explored.predicted[rows].mean())
+    return row
+
+
+def _raised(n: int, share: float) -> np.ndarray:
+    """bool [n], which of n environments act by exploit's plans, spread evenly over them."""
+    i = np.arange(n)
+    return np.floor((i + 1) * share) > np.floor(i * share)
+
+
+def _plans(policy: Policy, obs: np.ndarray, target: float, raised: np.ndarray, bold_radius: float, seed: int) -> Plans:
+    """One for each start: sampled for the target, or ``raised`` by ascent, every other one boldly."""
+    plans = policy.explore(len(obs), target, obs, seed)
+    rows = np.flatnonzero(raised)
+    for chosen, overrides in ((rows[::2], {}), (rows[1::2], {"radius": bold_radius})):
+        if len(chosen):
+            better = policy.exploit(len(chosen), obs[chosen], seed, **overrides)
+            where = torch.from_numpy(chosen).to(policy.device)
+            fields = (getattr(plans, f).index_copy(0, where, getattr(better, f)) for f in Plans.__dataclass_fields__)
+            plans = Plans(*fields)
+    return plans
+
+
+def _write_plots(run: RunDir) -> None:
+    from gac_fast import plots
+
+    # A run stopped before its first row has nothing to draw.
+    if run.metrics.exists() and len(run.metrics.read_text().splitlines()) > 1:
+        run.plots.mkdir(exist_ok=True)
+        plots.learning_curves(run.metrics, run.plots / "learning_curves.png")
+        if "online/env_steps" in last_metrics(run.metrics):
+            plots.online_curves(run.metrics, run.plots / "online.png")

@@ -1,0 +1,532 @@
+"""Online fine-tuning: rounds and their log, chains that begin at the plans, resuming bit for bit, what goes wrong."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from core_fixtures import ACT_DIM, OBS_DIM, counting_vector, make_trajectories, model_config, seeded_vector
+
+import gac_fast
+from gac_fast import checkpoint
+from gac_fast.config import Config, OnlineConfig, PlanConfig, PosteriorConfig, TrainConfig
+from gac_fast.errors import CheckpointError, ConfigError, DataError, EnvError
+from gac_fast.plan import TargetSchedule
+from gac_fast.policy import load
+from gac_fast.train import online as online_module
+from gac_fast.train.online import OnlineTrainer, finetune
+from gac_fast.train.trainer import TrainingDivergedError
+
+# Of CountingEnv.
+LOW, HIGH = np.array([-1.25, -2.5], np.float32), np.array([1.75, 3.5], np.float32)
+LENGTHS = [[3, 5], [4], [6, 2], [3]]
+
+# What depends on the clock alone.
+CLOCK = {"online/env_steps_per_second", "time_steps_per_second"}
+
+
+def data(seed: int = 0):
+    episodes = make_trajectories([6, 5, 7, 4, 8, 5, 6, 7, 5, 6], seed=seed)
+    actions = np.clip(episodes.actions, LOW, HIGH)
+    return dataclasses.replace(episodes, actions=actions, action_low=LOW, action_high=HIGH)
+
+
+def config(train=None, model=None, plan=None, method="langevin", **online) -> Config:
+    defaults = {
+        "n_steps": 60, "n_envs": 4, "updates_per_round": 3, "capacity": 11, "keep_best": 2, "target_best": 3,
+        "fill_episodes": 6, "eval_every": 2, "eval_episodes": 4, "checkpoint_every": 1, "learning_rate": 1e-2,
+    }  # fmt: skip
+    fields = {"context": "states_actions", "action_token_dropout": 0.2, "return_context": "first_state"}
+    training = {
+        "n_updates": 6, "batch_size": 4, "learning_rate": 1e-2, "warmup": 2, "held_out": 0.2, "log_every": 3,
+        "eval_every": 6, "checkpoint_every": 6, "keep_checkpoints": 100, "device": "cpu",
+    }  # fmt: skip
+    return Config(
+        model=model_config(**(fields | (model or {}))),
+        posterior=PosteriorConfig(method=method, tau_only_fraction=0.25),
+        plan=PlanConfig(**({"n_steps": 3, "n_best": 3, "n_prior": 2} | (plan or {}))),
+        train=TrainConfig(**(training | (train or {}))),
+        online=OnlineConfig(**(defaults | online)),
+    )  # fmt: skip
+
+
+def counting():
+    """Episodes of known lengths, whose observations name their environment."""
+    return counting_vector(LENGTHS)
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(request, monkeypatch):
+    """They take a second each."""
+    if "pictures" not in request.fixturenames:
+        monkeypatch.setattr(online_module, "_write_plots", lambda run: None)
+
+
+@pytest.fixture
+def pictures():
+    """Asks for the pictures of a run."""
+
+
+@pytest.fixture(scope="module")
+def offline_run(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("offline") / "run"
+    return gac_fast.train(data(), config(), folder, progress=False, tensorboard=False)
+
+
+def tune(offline, folder: Path, conf: Config | None = None, vector=None, **options) -> Path:
+    options = {"progress": False, "tensorboard": False, "data": data()} | options
+    return finetune(
+        offline, vector if vector is not None else seeded_vector(4), conf or config(), run_dir=folder, **options
+    )
+
+
+def rows_of(folder: Path) -> list[dict[str, str]]:
+    with (folder / "metrics.csv").open() as file:
+        return [
+            {k: v for k, v in row.items() if k not in CLOCK and not k.startswith("time/")}
+            for row in csv.DictReader(file)
+        ]
+
+
+def column(folder: Path, name: str) -> list[float]:
+    return [float(row[name]) for row in rows_of(folder) if row.get(name)]
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    return checkpoint.load(checkpoint.latest(folder))[0]
+
+
+def assert_same_run(one: Path, two: Path) -> None:
+    a, b = checkpoint.load(checkpoint.latest(one)), checkpoint.load(checkpoint.latest(two))
+    assert a[0].keys() == b[0].keys()
+    for name in a[0]:
+        assert torch.equal(a[0][name], b[0][name]), name
+    drop = {"config", "online"}
+    assert {k: v for k, v in a[1].items() if k not in drop} == {k: v for k, v in b[1].items() if k not in drop}
+    assert a[1]["online"]["achieved"] == b[1]["online"]["achieved"]
+    assert rows_of(one) == rows_of(two)
+
+
+# Rounds
+
+
+@pytest.mark.usefixtures("pictures")
+def test_a_run_explores_learns_evaluates_and_can_be_loaded(offline_run, tmp_path):
+    folder = tune(offline_run, tmp_path / "run")
+    before, after = tensors_of(offline_run), tensors_of(folder)
+    assert column(folder, "online/episodes") == [4] * len(rows_of(folder))
+    steps = column(folder, "online/env_steps")
+    assert steps[0] == len(checkpoint.load(checkpoint.list_checkpoints(folder)[1])[0]["online.actions"])
+    assert steps[-2] < 60 <= steps[-1]
+    assert column(folder, "step") == [9 + 3 * i for i in range(len(steps))]
+    moved = [n for n in before if n.startswith("model.") and not torch.equal(before[n], after[n])]
+    assert len(moved) > 0.8 * sum(n.startswith("model.") for n in before)
+    assert column(folder, "explore/target")
+    assert column(folder, "noisy_exploit/achieved")
+    assert len(column(folder, "exploit/achieved")) == len(column(folder, "exploit/predicted")) == 2
+    shares = [sum(float(row[k]) for k in row if k.startswith("time/")) for row in _all_rows(folder)]
+    np.testing.assert_allclose(shares, 1.0, atol=1e-6)
+
+    result = json.loads((folder / "result.json").read_text())
+    assert result["env_steps"] == steps[-1]
+    assert result["episodes"] == 4 * len(steps)
+    assert result["exploit"]["episodes"] == 4
+    assert result["begun_at"].endswith("step_00000006")
+    for name in ("learning_curves.png", "online.png"):
+        assert (folder / "plots" / name).stat().st_size > 10_000, name
+
+    policy = load(folder)
+    assert policy.step == 6 + 3 * len(steps)
+    assert len(policy.returns) == 10 + min(11, 4 * len(steps))
+    # Online episodes are among those to plan from, their seeds where they moved to.
+    saved = after["data.rows"]
+    torch.testing.assert_close(policy.z0[:10][~_settled(after)[:10]], after["posterior.z0"][:10][~_settled(after)[:10]])
+    assert saved[10:].min() >= 10
+    assert policy.exploit(4, np.zeros((4, OBS_DIM), np.float32)).z0.shape == (4, policy.model.config.n_z, 16)
+
+
+def _all_rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def _settled(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    settled = torch.zeros(len(tensors["data.returns"]), dtype=torch.bool)
+    settled[tensors["best.ids"]] = True
+    return settled
+
+
+@pytest.mark.parametrize("method", ["langevin", "variational"])
+def test_chains_begin_at_the_seeds_that_made_their_episodes(tmp_path, method):
+    conf = config(method=method)
+    start = gac_fast.train(data(), conf, tmp_path / "offline", progress=False, tensorboard=False)
+    seen = []
+
+    class Watched(OnlineTrainer):
+        def add(self, explored):
+            super().add(explored)
+            rows = self.rows[-len(explored.z0) :]
+            n = self.posterior.n_trajectories
+            z0 = self.posterior.tensors["z0"]
+            np.testing.assert_array_equal(z0[rows].numpy(), explored.z0)
+            np.testing.assert_array_equal(z0[n + rows].numpy(), explored.z0)
+            if method == "variational":
+                np.testing.assert_array_equal(self.posterior.tensors["mean"][n + rows].numpy(), explored.z0)
+            # What acted in row i is what is kept of row i.
+            data = self.buffer.trajectories
+            assert [e.observations[0, 0] for e in list(data)[-4:]] == [0, 1, 2, 3]
+            seen.append(explored)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(online_module, "OnlineTrainer", Watched)
+        tune(start, tmp_path / "run", conf, counting())
+    assert len(seen) >= 3
+    assert np.abs(seen[0].z0 - seen[1].z0).min() > 0
+
+
+def test_offline_chains_go_on_where_they_were(offline_run, tmp_path):
+    saved = tensors_of(offline_run)
+    trainer = OnlineTrainer(config(), online_module.Spaces.of_data(data()), data())
+    trainer.begin_at(checkpoint.latest(offline_run))
+    n = trainer.posterior.n_trajectories
+    assert n == 10 + 11
+    torch.testing.assert_close(trainer.posterior.tensors["z0"][:10], saved["posterior.z0"][:10], rtol=0, atol=0)
+    torch.testing.assert_close(trainer.posterior.tensors["z0"][n : n + 10], saved["posterior.z0"][10:], rtol=0, atol=0)
+    trainer.close()
+
+
+def test_the_target_follows_what_was_achieved(offline_run, tmp_path):
+    conf = config(n_steps=70, exploit_share=0.0)
+    rounds = []
+
+    class Watched(OnlineTrainer):
+        def target(self):
+            known = self.data.returns.copy()
+            value = super().target()
+            rounds.append((known, list(self.achieved), value))
+            return value
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(online_module, "OnlineTrainer", Watched)
+        folder = tune(offline_run, tmp_path / "run", conf)
+    schedule = TargetSchedule(conf.online.target_best)
+    expected = [schedule.update(known.tolist(), achieved or None) for known, achieved, _ in rounds]
+    assert [value for _, _, value in rounds] == expected
+    assert column(folder, "explore/target") == expected
+    assert rounds[0][1] == []
+    assert len(rounds[1][1]) == 4
+    assert len(set(expected)) > 1
+
+
+def test_old_episodes_leave_and_the_best_stay(offline_run, tmp_path):
+    folder = tune(offline_run, tmp_path / "run", config(n_steps=150), counting())
+    state = tensors_of(folder)
+    n = 4 * len(rows_of(folder))
+    assert n > 11 + 8
+    born, returns = state["online.born"], state["online.returns"]
+    assert len(born) == 11
+    assert int(state["online.n_added"]) == n
+    # All online returns exceed what came before in their environment, so the youngest of the last row are the best.
+    assert set(range(n - 4, n)) <= set(born.tolist())
+    assert torch.equal(state["data.returns"][10:], returns)
+
+
+def test_a_control_run_learns_without_acting(offline_run, tmp_path):
+    vector = seeded_vector(4)
+    steps = []
+    vector.step = lambda action: steps.append(1)  # type: ignore[method-assign]
+    conf = config(explore="off", n_updates=7, eval_every=0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(online_module, "evaluate", lambda policy, *args: _no_episodes())
+        folder = tune(offline_run, tmp_path / "run", conf, vector)
+    assert steps == []
+    assert column(folder, "online/updates") == [3, 6, 7]
+    after, before = tensors_of(folder), tensors_of(offline_run)
+    assert not torch.equal(after["model.decoder.log_sigma_a"], before["model.decoder.log_sigma_a"])
+    assert len(after["data.returns"]) == 10
+
+
+def _no_episodes():
+    from gac_fast.evaluate import EvalResult
+    from gac_fast.rollout import Rollout
+
+    zero = np.zeros(1)
+    rollout = Rollout(zero, np.ones(1, np.int64), np.zeros(1, bool), np.zeros((1, OBS_DIM), np.float32))
+    return EvalResult("none", zero, np.ones(1, np.int64), zero, zero, rollout, 0, 1.0, {}, None)
+
+
+def test_from_scratch_random_plans_fill_the_buffer_first(tmp_path):
+    folder = tune(None, tmp_path / "run", data=None)
+    first = checkpoint.load(checkpoint.list_checkpoints(folder)[0])
+    assert first[1]["step"] == 0
+    assert len(first[0]["data.returns"]) == 6
+    # Units are those of the episodes that came.
+    filled = first[0]["online.observations"].double()
+    torch.testing.assert_close(first[0]["normalization.obs_mean"].double(), filled.mean(0), rtol=1e-5, atol=1e-5)
+    assert first[0]["online.actions"].std() > 0.5
+    assert len(rows_of(folder)) >= 2
+    assert load(folder).prior_plans(2).return_mean.isfinite().all()
+
+
+def test_a_policy_without_its_data_goes_on_with_online_episodes_alone(offline_run, tmp_path):
+    folder = tune(offline_run, tmp_path / "run", data=None)
+    after = tensors_of(folder)
+    assert len(after["data.returns"]) == len(after["online.returns"])
+    before = tensors_of(offline_run)
+    assert torch.equal(after["normalization.obs_mean"], before["normalization.obs_mean"])
+
+
+def test_the_same_seed_gives_the_same_run_and_another_another(offline_run, tmp_path):
+    one, two = tune(offline_run, tmp_path / "1"), tune(offline_run, tmp_path / "2")
+    assert_same_run(one, two)
+    other = tune(offline_run, tmp_path / "3", config(train={"seed": 1}), data=None)
+    assert not torch.equal(tensors_of(one)["online.actions"][:10], tensors_of(other)["online.actions"][:10])
+
+
+@pytest.mark.parametrize("explore", ["on", "off"])
+def test_the_learning_rate_falls_over_the_budget(offline_run, tmp_path, explore):
+    rates = []
+
+    class Watched(OnlineTrainer):
+        def run_update(self):
+            values = super().run_update()
+            rates.append((self.optimizer.param_groups[0]["lr"], self.learning_rate()))
+            return values
+
+    conf = config(n_steps=100, explore=explore, n_updates=0 if explore == "on" else 12, final_lr_ratio=0.25)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(online_module, "OnlineTrainer", Watched)
+        tune(offline_run, tmp_path / "run", conf)
+    used = [rate for rate, _ in rates]
+    assert used == sorted(used, reverse=True)
+    assert used[0] > 0.9e-2
+    assert rates[-1][1] == pytest.approx(0.25e-2)
+
+
+def test_returns_are_standardised_as_batches_hold_them(offline_run, tmp_path):
+    folder = tune(offline_run, tmp_path / "run", config(n_steps=20))
+    t = tensors_of(folder)
+    returns, online = t["data.returns"].numpy(), np.arange(len(t["data.returns"])) >= 10
+    usable = t["data.usable"].numpy()
+    weights = np.where(online, 0.5 / online.sum(), 0.5 / (usable & ~online).sum()) * usable
+    mean = (weights * returns).sum()
+    assert float(t["normalization.return_mean"]) == pytest.approx(mean, rel=1e-5)
+    assert float(t["normalization.return_std"]) == pytest.approx(
+        np.sqrt((weights * (returns - mean) ** 2).sum()), rel=1e-5
+    )
+
+
+def test_new_units_of_the_return_leave_what_is_predicted(offline_run):
+    trainer = OnlineTrainer(config(), online_module.Spaces.of_data(data()), data())
+    trainer.begin_at(checkpoint.latest(offline_run))
+    before = trainer.policy().prior_plans(5)
+    returns = 100 + 30 * np.arange(4.0)
+    episodes = make_trajectories([3, 4, 5, 3])
+    episodes = dataclasses.replace(
+        episodes, actions=np.clip(episodes.actions, LOW, HIGH), action_low=LOW, action_high=HIGH, returns=returns
+    )
+    z0 = np.zeros((4, *before.z0.shape[1:]), np.float32)
+    trainer.add(online_module.Explored(episodes, z0, np.zeros(4), 0.0, 0.0, 0.0))
+    assert float(trainer.normalization.return_mean) > 50
+    after = trainer.policy()
+    moments = after._predict(before.z0, after.first_observations[:5])
+    start = load(offline_run)
+    old = start._predict(before.z0, start.first_observations[:5])
+    torch.testing.assert_close(moments.return_mean, old.return_mean, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(moments.return_std, old.return_std, rtol=1e-4, atol=1e-3)
+    trainer.close()
+
+
+# Stopped and resumed
+
+
+def test_more_steps_later_is_the_run_that_never_stopped(offline_run, tmp_path):
+    # A learning rate that falls over the budget would tell them apart.
+    whole = tune(offline_run, tmp_path / "whole", config(n_steps=90, eval_every=0, final_lr_ratio=1.0))
+    part = tune(offline_run, tmp_path / "part", config(n_steps=40, eval_every=0, final_lr_ratio=1.0))
+    assert len(rows_of(part)) < len(rows_of(whole))
+    # The evaluation at the end of the shorter run is in a row the other has without it: weights tell.
+    conf = config(n_steps=90, eval_every=0, final_lr_ratio=1.0)
+    tune(offline_run, part, conf, resume=True)
+    a, b = tensors_of(whole), tensors_of(part)
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+@pytest.mark.parametrize("update", [8, 12, 14])
+def test_an_interrupt_saves_and_a_resumed_run_is_the_same(offline_run, tmp_path, update):
+    whole = tune(offline_run, tmp_path / "whole")
+    run_update = OnlineTrainer.run_update
+
+    def interrupted(trainer):
+        if trainer.step == update:
+            os.kill(os.getpid(), signal.SIGINT)
+        return run_update(trainer)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OnlineTrainer, "run_update", interrupted)
+        part = tune(offline_run, tmp_path / "part")
+    assert checkpoint.latest(part).name == f"step_{update + 1:08d}"
+    tune(offline_run, part, resume=True)
+    assert_same_run(whole, part)
+
+
+def test_an_interrupt_while_acting_keeps_the_rounds_before(offline_run, tmp_path):
+    whole = tune(offline_run, tmp_path / "whole")
+    vector, calls = seeded_vector(4), 0
+    step = vector.step
+
+    def interrupted(actions):
+        nonlocal calls
+        calls += 1
+        # In the second round: the first has as many steps as its longest episode.
+        if calls == 8:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(actions)
+
+    vector.step = interrupted  # type: ignore[method-assign]
+    part = tune(offline_run, tmp_path / "part", vector=vector)
+    assert checkpoint.latest(part).name == "step_00000009"
+    tune(offline_run, part, resume=True)
+    assert_same_run(whole, part)
+
+
+KILLED = """
+import os, sys
+sys.path.insert(0, "tests")
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from test_online import tune, config
+from gac_fast.train.online import OnlineTrainer
+
+run_update = OnlineTrainer.run_update
+def killed(trainer):
+    if trainer.step == 13:
+        os.kill(os.getpid(), 9)
+    return run_update(trainer)
+if sys.argv[3] == "kill":
+    OnlineTrainer.run_update = killed
+tune(Path(sys.argv[1]), Path(sys.argv[2]), config(checkpoint_every=2), resume=sys.argv[3] == "resume")
+"""
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(offline_run, tmp_path):
+    def start(folder: str, what: str) -> int:
+        arguments = [sys.executable, "-c", KILLED, str(offline_run), str(tmp_path / folder), what]
+        return subprocess.run(arguments, cwd=ROOT, timeout=300, check=False).returncode
+
+    assert start("part", "kill") == -signal.SIGKILL
+    # After round 2 of 3 updates; the third round had begun.
+    assert checkpoint.latest(tmp_path / "part").name == "step_00000012"
+    assert start("part", "resume") == 0
+    steps = column(tmp_path / "part", "step")
+    assert steps == [9 + 3 * i for i in range(len(steps))]
+    assert len(steps) >= 4
+
+
+def test_a_run_is_resumed_with_its_own_configuration_and_data_only(offline_run, tmp_path):
+    folder = tune(offline_run, tmp_path / "run")
+    with pytest.raises(CheckpointError, match=r"expected online\.updates_per_round 4, the run to resume has 3"):
+        tune(None, folder, config(updates_per_round=4), resume=True)
+    with pytest.raises(CheckpointError, match="other offline episodes"):
+        tune(None, folder, data=data(seed=1), resume=True)
+    with pytest.raises(CheckpointError, match="expected 'online' in its state"):
+        tune(None, offline_run, resume=True)
+    with pytest.raises(ConfigError, match=r"^resume: expected run_dir"):
+        finetune(None, seeded_vector(4), resume=True)
+
+
+# What goes wrong
+
+
+def test_an_action_that_is_not_finite_names_step_environment_and_checkpoint(offline_run, tmp_path):
+    from gac_fast.act import Actor
+
+    act, calls = Actor.act, 0
+
+    def broken(actor, obs):
+        nonlocal calls
+        calls += 1
+        action = act(actor, obs)
+        # The last steps of the first round may have been fewer than six; the second has begun.
+        if calls == 8:
+            action[2] = np.nan
+        return action
+
+    folder = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Actor, "act", broken)
+        with pytest.raises(TrainingDivergedError, match=r"step \d, environment 2: .*step_00000009"):
+            tune(offline_run, folder)
+    assert len(load(folder).returns) == 14
+
+
+def test_a_loss_that_is_not_finite_names_the_update_and_the_checkpoint(offline_run, tmp_path):
+    run_update = OnlineTrainer.run_update
+
+    def broken(trainer):
+        values, n = run_update(trainer)
+        return (values | {"loss": values["loss"] * torch.nan} if trainer.step >= 14 else values), n
+
+    folder = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OnlineTrainer, "run_update", broken)
+        with pytest.raises(TrainingDivergedError, match=r"update 15: loss is nan.*step_00000012"):
+            tune(offline_run, folder)
+    assert checkpoint.latest(folder).name == "step_00000012"
+
+
+def test_what_does_not_fit_is_named_before_any_work(offline_run, tmp_path):
+    folder = tmp_path / "run"
+    with pytest.raises(EnvError, match=r"expected obs_dim 3 as in the data, the environment has 4"):
+        tune(offline_run, folder, vector=gac_fast.envs.make_vector("pointmaze-umaze", 2))
+    with pytest.raises(CheckpointError, match="other episodes than the data given now"):
+        tune(offline_run, folder, data=data(seed=3))
+    with pytest.raises(CheckpointError, match=r"expected model\.n_layers 3, the run to resume has"):
+        tune(offline_run, folder, config(model={"n_layers": 3}))
+    with pytest.raises(ConfigError, match="expected one that was loaded from a run"):
+        tune(dataclasses_policy(offline_run), folder)
+    with pytest.raises(DataError, match="nowhere"):
+        tune(offline_run, folder, data="nowhere")
+    assert not folder.exists()
+    for fields, words in (
+        ({"explore": "off"}, r"online\.n_updates must be at least 1 where online\.explore = 'off', got 0"),
+        ({"capacity": 5}, r"online\.capacity must be at least online\.keep_best \+ online\.n_envs"),
+        ({"online_share": 1.5}, r"online\.online_share must be in \[0, 1\], got 1\.5"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            config(**fields)
+
+
+def dataclasses_policy(run: Path):
+    policy = load(run)
+    policy.source = None
+    return policy
+
+
+def test_a_run_that_is_there_is_not_overwritten_unless_told(offline_run, tmp_path):
+    folder = tune(offline_run, tmp_path / "run")
+    with pytest.raises(ConfigError, match="already holds a run"):
+        tune(offline_run, folder)
+    tune(offline_run, folder, overwrite=True)
+
+
+def test_spaces_without_bounds_are_refused(tmp_path):
+    from gymnasium.spaces import Box
+
+    vector = seeded_vector(4)
+    vector.single_action_space = Box(-np.inf, np.inf, (ACT_DIM,), np.float32)
+    with pytest.raises(EnvError, match="expected an action space with bounds"):
+        tune(None, tmp_path / "run", vector=vector, data=None)
