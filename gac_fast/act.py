@@ -13,6 +13,7 @@ from torch import Tensor
 from gac_fast import ops
 from gac_fast.model import GAC
 from gac_fast.model.normalization import Normalization
+from gac_fast.ops import _threads
 
 __all__ = ["Actor"]
 
@@ -73,6 +74,8 @@ class Actor:
         self._generator = torch.Generator(device=z0.device).manual_seed(seed)
         # Noise is drawn for so many rows, of which the actor's begin at the second number: see split.
         self._noise_rows = (len(z0), 0)
+        # Those of the calling thread, but for the parts of a split actor.
+        self._n_threads, self._inference = 0, False
         if bf16 == "auto":
             bf16 = model.bf16 and ops.has_fast_bf16(z0.device)
         self._state = self._new_state(len(z0), z0.dtype, z0.device, bf16, cuda_graph)
@@ -185,6 +188,12 @@ class Actor:
             obs = torch.as_tensor(obs)
         if self._weights.decoder is not self.model.decoder:
             self._weights = ops.WeightsOf(self.model.decoder)
+        if self._n_threads == 0:
+            return self._act(obs)
+        with _threads.exactly(self._n_threads), torch.inference_mode(self._inference):
+            return self._act(obs)
+
+    def _act(self, obs: Array) -> Array:
         out = ops.decode_step(self._weights(), self._state, obs, self._units)
         return out if self.action_noise <= 0 else self._add_noise(out)
 
@@ -192,7 +201,8 @@ class Actor:
     def split(self, sizes: Sequence[int]) -> list[Actor]:
         """One actor for each of several groups of consecutive rows, at the present point of their episodes.
 
-        Together they do what this one would have done, noise included; it is not to act any more itself.
+        Together they do what this one would have done, noise included; it is not to act any more itself. They may act
+        at the same time, each in a thread of its own, and share the threads that the engine has here.
 
         Args:
             sizes: rows of each group, at least 1, P in all.
@@ -217,6 +227,7 @@ class Actor:
             state.last_action.copy_(whole.last_action[rows])
             part = copy.copy(self)
             part.z0 = self.z0[rows]
+            part._n_threads, part._inference = max(1, _threads.count() // len(sizes)), torch.is_inference_mode_enabled()
             part._state = state
             part._weights = ops.WeightsOf(self.model.decoder)
             part._generator = torch.Generator(device=self.device)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
+import functools
 import multiprocessing.connection
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +31,12 @@ SEED_LIMIT = 2**31
 # Seconds that a step or reset may take. The slowest reset of the supported environments takes a second.
 TIMEOUT = 60.0
 
+# More of them for a vector of processes to find out itself which of them hangs.
+ASYNC_GRACE = 2.0
+
+# Between reports of progress, where parts do not wait for this thread: waking it at every step costs them a tenth.
+TELL_SECONDS = 0.05
+
 # Time steps of a round that the buffers of kept episodes hold at first; they double.
 FIRST_STEPS = 256
 
@@ -35,9 +44,9 @@ FIRST_STEPS = 256
 class Acts(Protocol):
     """Whatever chooses the actions of a round: a :class:`gac_fast.act.Actor`, or anything else with this method.
 
-    Two more are used where they exist: ``z0``, the plan seeds [num_envs, n_z, D], which the rollout keeps beside the
-    episodes; and ``split(sizes)``, which gives one actor for each of several groups of consecutive rows, so that one
-    group can act while another is stepped.
+    Three more are used where they exist: ``z0``, the plan seeds [num_envs, n_z, D], which the rollout keeps beside the
+    episodes; ``device``, as observations for a GPU lie in pinned memory; and ``split(sizes)``, which gives one actor
+    for each of several groups of consecutive rows. These act in threads of their own, one for every vector.
     """
 
     def act(self, obs: np.ndarray, /) -> np.ndarray:
@@ -132,10 +141,11 @@ def rollout(
     A round ends when its last episode does; what an environment that finished earlier does meanwhile is discarded, so
     that short episodes are not over-represented. Any autoreset mode will do.
 
-    Several vectors are run as one: their rows are numbered through, plans and actors are made for all of them at once,
-    and while one vector is stepped, in a thread or in processes of its own, the actor's part for the next one acts.
-    Given the same seeds and plans, results are those of one vector of all rows, to the rounding of an actor whose sums
-    depend on how many rows it is given. (An actor without ``split`` acts for all rows at once, after all have stepped.)
+    Several vectors are run as one: their rows are numbered through, and plans and actors are made for all of them at
+    once. Each vector has a thread that acts and steps by turns without waiting for the others, so one is stepped while
+    another acts, and neither processor nor simulator idles. Given the same seeds and plans, results are those of one
+    vector of all rows, to the rounding of an actor whose sums depend on how many rows it is given. (An actor without
+    ``split`` acts for all rows at once, in the calling thread, after all vectors have stepped.)
 
     Args:
         env: any ``gymnasium.vector.VectorEnv`` with flat float observations and a Box action space, or a sequence of
@@ -144,7 +154,8 @@ def rollout(
         seed: round r resets with ``seed + r * num_envs``, to which vector environments add the row: no start is seeded
             twice. Seeds stay below 2^31 and begin again at 0 there.
         keep: episodes, from the first, whose observations and actions are kept.
-        on_step: called with (episodes finished, time steps made) after every step of a vector.
+        on_step: called with (episodes finished, time steps made) in the calling thread, after every step; where vectors
+            are stepped in threads of their own, some times a second and at the end of a round.
         timeout: seconds that a step or a reset may take. None waits for ever, and steps a single vector in the calling
             thread: for simulators that must stay in it.
 
@@ -224,133 +235,48 @@ class _Finished:
 
 
 class _Steps:
-    """Observations and actions of the first rows of a round by time step, [T, n, ...], in buffers that double."""
+    """Observations and actions of those of a part's rows that are kept, by time step: [T, n, ...], T doubling."""
 
-    def __init__(self, n: int, obs_dim: int, act_dim: int) -> None:
-        self._n = n
-        self._observations = np.empty((FIRST_STEPS, n, obs_dim), np.float32)
-        self._actions = np.empty((FIRST_STEPS, n, act_dim), np.float32)
+    def __init__(self, rows: slice, n_keep: int, obs_dim: int, act_dim: int) -> None:
+        self._first = rows.start
+        self._n = max(0, min(rows.stop, n_keep) - rows.start)
+        self._observations = np.empty((FIRST_STEPS, self._n, obs_dim), np.float32)
+        self._actions = np.empty((FIRST_STEPS, self._n, act_dim), np.float32)
 
-    def write(self, t: int, first: int, observations: np.ndarray, actions: np.ndarray) -> None:
-        """Step ``t`` of the rows from ``first`` on; rows beyond those that are kept are left out."""
+    def write(self, t: int, observations: np.ndarray, actions: np.ndarray) -> None:
+        """Step ``t`` of the part's rows."""
+        if self._n == 0:
+            return
         if t >= len(self._observations):
             self._observations, self._actions = (
                 np.concatenate((x, np.empty_like(x))) for x in (self._observations, self._actions)
             )
-        rows = slice(first, min(first + len(observations), self._n))
-        self._observations[t, rows] = observations[: rows.stop - first]
-        self._actions[t, rows] = actions[: rows.stop - first]
+        self._observations[t], self._actions[t] = observations[: self._n], actions[: self._n]
 
     def episode(self, row: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-        return self._observations[:length, row], self._actions[:length, row]
+        return self._observations[:length, row - self._first], self._actions[:length, row - self._first]
 
 
-class _Part:
-    """One of the vectors, with what is under way in it; its rows are ``rows`` of the whole."""
+class _PartError(Exception):
+    """Why a rollout ends: ``what`` happened in row ``row`` (None: unknown) at ``step``."""
 
-    def __init__(self, env: VectorEnv[Any, Any, Any], first: int, runner: _Runner) -> None:
-        from gymnasium.vector import AutoresetMode
-
-        self.env = env
-        self.rows = slice(first, first + env.num_envs)
-        self.disabled = env.metadata.get("autoreset_mode") == AutoresetMode.DISABLED
-        self.ended: npt.NDArray[np.bool_] | None = None
-        """Rows to reset before the next step, where the environment does not do so itself."""
-        self.t = 0
-        """Steps of the present round, the one under way included."""
-        self.pending = False
-        self._runner = runner
-
-    def reset(self, seed: int | None) -> None:
-        """Begin the reset of all rows."""
-        self.t, self.ended, self.pending = 0, None, True
-        self._runner.reset(seed)
-
-    def step(self, actions: np.ndarray) -> None:
-        """Begin a step."""
-        mask, self.ended = self.ended, None
-        self.t += 1
-        self.pending = True
-        self._runner.step(actions, mask)
-
-    def wait(self, timeout: float | None) -> Any:
-        """The result of what was begun."""
-        result = self._runner.wait(timeout)
-        self.pending = False
-        return result
-
-    def failed_row(self, error: BaseException) -> int | None:
-        """Which row of the whole it was; None where that cannot be told."""
-        row = getattr(error, "environment", None)
-        if row is None and isinstance(error, TimeoutError):
-            row = self._runner.hung_row()
-        elif row is None:
-            row = _row_in_traceback(error)
-            row = _row_of_processes(self.env) if row is None else row
-        return None if row is None else self.rows.start + row
-
-    def close(self, timeout: float | None) -> None:
-        self._runner.close(self.pending, timeout)
+    def __init__(self, what: str, row: int | None, step: int, detail: str = "") -> None:
+        super().__init__(what)
+        self.what, self.row, self.step, self.detail = what, row, step, detail
 
 
-class _Runner(Protocol):
-    """How a vector is stepped: one call begins, another waits."""
-
-    def reset(self, seed: int | None) -> None: ...
-
-    def step(self, actions: np.ndarray, mask: npt.NDArray[np.bool_] | None) -> None:
-        """Reset the rows of ``mask``, then step."""
-
-    def wait(self, timeout: float | None) -> Any:
-        """The result, or the environment's own error; TimeoutError after ``timeout`` seconds."""
-
-    def hung_row(self) -> int | None:
-        """The row that does not answer, where that can be told."""
-
-    def close(self, pending: bool, timeout: float | None) -> None: ...
-
-
-def _reset_and_step(env: VectorEnv[Any, Any, Any], actions: np.ndarray, mask: npt.NDArray[np.bool_] | None) -> Any:
-    if mask is not None:
-        env.reset(options={"reset_mask": mask})
-    return env.step(actions)
-
-
-class _Direct:
-    """Steps a vector in the calling thread, while it waits."""
-
-    def __init__(self, env: VectorEnv[Any, Any, Any]) -> None:
-        self._env = env
-        self._job: Callable[[], Any] = lambda: None
-
-    def reset(self, seed: int | None) -> None:
-        self._job = lambda: self._env.reset(seed=seed)
-
-    def step(self, actions: np.ndarray, mask: npt.NDArray[np.bool_] | None) -> None:
-        self._job = lambda: _reset_and_step(self._env, actions, mask)
-
-    def wait(self, timeout: float | None) -> Any:
-        return self._job()
-
-    def hung_row(self) -> int | None:
-        return None
-
-    def close(self, pending: bool, timeout: float | None) -> None:
-        pass
-
-
-class _Thread:
-    """Steps a vector in a thread, which ends with the rollout.
+class _Worker:
+    """A thread that does one job after another.
 
     It is a daemon: a simulator that never returns cannot be stopped, but must not keep the program from ending.
     """
 
-    def __init__(self, env: VectorEnv[Any, Any, Any]) -> None:
-        self._env = env
+    def __init__(self) -> None:
         self._jobs: queue.SimpleQueue[Callable[[], Any] | None] = queue.SimpleQueue()
         self._results: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
-        self._hangs = False
-        self._thread = threading.Thread(target=self._work, name="gac_fast rollout", daemon=True)
+        # What is set for the calling thread, such as a forced backend, is meant for its helpers too.
+        context = contextvars.copy_context()
+        self._thread = threading.Thread(target=lambda: context.run(self._work), name="gac_fast rollout", daemon=True)
         self._thread.start()
 
     def _work(self) -> None:
@@ -360,71 +286,162 @@ class _Thread:
             except BaseException as error:
                 self._results.put((None, error))
 
-    def reset(self, seed: int | None) -> None:
-        self._jobs.put(lambda: self._env.reset(seed=seed))
+    def submit(self, job: Callable[[], Any]) -> None:
+        self._jobs.put(job)
 
-    def step(self, actions: np.ndarray, mask: npt.NDArray[np.bool_] | None) -> None:
-        self._jobs.put(lambda: _reset_and_step(self._env, actions, mask))
+    def result(self, timeout: float | None) -> Any:
+        """Of the oldest job whose result has not been asked for.
 
-    def wait(self, timeout: float | None) -> Any:
-        try:
-            result, error = self._results.get(timeout=timeout)
-        except queue.Empty:
-            self._hangs = True
-            raise TimeoutError(f"no answer within {timeout:g} s") from None
+        Raises:
+            queue.Empty: there was none within ``timeout`` seconds.
+        """
+        result, error = self._results.get(timeout=timeout)
         if error is not None:
             raise error
         return result
 
-    def hung_row(self) -> int | None:
-        return None
-
-    def close(self, pending: bool, timeout: float | None) -> None:
+    def close(self, timeout: float | None) -> None:
         self._jobs.put(None)
-        if not self._hangs:
-            self._thread.join(timeout)
+        self._thread.join(timeout)
 
 
-class _Processes:
-    """Steps an ``AsyncVectorEnv``, whose processes work while nobody waits: a thread would be one too many."""
+class _Part:
+    """One of the vectors, with what is under way in it; its rows are ``rows`` of the whole."""
 
-    def __init__(self, env: Any) -> None:
-        self._env = env
+    def __init__(
+        self, env: VectorEnv[Any, Any, Any], first: int, timeout: float | None, worker: _Worker | None
+    ) -> None:
+        from gymnasium.vector import AsyncVectorEnv, AutoresetMode
+
+        self.env = env
+        self.rows = slice(first, first + env.num_envs)
+        self.worker = worker
+        self.inline = worker is None
+        """Whether the environment is called by whoever waits for it."""
+        self.since: float | None = None
+        """When the call that is under way began."""
+        self.t = 0
+        """Steps of the present round, the one under way included."""
+        self.pending = False
+        self.hangs = False
+        self._timeout = timeout
+        self._limit = timeout
+        # A vector of processes finds out by itself, and better, which of them does not answer.
+        self._is_async = isinstance(env, AsyncVectorEnv)
+        if timeout is not None and self._is_async:
+            self._limit = timeout + ASYNC_GRACE
+        self._disabled = env.metadata.get("autoreset_mode") == AutoresetMode.DISABLED
         self._mask: npt.NDArray[np.bool_] | None = None
-        self._actions: np.ndarray | None = None
+        self._call: Callable[[], Any] = lambda: None
 
     def reset(self, seed: int | None) -> None:
-        self._actions = None
-        self._env.reset_async(seed=seed)
+        """Begin the reset of all rows."""
+        self.t, self._mask = 0, None
+        self._begin(lambda: self._reset(seed=seed))
 
-    def step(self, actions: np.ndarray, mask: npt.NDArray[np.bool_] | None) -> None:
-        self._actions, self._mask = actions, mask
-        if mask is None:
-            self._env.step_async(actions)
-        else:
-            self._env.reset_async(options={"reset_mask": mask})
+    def step(self, actions: np.ndarray) -> None:
+        """Begin a step."""
+        self.t += 1
+        self._begin(lambda: self._step(actions))
 
-    def wait(self, timeout: float | None) -> Any:
-        import multiprocessing
-
+    def wait(self) -> Any:
+        """The result of what was begun."""
         try:
-            if self._actions is not None and self._mask is not None:
-                self._env.reset_wait(timeout)
-                self._mask = None
-                self._env.step_async(self._actions)
-            return self._env.reset_wait(timeout) if self._actions is None else self._env.step_wait(timeout)
+            if self.inline:
+                result = self._timed()
+            else:
+                assert self.worker is not None
+                result = self.worker.result(self._limit)
+        except queue.Empty:
+            raise self.overdue() from None
+        except Exception as error:
+            raise self._failure(error) from error
+        self.pending = False
+        return result
+
+    def seconds_left(self) -> float | None:
+        """Until a call that is under way is overdue; None for ever."""
+        since = self.since
+        if self._limit is None:
+            return None
+        return self._limit if since is None else self._limit - (time.monotonic() - since)
+
+    def overdue(self) -> _PartError:
+        """The failure of a call that did not come back."""
+        self.hangs = True
+        return self._failure(TimeoutError(f"no answer within {self._timeout:g} s"))
+
+    def close(self) -> None:
+        if self.worker is not None:
+            self.worker.close(0.0 if self.hangs else self._limit)
+
+    def _begin(self, call: Callable[[], Any]) -> None:
+        self._call, self.pending = call, True
+        if not self.inline:
+            assert self.worker is not None
+            self.worker.submit(self._timed)
+
+    def _timed(self) -> Any:
+        self.since = time.monotonic()
+        try:
+            return self._call()
+        finally:
+            self.since = None
+
+    def _reset(self, **arguments: Any) -> Any:
+        if not self._is_async:
+            return self.env.reset(**arguments)
+        base: Any = self.env
+        base.reset_async(**arguments)
+        with self._answers():
+            return base.reset_wait(self._timeout)
+
+    def _step(self, actions: np.ndarray) -> Any:
+        if self._mask is not None:
+            self._reset(options={"reset_mask": self._mask})
+            self._mask = None
+        if not self._is_async:
+            result = self.env.step(actions)
+        else:
+            base: Any = self.env
+            base.step_async(actions)
+            with self._answers():
+                result = base.step_wait(self._timeout)
+        if self._disabled:
+            done = np.asarray(result[2], np.bool_) | np.asarray(result[3], np.bool_)
+            self._mask = done if done.any() else None
+        return result
+
+    @contextlib.contextmanager
+    def _answers(self) -> Iterator[None]:
+        try:
+            yield
         except multiprocessing.TimeoutError:
-            raise TimeoutError(f"no answer within {timeout:g} s") from None
+            error = TimeoutError(f"no answer within {self._timeout:g} s")
+            pipes = enumerate(self.env.parent_pipes)  # type: ignore[attr-defined]
+            silent = [row for row, pipe in pipes if pipe is not None and not pipe.closed and not pipe.poll()]
+            if silent:
+                error.environment = silent[0]  # type: ignore[attr-defined]
+            raise error from None
 
-    def hung_row(self) -> int | None:
-        pipes = enumerate(self._env.parent_pipes)
-        return next((row for row, pipe in pipes if pipe is not None and not pipe.closed and not pipe.poll()), None)
-
-    def close(self, pending: bool, timeout: float | None) -> None:
-        if pending:
-            # So that a vector that is well can be used again.
-            with contextlib.suppress(Exception):
-                self.wait(timeout)
+    def _failure(self, error: Exception) -> _PartError:
+        row = getattr(error, "environment", None)
+        if row is None and not isinstance(error, TimeoutError):
+            row = _row_in_traceback(error)
+            row = _row_of_processes(self.env) if row is None else row
+        n = self.rows.stop - self.rows.start
+        if row is not None:
+            row += self.rows.start
+            where = f"environment {row}"
+        elif n == 1:
+            where = f"environment {self.rows.start}"
+        else:
+            where = f"one of the environments {self.rows.start} to {self.rows.stop - 1}"
+        # What the system raises says little without its name.
+        what = (
+            f"{type(error).__name__}: {error}" if isinstance(error, EOFError | OSError | AssertionError) else str(error)
+        )
+        return _PartError(f"{where} failed", row, self.t, f": {what}")
 
 
 def _row_in_traceback(error: BaseException) -> int | None:
@@ -478,22 +495,31 @@ class _Run:
         on_step: Callable[[int, int], None] | None,
         timeout: float | None,
     ) -> None:
-        self.episodes, self.keep, self.on_step, self.timeout = episodes, keep, on_step, timeout
+        self.episodes, self.keep, self.on_step = episodes, keep, on_step
         self.obs_dim, self.act_dim = _checked_dims(envs)
         self.n = sum(env.num_envs for env in envs)
         self.finished = _Finished(self.obs_dim, self.act_dim)
         self.obs = np.zeros((self.n, self.obs_dim), np.float32)
         self.pinned: Any = None
         self.steps_made, self.round_index = 0, 0
+        self.stopped = False
+        self.lock = threading.Lock()
+        self.together = False
+        """Whether parts act and step in threads of their own, without this one."""
+        self.events: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+        self.told = (0, 0)
         firsts = np.cumsum([0, *(env.num_envs for env in envs)])
-        alone = len(envs) == 1
+        in_threads = len(envs) > 1 or timeout is not None
         self.parts = [
-            _Part(env, int(first), _runner(env, timeout, alone)) for env, first in zip(envs, firsts[:-1], strict=True)
+            _Part(env, int(first), timeout, _Worker() if in_threads else None)
+            for env, first in zip(envs, firsts[:-1], strict=True)
         ]
 
     def close(self) -> None:
+        """End the threads, each after the step it is in."""
+        self.stopped = True
         for part in self.parts:
-            part.close(self.timeout)
+            part.close()
 
     def round(self, make_actor: MakeActor, seed: int | None) -> None:
         """One episode in every environment, or in as many as are still wanted."""
@@ -503,62 +529,106 @@ class _Run:
         self.total, self.length = np.zeros(n), np.zeros(n, np.int64)
         self.terminated = np.zeros(n, np.bool_)
         self.n_keep = max(0, min(self.wanted, self.keep - start))
-        self.steps = _Steps(self.n_keep, self.obs_dim, self.act_dim)
-        first_seed = None if seed is None else _round_seed(seed, self.round_index, n)
-        for part in self.parts:
-            with self._failures_of(part):
-                part.reset(None if first_seed is None else first_seed + part.rows.start)
-        for part in self.parts:
-            with self._failures_of(part):
-                observations, _ = part.wait(self.timeout)
-            self._observe(part, observations)
-        self.firsts = self.obs.copy()
-        actor = make_actor(self.firsts.copy(), start)
-        self.z0 = _seeds(actor)
-        self._pin(actor)
-        units = self._units(actor)
-        for unit in units:
-            self._begin(unit)
-        while units:
-            for unit in units:
-                for part in unit.parts:
-                    if part.pending:
-                        self._end(part)
-                if self.running[unit.rows].any():
-                    self._begin(unit)
-            units = [unit for unit in units if any(part.pending for part in unit.parts)]
+        self.steps = [_Steps(part.rows, self.n_keep, self.obs_dim, self.act_dim) for part in self.parts]
+        try:
+            self._reset(None if seed is None else _round_seed(seed, self.round_index, n))
+            self.firsts = self.obs.copy()
+            actor = make_actor(self.firsts.copy(), start)
+            self.z0 = _seeds(actor)
+            self._pin(actor)
+            self._play_all(actor)
+        except _PartError as failure:
+            ended = np.flatnonzero(~self.running[: self.wanted])
+            when = f"at step {failure.step}" if failure.step else "at its reset"
+            error = EnvError(f"{failure.what} {when}, {start + len(ended)} episodes done{failure.detail}")
+            if len(ended):
+                self._store(ended)
+            error.environment, error.step = failure.row, failure.step
+            error.finished = self.finished.rollout() if self.finished.n else None
+            raise error from failure.__cause__
         self._store(np.arange(self.wanted))
         self.round_index += 1
 
-    def _units(self, actor: Acts) -> list[_Unit]:
-        if len(self.parts) == 1 or not hasattr(actor, "split"):
-            units = [_Unit(actor, self.parts)]
-        else:
-            actors = actor.split([part.env.num_envs for part in self.parts])
-            units = [_Unit(one, [part]) for one, part in zip(actors, self.parts, strict=True)]
-        return [unit for unit in units if self.running[unit.rows].any()]
+    def _reset(self, seed: int | None) -> None:
+        for part in self.parts:
+            part.reset(None if seed is None else seed + part.rows.start)
+        for part in self.parts:
+            observations, _ = part.wait()
+            self._observe(part, observations)
 
-    def _begin(self, unit: _Unit) -> None:
-        """Act, and begin the steps."""
+    def _play_all(self, actor: Acts) -> None:
+        split = getattr(actor, "split", None)
+        if len(self.parts) == 1 or split is None:
+            for part in self.parts:
+                part.inline = part.worker is None
+            self._play(_Unit(actor, self.parts))
+            return
+        actors = split([part.env.num_envs for part in self.parts])
+        units = [_Unit(one, [part]) for one, part in zip(actors, self.parts, strict=True)]
+        units = [unit for unit in units if self.running[unit.rows].any()]
+        for unit in units:
+            unit.parts[0].inline = True
+            unit.parts[0].worker.submit(functools.partial(self._play_and_tell, unit))  # type: ignore[union-attr]
+        self.together = True
+        for _ in units:
+            error = self._next_end(units)
+            if error is not None:
+                self.stopped = True
+                raise error
+        self.together = False
+        self._tell()
+        for unit in units:
+            unit.parts[0].inline = False
+            unit.parts[0].worker.result(None)  # type: ignore[union-attr]
+
+    def _play_and_tell(self, unit: _Unit) -> None:
+        try:
+            self._play(unit)
+            self.events.put(None)
+        except BaseException as error:
+            self.events.put(error)
+
+    def _next_end(self, units: list[_Unit]) -> BaseException | None:
+        """Wait for the end of a part, and with which error; those that hang are found out here."""
+        while True:
+            left = [(seconds, unit.parts[0]) for unit in units if (seconds := unit.parts[0].seconds_left()) is not None]
+            seconds, part = min(left, key=lambda one: one[0]) if left else (None, None)
+            if seconds is not None and seconds <= 0 and part is not None:
+                return part.overdue()
+            if self.on_step is not None:
+                self._tell()
+                seconds = TELL_SECONDS if seconds is None else min(seconds, TELL_SECONDS)
+            with contextlib.suppress(queue.Empty):
+                return self.events.get(timeout=seconds)
+
+    def _play(self, unit: _Unit) -> None:
+        """Step the parts of a unit until all of their episodes have ended."""
+        self._act(unit)
+        while any(part.pending for part in unit.parts) and not self.stopped:
+            for part in unit.parts:
+                if part.pending:
+                    self._end(part)
+            if self.running[unit.rows].any():
+                self._act(unit)
+
+    def _act(self, unit: _Unit) -> None:
+        """Choose actions and begin the steps."""
         actions = np.asarray(unit.actor.act(self.obs[unit.rows]))
         for part in unit.parts:
             running = self.running[part.rows]
             if not running.any():
                 continue
-            own = slice(part.rows.start - unit.rows.start, part.rows.stop - unit.rows.start)
-            lost = running & ~np.isfinite(actions[own]).all(axis=1)
+            own = actions[part.rows.start - unit.rows.start : part.rows.stop - unit.rows.start]
+            lost = running & ~np.isfinite(own).all(axis=1)
             if lost.any():
                 row = part.rows.start + int(lost.argmax())
-                self._fail(part, row, f"the actor's action for environment {row} is not finite", part.t + 1)
-            if part.rows.start < self.n_keep:
-                self.steps.write(part.t, part.rows.start, self.obs[part.rows], actions[own])
-            with self._failures_of(part):
-                part.step(actions[own])
+                raise _PartError(f"the actor gave environment {row} an action that is not finite", row, part.t + 1)
+            self.steps[self.parts.index(part)].write(part.t, self.obs[part.rows], own)
+            part.step(own)
 
     def _end(self, part: _Part) -> None:
         """Wait for a step and book it."""
-        with self._failures_of(part):
-            observations, reward, termination, truncation, _ = part.wait(self.timeout)
+        observations, reward, termination, truncation, _ = part.wait()
         rows = part.rows
         running = self.running[rows]
         self._observe(part, observations)
@@ -566,19 +636,26 @@ class _Run:
         lost = running & ~np.isfinite(reward)
         if lost.any():
             row = rows.start + int(lost.argmax())
-            self._fail(part, row, f"environment {row} returned a non-finite reward")
+            raise _PartError(f"environment {row} returned a non-finite reward", row, part.t)
+        n_running = int(np.count_nonzero(running))
         total = self.total[rows]
         np.add(total, reward, out=total, where=running)
         self.length[rows] += running
-        self.steps_made += int(np.count_nonzero(running))
         termination = np.asarray(termination, np.bool_)
-        done = termination | np.asarray(truncation, np.bool_)
         self.terminated[rows] |= running & termination
-        running &= ~done
-        if part.disabled and done.any():
-            part.ended = done
-        if self.on_step is not None:
-            self.on_step(self.finished.n + self._n_ended(), self.steps_made)
+        # Last, as it declares the episode finished to the other threads.
+        running &= ~(termination | np.asarray(truncation, np.bool_))
+        with self.lock:
+            self.steps_made += n_running
+        if not self.together:
+            self._tell()
+
+    def _tell(self) -> None:
+        """Report progress, if there is any."""
+        progress = self.finished.n + self.wanted - int(np.count_nonzero(self.running)), self.steps_made
+        if self.on_step is not None and progress != self.told:
+            self.told = progress
+            self.on_step(*progress)
 
     def _observe(self, part: _Part, observations: np.ndarray) -> None:
         """Take over what was observed; what environments observe that are not running may be anything."""
@@ -590,7 +667,7 @@ class _Run:
         lost = running & ~finite.all(axis=1)
         if lost.any():
             row = part.rows.start + int(lost.argmax())
-            self._fail(part, row, f"environment {row} returned a non-finite observation")
+            raise _PartError(f"environment {row} returned a non-finite observation", row, part.t)
         own[~finite] = 0.0
 
     def _pin(self, actor: Acts) -> None:
@@ -602,14 +679,12 @@ class _Run:
             self.pinned = torch.from_numpy(self.obs).pin_memory()
             self.obs = self.pinned.numpy()
 
-    def _n_ended(self) -> int:
-        return self.wanted - int(np.count_nonzero(self.running))
-
     def _store(self, rows: npt.NDArray[np.int64]) -> None:
         """Add the episodes of these rows, in ascending order, to the finished ones."""
         kept = rows[rows < self.n_keep]
-        for row in kept:
-            self.finished.keep(*self.steps.episode(row, self.length[row]))
+        for part, steps in zip(self.parts, self.steps, strict=True):
+            for row in kept[(kept >= part.rows.start) & (kept < part.rows.stop)]:
+                self.finished.keep(*steps.episode(int(row), int(self.length[row])))
         self.finished.add(
             len(kept),
             None if self.z0 is None else self.z0[rows],
@@ -618,49 +693,6 @@ class _Run:
             terminated=self.terminated[rows],
             first_observations=self.firsts[rows],
         )
-
-    @contextlib.contextmanager
-    def _failures_of(self, part: _Part) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
-            row = part.failed_row(error)
-            if row is not None:
-                where = f"environment {row}"
-            elif len(self.parts) == 1:
-                where = "the environment"
-            else:
-                where = f"one of the environments {part.rows.start} to {part.rows.stop - 1}"
-            what = f"{type(error).__name__}: {error}" if isinstance(error, EOFError | OSError) else str(error)
-            self._fail(part, row, f"{where} failed", cause=error, detail=f": {what}")
-
-    def _fail(
-        self,
-        part: _Part,
-        row: int | None,
-        what: str,
-        step: int | None = None,
-        cause: BaseException | None = None,
-        detail: str = "",
-    ) -> NoReturn:
-        """Raise, with the episodes that are finished."""
-        step = part.t if step is None else step
-        ended = np.flatnonzero(~self.running[: self.wanted])
-        when = f"at step {step}" if step else "at its reset"
-        error = EnvError(f"{what} {when}, {self.finished.n + len(ended)} episodes done{detail}")
-        if len(ended):
-            self._store(ended)
-        error.environment, error.step = row, step
-        error.finished = self.finished.rollout() if self.finished.n else None
-        raise error from cause
-
-
-def _runner(env: VectorEnv[Any, Any, Any], timeout: float | None, alone: bool) -> _Runner:
-    from gymnasium.vector import AsyncVectorEnv
-
-    if isinstance(env, AsyncVectorEnv):
-        return _Processes(env)
-    return _Direct(env) if alone and timeout is None else _Thread(env)
 
 
 def _checked_dims(envs: list[VectorEnv[Any, Any, Any]]) -> tuple[int, int]:

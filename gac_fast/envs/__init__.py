@@ -110,9 +110,16 @@ def make_halves(env_id: str, num_envs: int, engine: str | None = None, **kwargs:
     Raises:
         EnvError: as ``make_vector``.
     """
+    from gac_fast.envs.batch import BatchVectorEnv, available_cpus
+
     first = (num_envs + 1) // 2
     halves = [make_vector(env_id, first, engine=engine, **kwargs)]
     if num_envs > first:
+        if isinstance(halves[0], BatchVectorEnv) and kwargs.get("n_threads") is None:
+            # Together as many as there are processors: while one half acts, the other has its own of them.
+            kwargs = {**kwargs, "n_threads": (available_cpus() + 1) // 2}
+            halves[0].close()
+            halves = [make_vector(env_id, first, engine=engine, **kwargs)]
         # Rows of the own mazes share one random stream: the second half has to know where it begins.
         shared = {"first_row": first} if hasattr(halves[0], "first_row") else {}
         halves.append(make_vector(env_id, num_envs - first, engine=engine, **kwargs, **shared))
