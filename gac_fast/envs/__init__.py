@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import difflib
 import io
 from collections.abc import Iterator
@@ -16,8 +17,8 @@ if TYPE_CHECKING:
     from gymnasium.vector import VectorEnv
 
 __all__ = [
-    "ENGINES", "MAZES", "MazeSpec", "close_vector", "make_env", "make_halves", "make_vector", "maze_spec",
-    "resolve_env_id",
+    "ENGINES", "MAZES", "MazeSpec", "close_vector", "make_env", "make_halves", "make_parts", "make_vector",
+    "maze_spec", "resolve_env_id",
 ]  # fmt: skip
 
 ENGINES = ("native", "sync", "async", "envpool")
@@ -126,6 +127,27 @@ def make_halves(env_id: str, num_envs: int, engine: str | None = None, **kwargs:
     return halves
 
 
+def make_parts(env_id: str, num_envs: int, engine: str | None = None, **kwargs: Any) -> list[VectorEnv]:
+    """``num_envs`` rows in whatever :func:`gac_fast.rollout.rollout` runs fastest.
+
+    Halves where the simulation leaves Python alone and there is more than one processor; otherwise one vector: two
+    threads that both run Python only take turns.
+
+    Args:
+        env_id, num_envs, engine, **kwargs: as :func:`make_vector`.
+
+    Raises:
+        EnvError: as ``make_vector``.
+    """
+    prefix, name = _split(env_id)
+    if num_envs > 1 and engine is None and prefix in (None, "native"):
+        from gac_fast.envs.batch import available_cpus
+
+        if available_cpus() > 1 and resolve_env_id(name) in _native_ids():
+            return make_halves(env_id, num_envs, **kwargs)
+    return [make_vector(env_id, num_envs, engine=engine, **kwargs)]
+
+
 def close_vector(vector: VectorEnv) -> None:
     """Close a vector that may have crashed or may hang; processes that do not end are ended."""
     from gymnasium.vector import AsyncVectorEnv
@@ -175,17 +197,23 @@ def _make_vector(env_id: str, num_envs: int, engine: str | None, kwargs: dict[st
     resolved = resolve_env_id(name)
     from gac_fast.envs.mujoco import ENVIRONMENTS, MujocoVectorEnv
 
-    own = {spec.env_id for spec in MAZES.values()}
-    if engine == "native" and resolved not in own | set(ENVIRONMENTS):
-        names = ", ".join([*sorted(own), *ENVIRONMENTS])
-        raise EnvError(f"environment {env_id!r}: expected one that runs on mujoco.batch ({names})")
+    if engine == "native" and resolved not in _native_ids():
+        names = ", ".join(_native_ids())
+        raise EnvError(f"environment {env_id!r}: expected one that runs on mujoco.batch ({names}), got another")
     with _gymnasium_errors(env_id):
         if engine in (None, "native") and resolved in ENVIRONMENTS:
-            vector: VectorEnv = MujocoVectorEnv(resolved, num_envs, **kwargs)
-            vector.spec = gymnasium.spec(resolved)
+            vector = MujocoVectorEnv(resolved, num_envs, **kwargs)
+            vector.spec = copy.deepcopy(gymnasium.spec(resolved))
+            vector.spec.max_episode_steps = vector.max_episode_steps
             return vector
         mode = engine if engine in ("sync", "async") else None
         return gymnasium.make_vec(resolved, num_envs=num_envs, vectorization_mode=mode, **kwargs)
+
+
+def _native_ids() -> list[str]:
+    from gac_fast.envs.mujoco import ENVIRONMENTS
+
+    return [*(spec.env_id for spec in MAZES.values()), *ENVIRONMENTS]
 
 
 @contextlib.contextmanager

@@ -100,6 +100,17 @@ def _task(env_id: str, arguments: dict[str, Any]) -> Task:
     return task
 
 
+def _healthy_bounds(task: Walker2d, n_state: int) -> tuple[Floats, Floats]:
+    """Between what the height, the angle and, in Hopper, all further positions and velocities have to be."""
+    bounds = np.array([task.healthy_z_range, task.healthy_angle_range], np.float64)
+    if isinstance(task, Hopper):
+        # Of positions and velocities end to end, the first two (x and height) are left out.
+        state = np.tile(np.array(task.healthy_state_range, np.float64), (n_state - 2, 1))
+        state[0] = max(state[0, 0], bounds[1, 0]), min(state[0, 1], bounds[1, 1])
+        bounds = np.concatenate((bounds[:1], state))
+    return bounds[:, 0].copy(), bounds[:, 1].copy()
+
+
 def _load_model(task: Task) -> mujoco.MjModel:
     try:
         import mujoco
@@ -160,7 +171,10 @@ class MujocoVectorEnv(BatchVectorEnv):
         self._control = self._batch.bind("ctrl")
         # A state row holds time, qpos and qvel one after the other: an observation is one slice of it.
         self._observed = self._batch.state[:, 1 + n_skipped : 1 + model.nq + model.nv]
-        self._healthy_state = self._batch.state[:, 1 + 2 : 1 + model.nq + model.nv]
+        if isinstance(self.task, Walker2d):
+            low, high = _healthy_bounds(self.task, model.nq + model.nv)
+            self._judged = self._batch.state[:, 2 : 2 + len(low)]
+            self._healthy_low, self._healthy_high = low, high
         self._n_positions = model.nq - n_skipped
         self._no_stage = int(mujoco.mjtStage.mjSTAGE_NONE)
         self._dt = model.opt.timestep * self.task.frame_skip
@@ -229,7 +243,8 @@ class MujocoVectorEnv(BatchVectorEnv):
         rewards = velocity if task.forward_reward_weight == 1.0 else task.forward_reward_weight * velocity
         terminations = None
         if isinstance(task, Walker2d):
-            healthy = self._healthy()
+            judged = self._judged
+            healthy = ((judged > self._healthy_low) & (judged < self._healthy_high)).all(axis=1)
             rewards += healthy * task.healthy_reward
             if task.terminate_when_unhealthy:
                 terminations = ~healthy
@@ -238,17 +253,6 @@ class MujocoVectorEnv(BatchVectorEnv):
         if ids is None:
             return rewards, terminations
         return rewards[ids], None if terminations is None else terminations[ids]
-
-    def _healthy(self) -> npt.NDArray[np.bool_]:
-        task = self.task
-        assert isinstance(task, Walker2d)
-        z, angle = self.position[:, 1], self.position[:, 2]
-        healthy = (z > task.healthy_z_range[0]) & (z < task.healthy_z_range[1])
-        healthy &= (angle > task.healthy_angle_range[0]) & (angle < task.healthy_angle_range[1])
-        if isinstance(task, Hopper):
-            low, high = task.healthy_state_range
-            healthy &= (self._healthy_state > low).all(axis=1) & (self._healthy_state < high).all(axis=1)
-        return healthy
 
     def _observe(self) -> Floats:
         observations = self._observed.copy()
