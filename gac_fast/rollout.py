@@ -438,9 +438,8 @@ class _Part:
         else:
             where = f"one of the environments {self.rows.start} to {self.rows.stop - 1}"
         # What the system raises says little without its name.
-        what = (
-            f"{type(error).__name__}: {error}" if isinstance(error, EOFError | OSError | AssertionError) else str(error)
-        )
+        named = isinstance(error, EOFError | OSError | AssertionError) and not isinstance(error, TimeoutError)
+        what = f"{type(error).__name__}: {error}" if named else str(error)
         return _PartError(f"{where} failed", row, self.t, f": {what}")
 
 
@@ -468,8 +467,8 @@ def _row_of_processes(env: VectorEnv[Any, Any, Any]) -> int | None:
     if None in pipes:
         return pipes.index(None)
     # A process that is being killed closes its pipe a moment before it is gone.
-    multiprocessing.connection.wait([process.sentinel for process in base.processes], timeout=1.0)
-    return next((row for row, process in enumerate(base.processes) if not process.is_alive()), None)
+    dead = multiprocessing.connection.wait([process.sentinel for process in base.processes], timeout=1.0)
+    return next((row for row, process in enumerate(base.processes) if process.sentinel in dead), None)
 
 
 @dataclass
