@@ -117,7 +117,8 @@ class BatchVectorEnv(VectorEnv[Floats, Floats, npt.NDArray[Any]]):
         """One step of rows ``ids`` (None: all) under ``actions`` [num_envs, act_dim].
 
         Returns:
-            Their rewards [n] and terminations [n], the latter None where there are none.
+            Rewards and terminations [num_envs], the latter None where there are none; what they are in other rows is
+            of no matter.
         """
 
     @abstractmethod
@@ -167,27 +168,24 @@ class BatchVectorEnv(VectorEnv[Floats, Floats, npt.NDArray[Any]]):
         actions = checked_actions(actions, self._action_shape)
         if not self._all_started:
             raise EnvError(f"environment {np.flatnonzero(~self._started)[0]} was stepped before its first reset")
-        terminations: npt.NDArray[np.bool_] | None
-        if not self._done.any():
-            rewards, terminations = self._advance(actions, None)
-            self._elapsed += 1
-            if terminations is None:
-                terminations = np.zeros(self.num_envs, np.bool_)
-        else:
-            finished = np.flatnonzero(self._done)
+        ids = finished = None
+        if self._done.any():
+            finished, ids = np.flatnonzero(self._done), np.flatnonzero(~self._done)
             if self.metadata["autoreset_mode"] is AutoresetMode.DISABLED:
                 raise EnvError(
                     f"environment {finished[0]} was stepped after its episode ended; "
                     "with autoreset disabled, reset it first with options={'reset_mask': mask}"
                 )
-            running = np.flatnonzero(~self._done)
-            rewards, terminations = np.zeros(self.num_envs), np.zeros(self.num_envs, np.bool_)
             self._restart(finished)
-            if len(running):
-                rewards[running], ended = self._advance(actions, running)
-                if ended is not None:
-                    terminations[running] = ended
-                self._elapsed[running] += 1
+        if ids is None or len(ids):
+            rewards, terminations = self._advance(actions, ids)
+        else:
+            rewards, terminations = np.zeros(self.num_envs), None
+        if terminations is None:
+            terminations = np.zeros(self.num_envs, np.bool_)
+        self._elapsed += 1
+        if finished is not None:
+            rewards[finished], terminations[finished], self._elapsed[finished] = 0.0, False, 0
         truncations = self._elapsed >= self.max_episode_steps
         np.logical_or(terminations, truncations, out=self._done)
         return self._observe(), rewards, terminations, truncations, {}

@@ -226,8 +226,7 @@ class PointMazeVectorEnv(BatchVectorEnv):
         self, actions: Floats, ids: npt.NDArray[np.int64] | None
     ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_] | None]:
         self.physics.step(actions, ids)
-        rewards = self.physics.at_goal().astype(np.float64)
-        return rewards if ids is None else rewards[ids], None
+        return self.physics.at_goal().astype(np.float64), None
 
     def _observe(self) -> Floats:
         return self.physics.observations()
