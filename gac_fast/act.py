@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import threading
 from collections.abc import Sequence
 from typing import Literal, Protocol, TypeVar
 
@@ -76,6 +78,7 @@ class Actor:
         self._noise_rows = (len(z0), 0)
         # Those of the calling thread, but for the parts of a split actor.
         self._n_threads, self._inference = 0, False
+        self._turn: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
         if bf16 == "auto":
             bf16 = model.bf16 and ops.has_fast_bf16(z0.device)
         self._state = self._new_state(len(z0), z0.dtype, z0.device, bf16, cuda_graph)
@@ -190,7 +193,7 @@ class Actor:
             self._weights = ops.WeightsOf(self.model.decoder)
         if self._n_threads == 0:
             return self._act(obs)
-        with _threads.exactly(self._n_threads), torch.inference_mode(self._inference):
+        with self._turn, _threads.exactly(self._n_threads), torch.inference_mode(self._inference):
             return self._act(obs)
 
     def _act(self, obs: Array) -> Array:
@@ -216,6 +219,8 @@ class Actor:
         begun = bool(whole.steps.any())
         if begun:
             whole.clear_stale(self.model.config.tokens_per_step)
+        # A GPU does one thing after the other anyway, and while one part records a graph no other may use it.
+        turn = threading.Lock() if self.device.type == "cuda" else contextlib.nullcontext()
         parts, start = [], 0
         for size in sizes:
             rows = slice(start, start + size)
@@ -227,6 +232,7 @@ class Actor:
             state.last_action.copy_(whole.last_action[rows])
             part = copy.copy(self)
             part.z0 = self.z0[rows]
+            part._turn = turn
             part._n_threads, part._inference = max(1, _threads.count() // len(sizes)), torch.is_inference_mode_enabled()
             part._state = state
             part._weights = ops.WeightsOf(self.model.decoder)
