@@ -34,6 +34,9 @@ TIMEOUT = 60.0
 # More of them for a vector of processes to find out itself which of them hangs.
 ASYNC_GRACE = 2.0
 
+# How long the end of a rollout waits for steps that are under way, after an error or Ctrl-C.
+CLOSE_SECONDS = 5.0
+
 # Between reports of progress, where parts do not wait for this thread: waking it at every step costs them a tenth.
 TELL_SECONDS = 0.05
 
@@ -300,7 +303,8 @@ class _Worker:
             raise error
         return result
 
-    def close(self, timeout: float | None) -> None:
+    def close(self, timeout: float) -> None:
+        """End after the present job, and wait for that for a while."""
         self._jobs.put(None)
         self._thread.join(timeout)
 
@@ -373,7 +377,7 @@ class _Part:
 
     def close(self) -> None:
         if self.worker is not None:
-            self.worker.close(0.0 if self.hangs else self._limit)
+            self.worker.close(0.0 if self.hangs else CLOSE_SECONDS)
 
     def _begin(self, call: Callable[[], Any]) -> None:
         self._call, self.pending = call, True
@@ -565,10 +569,10 @@ class _Run:
         actors = split([part.env.num_envs for part in self.parts])
         units = [_Unit(one, [part]) for one, part in zip(actors, self.parts, strict=True)]
         units = [unit for unit in units if self.running[unit.rows].any()]
+        self.together = True
         for unit in units:
             unit.parts[0].inline = True
             unit.parts[0].worker.submit(functools.partial(self._play_and_tell, unit))  # type: ignore[union-attr]
-        self.together = True
         for _ in units:
             error = self._next_end(units)
             if error is not None:
