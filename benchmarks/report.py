@@ -19,6 +19,9 @@ RESULTS = ROOT / "benchmarks" / "results" / "speed.csv"
 Row = Mapping[str, Any]
 
 LPT = "LPT's published code, quoted and not run here: 508 time steps/s on one core of a processor with AMX"
+# What stepping by the runner's vector environment has to reach, as times as fast as others.
+STEP_BARS = {"mujoco.batch": 0.9, "async": 2.0, "sync": 1.5, "envpool": None}
+LOOP_BAR = 0.9  # of what stepping and acting one after the other would take, each alone and on all threads
 THREAD_BAR = 0.9  # of the gain that a large matrix product has
 
 
@@ -167,7 +170,7 @@ def text(rows: Sequence[Row]) -> str:
         before = case
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     table = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    verdicts = [*_verdicts(rows), *_thread_verdicts(rows)]
+    verdicts = [*_verdicts(rows), *_thread_verdicts(rows), *_runner_verdicts(rows)]
     return "\n".join([*table, "", *verdicts, *_notes(rows)])
 
 
@@ -198,6 +201,35 @@ def _thread_verdicts(rows: Sequence[Row]) -> list[str]:
             work = f"{row['op']}, {row['mode']}, {row['shape']}, {row['dtype']}, {_threads(row['threads'])}"
             verdict = "met" if gain >= THREAD_BAR else "NOT MET"
             lines.append(f"bar  {work}: at least {THREAD_BAR:g} of the gain of a large product: {gain:.2f}, {verdict}")
+    return lines
+
+
+def _runner_verdicts(rows: Sequence[Row]) -> list[str]:
+    """Stepping against other ways to step, and the loop against what its two halves take alone."""
+    lines = []
+    of_runner = [row for row in rows if row["op"] == "runner" and not row["shape"].startswith("tiny")]
+    for case in sorted({case_of(row) for row in of_runner}, key=lambda case: (case[1], case[2], case[3])):
+        times = {row["provider"]: float(row["p50_us"]) for row in of_runner if case_of(row) == case}
+        work = f"{case[0]}, {case[1]}, {case[2]}, {_threads(case[3])}"
+        if case[1] == "step" and "VectorEnv" in times:
+            for against, at_least in STEP_BARS.items():
+                if against not in times:
+                    continue
+                reached = times[against] / times["VectorEnv"]
+                if at_least is None:
+                    lines.append(f"     {work}: {reached:.2f}x over {against}")
+                else:
+                    verdict = "met" if reached >= at_least else "NOT MET"
+                    lines.append(f"bar  {work}: at least {at_least:g}x over {against}: {reached:.2f}x, {verdict}")
+        if case[1] == "loop" and {"mujoco.batch", "act"} <= set(times):
+            loops = [name for name in ("halves", "one vector") if name in times]
+            for name in loops:
+                reached = (times["mujoco.batch"] + times["act"]) / times[name]
+                verdict = f", {'met' if reached >= LOOP_BAR else 'NOT MET'}" if name == loops[0] else ""
+                mark = "bar " if name == loops[0] else "    "
+                lines.append(
+                    f"{mark} {work}, {name}: at least {LOOP_BAR:g} of 1/(1/step + 1/act): {reached:.2f}{verdict}"
+                )
     return lines
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import math
+import threading
+from collections.abc import Sequence
 from typing import Literal, Protocol, TypeVar
 
 import numpy as np
@@ -12,6 +16,7 @@ from torch import Tensor
 from gac_fast import ops
 from gac_fast.model import GAC
 from gac_fast.model.normalization import Normalization
+from gac_fast.ops import _threads
 
 __all__ = ["Actor"]
 
@@ -50,7 +55,7 @@ class Actor:
         cuda_graph: with the Triton engine on a GPU, replay each step as a CUDA graph, which takes less of the host.
 
     Attributes:
-        z0: [P, n_z, D], the seeds that act.
+        z0: [P, n_z, D], the seeds it acts by.
 
     Raises:
         ValueError: ``z0`` has another shape, is not of a float type, or is not finite (checked if it comes on the CPU);
@@ -78,15 +83,15 @@ class Actor:
             raise ValueError(f"noise_correlation: expected a number of at least 0, got {noise_correlation}")
         self.noise_correlation = noise_correlation
         self._generator = torch.Generator(device=z0.device).manual_seed(seed)
-        config, decoder = model.config, model.decoder
+        # Noise is drawn for so many rows, of which the actor's begin at the second number: see split.
+        self._noise_rows = (len(z0), 0)
+        # Those of the calling thread, but for the parts of a split actor.
+        self._n_threads, self._inference = 0, False
+        self._turn: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
         if bf16 == "auto":
             bf16 = model.bf16 and ops.has_fast_bf16(z0.device)
-        self._state = ops.DecodeState(
-            n_layers=config.n_layers, n_rows=len(z0), window=decoder.window, n_heads=config.n_heads,
-            width=config.dim // config.n_heads, n_z=config.n_z, act_dim=model.act_dim,
-            dtype=z0.dtype, device=z0.device, bf16=bf16, cuda_graph=cuda_graph,
-        )  # fmt: skip
-        self._weights = ops.WeightsOf(decoder)
+        self._state = self._new_state(len(z0), z0.dtype, z0.device, bf16, cuda_graph)
+        self._weights = ops.WeightsOf(model.decoder)
         self._units = _units(normalization)
         self._set_plans(torch.ones(len(z0), dtype=torch.bool, device=z0.device), z0)
         # Noise of the step before, of unit variance; NaN where an episode begins.
@@ -111,6 +116,11 @@ class Actor:
     def __len__(self) -> int:
         """Number of environments P."""
         return len(self._state.steps)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.z0.device
 
     @property
     def bf16(self) -> bool:
@@ -143,6 +153,16 @@ class Actor:
                 raise ValueError(f"{name}: expected finite seeds, plan {row} has NaN or infinity")
         return z0.to(like.device, like.dtype)
 
+    def _new_state(
+        self, n_rows: int, dtype: torch.dtype, device: torch.device, bf16: bool, cuda_graph: bool
+    ) -> ops.DecodeState:
+        config, decoder = self.model.config, self.model.decoder
+        return ops.DecodeState(
+            n_layers=config.n_layers, n_rows=n_rows, window=decoder.window, n_heads=config.n_heads,
+            width=config.dim // config.n_heads, n_z=config.n_z, act_dim=self.model.act_dim,
+            dtype=dtype, device=device, bf16=bf16, cuda_graph=cuda_graph,
+        )  # fmt: skip
+
     @torch.no_grad()
     def _set_plans(self, rows: Tensor, z0: Tensor) -> None:
         # All rows are computed and the masked ones kept: the same shapes, hence the same bits, as in a fresh actor.
@@ -174,10 +194,10 @@ class Actor:
             if rows.dtype != torch.bool or rows.shape != steps.shape:
                 raise ValueError(f"mask: expected bool [{len(self)}], got {rows.dtype} {list(rows.shape)}")
         if plans is not None:
-            z0 = plans if isinstance(plans, np.ndarray | Tensor) else plans.z0
-            seeds = self._seeds("plans", z0, rows)
-            self._set_plans(rows, seeds)
-            self.z0 = torch.where(rows[:, None, None], seeds, self.z0)
+            given = plans if isinstance(plans, np.ndarray | Tensor) else plans.z0
+            z0 = self._seeds("plans", given, rows)
+            self.z0 = torch.where(rows[:, None, None], z0, self.z0)
+            self._set_plans(rows, z0)
         self._state.reset(None if mask is None else rows)
         self._noise[rows] = math.nan
 
@@ -198,14 +218,68 @@ class Actor:
             obs = torch.as_tensor(obs)
         if self._weights.decoder is not self.model.decoder:
             self._weights = ops.WeightsOf(self.model.decoder)
+        if self._n_threads == 0:
+            return self._act(obs)
+        with self._turn, _threads.exactly(self._n_threads), torch.inference_mode(self._inference):
+            return self._act(obs)
+
+    def _act(self, obs: Array) -> Array:
         out = ops.decode_step(self._weights(), self._state, obs, self._units)
         return out if self._noise_levels is None else self._add_noise(out, self._noise_levels)
+
+    @torch.no_grad()
+    def split(self, sizes: Sequence[int]) -> list[Actor]:
+        """One actor for each of several groups of consecutive rows, at the present point of their episodes.
+
+        Together they do what this one would have done, noise included; it is not to act any more itself. They may act
+        at the same time, each in a thread of its own, and share the threads that the engine has here.
+
+        Args:
+            sizes: rows of each group, at least 1, P in all.
+
+        Raises:
+            ValueError: the sizes are others.
+        """
+        if min(sizes, default=0) < 1 or sum(sizes) != len(self):
+            raise ValueError(f"sizes: expected positive numbers of rows, {len(self)} in all, got {list(sizes)}")
+        whole = self._state
+        begun = bool(whole.steps.any())
+        if begun:
+            whole.clear_stale(self.model.config.tokens_per_step)
+        # A GPU does one thing after the other anyway, and while one part records a graph no other may use it.
+        turn = threading.Lock() if self.device.type == "cuda" else contextlib.nullcontext()
+        parts, start = [], 0
+        for size in sizes:
+            rows = slice(start, start + size)
+            state = self._new_state(size, whole.last_action.dtype, self.device, whole.bf16, whole.cuda_graph)
+            names = ["plan_k", "plan_v", *(["ring_k", "ring_v"] if begun else [])]
+            for name in names:
+                getattr(state, name).copy_(getattr(whole, name)[:, rows])
+            state.steps.copy_(whole.steps[rows])
+            state.last_action.copy_(whole.last_action[rows])
+            part = copy.copy(self)
+            part.z0 = self.z0[rows]
+            part._noise = self._noise[rows]
+            part._noise_levels = None if self._noise_levels is None else self._noise_levels[rows]
+            part._turn = turn
+            part._n_threads, part._inference = max(1, _threads.count() // len(sizes)), torch.is_inference_mode_enabled()
+            part._state = state
+            part._weights = ops.WeightsOf(self.model.decoder)
+            part._generator = torch.Generator(device=self.device)
+            part._generator.set_state(self._generator.get_state())
+            part._noise_rows = (self._noise_rows[0], self._noise_rows[1] + start)
+            parts.append(part)
+            start += size
+        return parts
 
     @torch.no_grad()
     def _add_noise(self, out: Array, levels: Tensor) -> Array:
         """The same actions with noise, of the same kind; it is what the decoder will read back."""
         action = self._state.last_action
-        noise = torch.randn(action.shape, generator=self._generator, dtype=action.dtype, device=action.device)
+        drawn, start = self._noise_rows
+        shape = (drawn, action.shape[1])
+        noise = torch.randn(shape, generator=self._generator, dtype=action.dtype, device=action.device)
+        noise = noise[start : start + len(action)]
         if self.noise_correlation > 0:
             # An Ornstein-Uhlenbeck process, begun in its stationary law.
             kept = math.exp(-1 / self.noise_correlation)

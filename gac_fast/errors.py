@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gac_fast.rollout import Rollout
+
 __all__ = ["BackendError", "CheckpointError", "ConfigError", "DataError", "EngineWarning", "EnvError", "GacError"]
 
 
@@ -27,6 +32,13 @@ class BackendError(GacError, RuntimeError):
 
 class EnvError(GacError, RuntimeError):
     """An environment is unknown, crashed, or does not fit the policy."""
+
+    environment: int | None = None
+    """Row of the vector in which it happened, where that is known."""
+    step: int | None = None
+    """Step of the episode, from 1, at which a rollout ended; 0 for its reset."""
+    finished: Rollout | None = None
+    """What a rollout had finished by then."""
 
 
 class EngineWarning(RuntimeWarning):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
@@ -86,7 +87,7 @@ class EvalResult:
 
 def evaluate(
     policy: Policy,
-    env: str | VectorEnv[Any, Any, Any],
+    env: str | VectorEnv[Any, Any, Any] | Sequence[VectorEnv[Any, Any, Any]],
     episodes: int = 100,
     seed: int = 0,
     plans: Plans | None = None,
@@ -97,7 +98,8 @@ def evaluate(
 
     Args:
         policy: as loaded.
-        env: environment id (made as a vector of up to 256 and closed again), or a vector environment of the caller's.
+        env: environment id (up to 256 at a time, closed again at the end), or a vector environment of the caller's, or
+            halves of one.
         episodes: number of episodes, one plan each.
         seed: of the environments and of planning.
         plans: plan i acts in episode i (they repeat if there are fewer); None plans with ``policy.exploit``, for each
@@ -115,10 +117,16 @@ def evaluate(
     if episodes < 1:
         raise EnvError(f"episodes: expected at least 1, got {episodes}")
     own = isinstance(env, str)
-    vector = envs.make_vector(env, num_envs=min(episodes, MAX_ENVS))
+    if isinstance(env, str):
+        vectors = envs.make_parts(env, num_envs=min(episodes, MAX_ENVS))
+    else:
+        vectors = [envs.make_vector(one) for one in (env if isinstance(env, Sequence) else [env])]
+        if not vectors:
+            raise EnvError("env: expected an environment id or at least one vector environment, got none")
     try:
-        env_id = env if isinstance(env, str) else _env_id(vector)
-        _check_spaces(policy, vector, env_id)
+        env_id = env if isinstance(env, str) else _env_id(vectors[0])
+        for vector in vectors:
+            _check_spaces(policy, vector, env_id)
         if own:
             _check_task(policy, env_id)
         predicted, predicted_std = np.zeros(episodes), np.zeros(episodes)
@@ -149,14 +157,15 @@ def evaluate(
             done_before = done
 
         try:
-            result = rollout(vector, make_actor, episodes, seed, keep, on_step)
+            result = rollout(vectors, make_actor, episodes, seed, keep, on_step)
         finally:
             if bar is not None:
                 bar.close()
         seconds = time.perf_counter() - started
     finally:
         if own:
-            vector.close()
+            for vector in vectors:
+                envs.close_vector(vector)
     return EvalResult(
         env_id, result.returns, result.lengths, predicted, predicted_std, result, seed, seconds, _versions(),
         _normalized(env_id, result.returns),
@@ -244,7 +253,8 @@ def _normalized(env_id: str, returns: np.ndarray) -> float | None:
     from gac_fast.errors import DataError
 
     try:
-        return float(np.mean(scores.normalized_score(env_id, returns)))
+        # Without an engine in front, or the module that registers it.
+        return float(np.mean(scores.normalized_score(env_id.rpartition(":")[2], returns)))
     except DataError:
         return None
 

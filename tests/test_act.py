@@ -14,6 +14,7 @@ from core_fixtures import ACT_DIM, OBS_DIM, make_model, make_normalization, mode
 
 from gac_fast import ops
 from gac_fast.act import Actor
+from gac_fast.ops import _threads
 from gac_fast.plan import Plans
 
 P = 4
@@ -386,3 +387,61 @@ def test_an_actor_knows_the_seeds_that_act():
 def test_noise_out_of_bounds_is_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         make_actor(**fields)
+
+
+@pytest.mark.parametrize("context", ["states", "states_actions"])
+@pytest.mark.parametrize("steps_before", [0, 5])
+@pytest.mark.parametrize("noise", [0.0, 0.4, "correlated"])
+def test_the_parts_of_an_actor_do_what_it_would_have_done(context, steps_before, noise):
+    """In any order of theirs; rows that are at other points of their episodes included."""
+    options = {"action_noise": np.linspace(0, 0.4, P), "noise_correlation": 5.0} if noise == "correlated" else {}
+    whole, to_split = (make_actor(context, **{"action_noise": noise, **options}) for _ in range(2))
+    z0 = to_split.z0.clone()
+    for obs in observations(steps_before):
+        whole.act(obs)
+        to_split.act(obs)
+    if steps_before:
+        for actor in (whole, to_split):
+            actor.reset(MASK)
+            actor.act(observations(1, seed=2)[0])
+    parts = to_split.split([1, P - 1])
+    assert [len(part) for part in parts] == [1, P - 1]
+    assert torch.equal(torch.cat([part.z0 for part in parts]), z0)
+    for t, obs in enumerate(observations(9, seed=1)):
+        rows = obs.split([1, P - 1])
+        found = {i: parts[i].act(rows[i]) for i in ([0, 1] if t % 2 else [1, 0])}
+        torch.testing.assert_close(torch.cat((found[0], found[1])), whole.act(obs), rtol=0, atol=1e-5)
+
+
+def test_parts_reset_by_themselves_and_take_new_plans():
+    whole = make_actor()
+    parts = whole.split([1, P - 1])
+    for obs in observations(3):
+        for part, rows in zip(parts, obs.split([1, P - 1]), strict=True):
+            part.act(rows)
+    new = random_seeds(1, whole.model.config, seed=9)
+    parts[0].reset(plans=new)
+    assert torch.equal(parts[0].z0, new)
+    fresh = Actor(whole.model, whole.normalization, new)
+    obs = observations(1, seed=7)[0, :1]
+    torch.testing.assert_close(parts[0].act(obs), fresh.act(obs), rtol=0, atol=1e-6)
+
+
+def test_parts_share_the_threads():
+    before = torch.get_num_threads()
+    counts = []
+    try:
+        torch.set_num_threads(5)
+        for part in make_actor().split([1, P - 1]):
+            real = part._act
+            part._act = lambda obs, real=real: (counts.append(_threads.count()), real(obs))[1]
+            part.act(observations(1)[0, : len(part)])
+        assert (counts, _threads.count()) == ([2, 2], 5)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("sizes", [[], [0, 4], [1], [4, 4], [-1, 5]])
+def test_bad_sizes_of_parts(sizes):
+    with pytest.raises(ValueError, match="sizes: expected positive numbers of rows, "):
+        make_actor().split(sizes)

@@ -252,6 +252,31 @@ def test_training_throughput_is_told_beside_the_published_one(report):
     assert "508 time steps/s" in text
 
 
+def test_the_runner_is_held_against_other_ways_to_step(report):
+    step = {"op": "runner", "mode": "step", "shape": "Hopper-v5 N=64", "dtype": "float64", "threads": 2}
+    loop = step | {"mode": "loop", "shape": "gym C=1 Hopper-v5 N=64 T=150"}
+    rows = [
+        *(make_row(name, time, **step) for name, time in {
+            "mujoco.batch": 95.0, "VectorEnv": 100.0, "sync": 140.0, "async": 300.0, "envpool": 110.0,
+        }.items()),
+        *(make_row(name, time, **loop) for name, time in {
+            "mujoco.batch": 80.0, "act": 20.0, "halves": 105.0, "one vector": 125.0,
+        }.items()),
+    ]  # fmt: skip
+    found = [line for line in report.text(rows).splitlines() if ": at least" in line or "over envpool" in line]
+    where, loops = "runner, step, Hopper-v5 N=64, 2 threads", "runner, loop, gym C=1 Hopper-v5 N=64 T=150, 2 threads"
+    assert [line for line in found if "runner" in line] == [
+        f"bar  {loops}, halves: at least 0.9 of 1/(1/step + 1/act): 0.95, met",
+        f"     {loops}, one vector: at least 0.9 of 1/(1/step + 1/act): 0.80",
+        f"bar  {where}: at least 0.9x over mujoco.batch: 0.95x, met",
+        f"bar  {where}: at least 2x over async: 3.00x, met",
+        f"bar  {where}: at least 1.5x over sync: 1.40x, NOT MET",
+        f"     {where}: 1.10x over envpool",
+    ]
+    # Without what it is held against there is no verdict.
+    assert "of 1/(1/step" not in report.text([row for row in rows if row["provider"] != "act"])
+
+
 def test_chart(report, tmp_path):
     rows = [make_row("reference", 100.0), make_row("cpp", 40.0), make_row("cpp", 17.0, dtype="bfloat16")]
     path = tmp_path / "speed.png"

@@ -26,12 +26,12 @@ def test_own_environments_run_on_the_batch(name: str) -> None:
 
 def test_other_ids_run_in_one_process_with_the_declared_autoreset() -> None:
     """Hand-counted: three steps, one that only resets, three steps."""
-    env = make_vector("Hopper-v5", 2, seed=0, max_episode_steps=3)
+    env = make_vector("Swimmer-v5", 2, seed=0, max_episode_steps=3)
     assert type(env).__name__ == "SyncVectorEnv"
     assert env.metadata["autoreset_mode"] is AutoresetMode.NEXT_STEP
     ends = []
     for step in range(1, 9):
-        _, rewards, terminations, truncations, _ = env.step(np.zeros((2, 3), np.float32))
+        _, rewards, terminations, truncations, _ = env.step(np.zeros((2, 2), np.float32))
         if (terminations | truncations).all():
             ends.append(step)
         if step in (4, 8):
@@ -86,6 +86,9 @@ def test_bad_arguments_are_refused() -> None:
 def test_ids_resolve() -> None:
     assert resolve_env_id("pointmaze-umaze") == "gac_fast/PointMaze-umaze-v0"
     assert resolve_env_id("Hopper-v5") == "Hopper-v5"
+    assert resolve_env_id("sync:Hopper-v5") == "Hopper-v5"
+    assert resolve_env_id("native:pointmaze-umaze") == "gac_fast/PointMaze-umaze-v0"
+    assert resolve_env_id("envpool:Pong-v5") == "Pong-v5"
     assert resolve_env_id("PointMaze_UMaze-v3") == "PointMaze_UMaze-v3"
 
 

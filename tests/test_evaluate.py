@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import warnings
@@ -197,6 +198,26 @@ def test_the_callers_environment_stays_open_and_an_own_one_is_closed(monkeypatch
     with pytest.raises(EnvError, match="the arm fell off"):
         evaluate(policy(), "Toy-v0", episodes=1)
     assert made.closed
+
+
+def test_parts_are_evaluated_as_one(monkeypatch):
+    """Plans are made for all rows at once, whichever vector they are in."""
+    p = policy(return_context="first_state")
+    whole = evaluate(p, counting_vector([[3], [5], [2]]), episodes=3, seed=4, keep=3)
+    makers = [functools.partial(CountingEnv, i, [n]) for i, n in enumerate((3, 5, 2))]
+    parts = [SyncVectorEnv(makers[:2]), SyncVectorEnv(makers[2:])]
+    found = evaluate(p, parts, episodes=3, seed=4, keep=3)
+    assert found.returns.tolist() == whole.returns.tolist()
+    assert found.predicted.tolist() == whole.predicted.tolist()
+    np.testing.assert_array_equal(found.rollout.z0, whole.rollout.z0)
+    np.testing.assert_allclose(found.rollout.packed_actions, whole.rollout.packed_actions, rtol=0, atol=1e-5)
+    assert not any(part.closed for part in parts)
+    with pytest.raises(EnvError, match="env: expected an environment id or at least one vector environment, got none"):
+        evaluate(p, [], episodes=1)
+    # Parts that were made for it are all closed again.
+    monkeypatch.setattr("gac_fast.envs.make_parts", lambda *args, **kwargs: parts)
+    evaluate(p, "Toy-v0", episodes=3)
+    assert all(part.closed for part in parts)
 
 
 def test_progress_bar_reaches_the_end(capsys):

@@ -38,6 +38,20 @@ def test_the_engine_takes_all_threads_and_torch_one():
     assert (torch.get_num_threads(), _threads.count()) == (3, 3)
 
 
+@pytest.mark.usefixtures("three_threads")
+def test_an_exact_number_holds_for_the_calling_thread():
+    found: list[int] = []
+    with _threads.exactly(2):
+        assert _threads.count() == 2
+        with _threads.exactly(7):
+            assert _threads.count() == 7
+        other = threading.Thread(target=lambda: found.append(_threads._local.n_threads))
+        other.start()
+        other.join()
+        assert (_threads.count(), found) == (2, [0])
+    assert _threads.count() == 3
+
+
 @pytest.mark.usefixtures("cpp_engine", "three_threads")
 def test_an_error_gives_the_threads_back():
     with pytest.raises(KeyError), ops.left_to_the_engine("block", torch.zeros(2)):

@@ -25,9 +25,9 @@ from typing import TYPE_CHECKING, Any
 import gymnasium
 import numpy as np
 import numpy.typing as npt
-from gymnasium.vector import AutoresetMode, VectorEnv
-from gymnasium.vector.utils import batch_space
+from gymnasium.vector import AutoresetMode
 
+from gac_fast.envs.batch import BatchVectorEnv, Floats, checked_actions, new_batch
 from gac_fast.envs.mazes import MAZES, MazeSpec, maze_spec
 from gac_fast.errors import EnvError
 
@@ -106,19 +106,9 @@ class PointMazePhysics:
 
     def __init__(self, maze: str, num_envs: int, n_threads: int | None = None) -> None:
         self.spec = maze_spec(maze)
-        if num_envs < 1:
-            raise EnvError(f"num_envs: expected at least 1, got {num_envs}")
-        if n_threads is not None and n_threads < 1:
-            raise EnvError(f"n_threads: expected at least 1, got {n_threads}")
-        model = load_model(maze)
-        try:
-            import mujoco.batch
-        except ImportError:
-            import mujoco
+        self._batch = new_batch(load_model(maze), num_envs, n_threads, "PointMaze")
+        import mujoco
 
-            raise EnvError(f"PointMaze needs mujoco.batch of mujoco >= 4.0, found {mujoco.__version__}") from None
-        threads = min(n_threads or _available_cpus(), num_envs)
-        self._batch = mujoco.batch.Batch(model, nsim=num_envs, nthread=threads)
         self._no_stage = int(mujoco.mjtStage.mjSTAGE_NONE)
         self.position = self._batch.bind("qpos")
         self.velocity = self._batch.bind("qvel")
@@ -163,7 +153,7 @@ def _spaces() -> tuple[Any, Any]:
     )
 
 
-class PointMazeVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.floating], npt.NDArray[Any]]):
+class PointMazeVectorEnv(BatchVectorEnv):
     """PointMaze for ``num_envs`` independent episodes, stepped together.
 
     Episodes end together unless single rows are reset. What happens after the last step is declared in
@@ -171,7 +161,8 @@ class PointMazeVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.float
     the new start and reward 0; with ``DISABLED`` the caller resets with ``options={"reset_mask": mask}`` and stepping
     a finished row is an error.
 
-    Start k of a seed is the same whatever ``num_envs``: rows draw their starts in order from one generator.
+    Start k of a seed is the same whatever ``num_envs``: rows draw their starts in order from one generator. Actions are
+    clipped to [-1, 1]; observations are float32, and no episode terminates.
 
     Args:
         maze: 'umaze', 'medium' or 'large'.
@@ -180,6 +171,9 @@ class PointMazeVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.float
             depend on it.
         max_episode_steps: truncate after so many steps; default the maze's own horizon.
         autoreset_mode: ``NEXT_STEP`` or ``DISABLED``, as the enum or its value.
+        first_row: these are the rows from ``first_row`` on of a larger vector: ``reset(seed=s)`` gives what those rows
+            of it get under ``s - first_row``, so that two halves whose seeds are apart by the first one's size start
+            as the whole does.
 
     Raises:
         EnvError: an argument is out of range, or a package is missing.
@@ -192,95 +186,25 @@ class PointMazeVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.float
         n_threads: int | None = None,
         max_episode_steps: int | None = None,
         autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
+        first_row: int = 0,
     ) -> None:
         self.maze = maze_spec(maze)
-        try:
-            mode = AutoresetMode(autoreset_mode)
-        except ValueError:
-            mode = None
-        if mode not in (AutoresetMode.NEXT_STEP, AutoresetMode.DISABLED):
-            raise EnvError(f"autoreset_mode: expected NEXT_STEP or DISABLED, got {autoreset_mode!r}")
-        if max_episode_steps is not None and max_episode_steps < 1:
-            raise EnvError(f"max_episode_steps: expected at least 1, got {max_episode_steps}")
-        self.metadata = {"render_modes": [], "autoreset_mode": mode}
-        self.num_envs = num_envs
-        self.max_episode_steps = max_episode_steps or self.maze.horizon
-        self.single_observation_space, self.single_action_space = _spaces()
+        if first_row < 0:
+            raise EnvError(f"first_row: expected at least 0, got {first_row}")
+        self.first_row = first_row
+        horizon = self.maze.horizon if max_episode_steps is None else max_episode_steps
+        super().__init__(num_envs, horizon, autoreset_mode, *_spaces())
         self.physics = PointMazePhysics(maze, num_envs, n_threads)
-        self.observation_space = batch_space(self.single_observation_space, num_envs)
-        self.action_space = batch_space(self.single_action_space, num_envs)
-        self._elapsed = np.zeros(num_envs, np.int64)
-        self._done = np.zeros(num_envs, np.bool_)
-        self._started = np.zeros(num_envs, np.bool_)
 
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[npt.NDArray[np.float32], dict[str, Any]]:
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Floats, dict[str, Any]]:
         """Start new episodes in all rows, or in those of ``options["reset_mask"]``, a boolean array [num_envs].
 
         Returns:
             Observations [num_envs, 4] of all rows, and an empty dict.
         """
-        super().reset(seed=seed)
-        mask = None if options is None else options.get("reset_mask")
-        if mask is None:
-            self._restart(np.arange(self.num_envs))
-        else:
-            if not isinstance(mask, np.ndarray) or mask.shape != (self.num_envs,) or mask.dtype != np.bool_:
-                raise EnvError(
-                    f"options['reset_mask']: expected a boolean array of shape ({self.num_envs},), got "
-                    f"{f'{mask.dtype} of shape {mask.shape}' if isinstance(mask, np.ndarray) else type(mask).__name__}"
-                )
-            self._restart(np.flatnonzero(mask))
-        return self.physics.observations(), {}
+        return super().reset(seed=None if seed is None else max(seed - self.first_row, 0), options=options)
 
-    def step(
-        self, actions: npt.NDArray[np.floating]
-    ) -> tuple[
-        npt.NDArray[np.float32],
-        npt.NDArray[np.float64],
-        npt.NDArray[np.bool_],
-        npt.NDArray[np.bool_],
-        dict[str, Any],
-    ]:
-        """Advance every row by one step.
-
-        Args:
-            actions: [num_envs, 2], clipped to [-1, 1].
-
-        Returns:
-            Observations [num_envs, 4] float32, rewards [num_envs] float64, terminations (never) and truncations
-            [num_envs], and an empty dict.
-
-        Raises:
-            EnvError: an action is not finite or of the wrong shape, or a row has no running episode.
-        """
-        actions = _checked_actions(actions, (self.num_envs, 2))
-        if not self._started.all():
-            raise EnvError(f"environment {np.flatnonzero(~self._started)[0]} was stepped before its first reset")
-        finished = np.flatnonzero(self._done)
-        if not len(finished):
-            self.physics.step(actions)
-            self._elapsed += 1
-            rewards = self.physics.at_goal().astype(np.float64)
-        else:
-            if self.metadata["autoreset_mode"] is AutoresetMode.DISABLED:
-                raise EnvError(
-                    f"environment {finished[0]} was stepped after its episode ended; "
-                    "with autoreset disabled, reset it first with options={'reset_mask': mask}"
-                )
-            running = np.flatnonzero(~self._done)
-            rewards = np.zeros(self.num_envs)
-            self._restart(finished)
-            if len(running):
-                self.physics.step(actions, running)
-                self._elapsed[running] += 1
-                rewards[running] = self.physics.at_goal()[running]
-        truncations = self._elapsed >= self.max_episode_steps
-        self._done = truncations.copy()
-        return self.physics.observations(), rewards, np.zeros(self.num_envs, np.bool_), truncations, {}
-
-    def set_state(self, position: npt.ArrayLike, velocity: npt.ArrayLike = 0.0) -> npt.NDArray[np.float32]:
+    def set_state(self, position: npt.ArrayLike, velocity: npt.ArrayLike = 0.0) -> Floats:
         """Start an episode in every row from ``position`` [num_envs, 2] and ``velocity`` [num_envs, 2].
 
         Returns:
@@ -290,17 +214,22 @@ class PointMazeVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.float
         velocities = np.broadcast_to(np.asarray(velocity, np.float64), (self.num_envs, 2))
         self.physics.place(positions, velocities)
         self._begin(np.arange(self.num_envs))
+        return self._observe()
+
+    def _seed(self, seed: int, ids: npt.NDArray[np.int64]) -> None:
+        self.np_random.random((self.first_row, 3))
+
+    def _start(self, ids: npt.NDArray[np.int64]) -> None:
+        self.physics.place(self.maze.start_positions(self.np_random.random((len(ids), 3))), ids=ids)
+
+    def _advance(
+        self, actions: Floats, ids: npt.NDArray[np.int64] | None
+    ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_] | None]:
+        self.physics.step(actions, ids)
+        return self.physics.at_goal().astype(np.float64), None
+
+    def _observe(self) -> Floats:
         return self.physics.observations()
-
-    def _restart(self, ids: npt.NDArray[np.int64]) -> None:
-        if len(ids):
-            self.physics.place(self.maze.start_positions(self.np_random.random((len(ids), 3))), ids=ids)
-            self._begin(ids)
-
-    def _begin(self, ids: npt.NDArray[np.int64]) -> None:
-        self._elapsed[ids] = 0
-        self._done[ids] = False
-        self._started[ids] = True
 
 
 class PointMazeEnv(gymnasium.Env[npt.NDArray[np.float32], npt.NDArray[np.floating]]):
@@ -345,7 +274,7 @@ class PointMazeEnv(gymnasium.Env[npt.NDArray[np.float32], npt.NDArray[np.floatin
         """Advance by one step; ``action`` [2] is clipped to [-1, 1]."""
         if not self._started:
             raise EnvError("the environment was stepped before its first reset")
-        self.physics.step(_checked_actions(action, (2,))[None])
+        self.physics.step(checked_actions(action, (2,))[None])
         return self.physics.observations()[0], float(self.physics.at_goal()[0]), False, False, {}
 
     def render(self) -> npt.NDArray[np.uint8] | None:
@@ -441,21 +370,6 @@ def _offscreen_context(width: int, height: int) -> Any:
         "cannot render without a display: install EGL (libegl1) or OSMesa (libosmesa6), or set MUJOCO_GL to the one "
         f"installed ({'; '.join(failures)})"
     )
-
-
-def _available_cpus() -> int:
-    """CPUs this process may run on, which on a shared machine are fewer than it has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _checked_actions(actions: Any, shape: tuple[int, ...]) -> npt.NDArray[np.float64]:
-    actions = np.asarray(actions, np.float64)
-    if actions.shape != shape:
-        raise EnvError(f"actions: expected shape {shape}, got {actions.shape}")
-    if not np.isfinite(actions).all():
-        index = tuple(int(i) for i in np.argwhere(~np.isfinite(actions))[0])
-        raise EnvError(f"actions: expected finite numbers, got {actions[index]} at {index}")
-    return actions
 
 
 def register() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gac_fast.ops import _dispatch
 
-__all__ = ["count", "left_to_the_engine"]
+__all__ = ["count", "exactly", "left_to_the_engine"]
 
 
 class _Local(threading.local):
@@ -26,6 +26,17 @@ _local = _Local()
 def count() -> int:
     """Threads for a call of the engine."""
     return _local.n_threads or torch.get_num_threads()
+
+
+@contextlib.contextmanager
+def exactly(n_threads: int) -> Iterator[None]:
+    """Inside, the engine takes so many threads. Holds for the calling thread."""
+    before = _local.n_threads
+    try:
+        _local.n_threads = n_threads
+        yield
+    finally:
+        _local.n_threads = before
 
 
 @contextlib.contextmanager
