@@ -20,9 +20,10 @@ from core_fixtures import ACT_DIM, OBS_DIM, counting_vector, make_trajectories, 
 import gac_fast
 from gac_fast import checkpoint
 from gac_fast.config import Config, OnlineConfig, PlanConfig, PosteriorConfig, TrainConfig
+from gac_fast.envs.delayed import DelayedReward
 from gac_fast.errors import CheckpointError, ConfigError, DataError, EnvError
 from gac_fast.plan import TargetSchedule
-from gac_fast.policy import load
+from gac_fast.policy import Policy, load
 from gac_fast.train import online as online_module
 from gac_fast.train.online import OnlineTrainer, finetune
 from gac_fast.train.trainer import TrainingDivergedError
@@ -530,3 +531,71 @@ def test_spaces_without_bounds_are_refused(tmp_path):
     vector.single_action_space = Box(-np.inf, np.inf, (ACT_DIM,), np.float32)
     with pytest.raises(EnvError, match="expected an action space with bounds"):
         tune(None, tmp_path / "run", vector=vector, data=None)
+
+
+@pytest.mark.parametrize("fault", ["nan_observation", "nan_reward", "crash"])
+def test_an_environment_that_fails_is_named_and_loses_nothing(offline_run, tmp_path, fault):
+    folder = tmp_path / "run"
+    # In the first round, when three of four episodes are over.
+    vector = counting_vector(LENGTHS, faults={2: {(0, 5): fault}})
+    with pytest.raises(EnvError, match=r"at step 5.*3 finished episodes of this round are kept, go on from .*00000006"):
+        tune(offline_run, folder, vector=vector)
+    kept = tensors_of(folder)
+    assert kept["online.cu_seqlens"].tolist() == [0, 3, 7, 10]
+    assert [kept["online.observations"][i, 0].item() for i in (0, 3, 7)] == [0, 1, 3]
+    np.testing.assert_array_equal(kept["data.rows"][10:], 10 + kept["online.slots"])
+    tune(offline_run, folder, vector=counting(), resume=True)
+    assert int(tensors_of(folder)["online.n_added"]) == 3 + 4 * len(rows_of(folder))
+
+
+def test_the_sum_of_rewards_at_the_end_is_as_good_as_rewards_on_the_way(offline_run, tmp_path):
+    """Bit for bit: learning, planning and what is achieved."""
+    plain = tune(offline_run, tmp_path / "plain")
+    delayed = tune(offline_run, tmp_path / "delayed", vector=DelayedReward(seeded_vector(4)))
+    assert_same_run(plain, delayed)
+    # Rewards on the way do differ.
+    bare, wrapped = seeded_vector(4), DelayedReward(seeded_vector(4))
+    for vector in (bare, wrapped):
+        vector.reset(seed=1)
+    actions = np.zeros((4, ACT_DIM), np.float32)
+    assert not np.array_equal(bare.step(actions)[1], wrapped.step(actions)[1])
+
+
+def test_two_halves_make_the_run_of_one_vector(offline_run, tmp_path):
+    one = tune(offline_run, tmp_path / "one", vector=seeded_vector(4))
+    halves = tune(offline_run, tmp_path / "halves", vector=[seeded_vector(2), seeded_vector(2)])
+    a, b = tensors_of(one), tensors_of(halves)
+    assert torch.equal(a["online.cu_seqlens"], b["online.cu_seqlens"])
+    for name in ("online.observations", "online.returns", "posterior.z0", "model.decoder.log_sigma_a"):
+        torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-3)
+
+
+def test_a_plan_that_is_not_finite_names_its_environment(offline_run, tmp_path):
+    explore = Policy.explore
+
+    def broken(policy, *args, **kwargs):
+        plans = explore(policy, *args, **kwargs)
+        plans.z0[3, 0, 0] = np.inf
+        return plans
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Policy, "explore", broken)
+        with pytest.raises(TrainingDivergedError, match=r"step 0, environment 3: the model's plan.*step_00000006"):
+            tune(offline_run, tmp_path / "run", config(exploit_share=0.0))
+
+
+def test_ranking_prefers_what_is_much_for_its_start(offline_run):
+    trainer = OnlineTrainer(config(), online_module.Spaces.of_data(data()), data())
+    trainer.begin_at(checkpoint.latest(offline_run))
+    by_return = trainer.data.returns.argsort()[::-1]
+    ranks = trainer.ranking()
+    usable = trainer.usable.numpy()
+    first = next(i for i in by_return if usable[i])
+    # The best return leads, beside the one that lies furthest above its start's.
+    assert ranks[first] == 0
+    assert 1 <= int((ranks[trainer.usable] == 0).sum()) <= 2
+    assert len(trainer.best_ids()) == 3
+    trainer.close()
+    plain = OnlineTrainer(config(model={"return_context": "none"}), online_module.Spaces.of_data(data()), data())
+    np.testing.assert_array_equal(plain.ranking().numpy(), data().returns)
+    plain.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,7 +24,7 @@ from gac_fast.model.normalization import SMALLEST_STD, Normalization
 from gac_fast.plan import Plans, TargetSchedule
 from gac_fast.policy import Policy, load
 from gac_fast.posterior import ONLINE, PosteriorState
-from gac_fast.rollout import SEED_LIMIT, rollout
+from gac_fast.rollout import SEED_LIMIT, Rollout, rollout
 from gac_fast.train.batches import Batches, Mix
 from gac_fast.train.log import Logger, Progress, RunDir, StopSignal, last_metrics, merge_result, start_run
 from gac_fast.train.trainer import (
@@ -93,6 +94,13 @@ class Spaces(NamedTuple):
     def of_data(cls, data: Trajectories) -> Spaces:
         """Those that episodes come from."""
         return cls(data.obs_dim, data.act_dim, data.action_low, data.action_high, data.env_id)
+
+
+Vectors = Sequence["VectorEnv[Any, Any, Any]"]
+"""Vector environments that are run as one."""
+
+PlansFor = Callable[[np.ndarray, int, Policy], Plans]
+"""(first observations [n, obs_dim], number of the first episode, policy) -> n plans."""
 
 
 class Explored(NamedTuple):
@@ -166,11 +174,16 @@ class OnlineTrainer(Trainer):
     first_step = 0
     """Updates that the model had before."""
 
+    @property
+    def has_episodes(self) -> bool:
+        """Whether there is anything to learn from."""
+        return self.buffer.n_offline + self.buffer.n_online > 0
+
     def _refresh(self) -> None:
         """Whatever follows from the episodes there are."""
         self.close()
         buffer = self.buffer
-        if buffer.n_offline + buffer.n_online == 0:
+        if not self.has_episodes:
             return
         self.data = data = buffer.trajectories
         online = torch.arange(len(data)) >= buffer.n_offline
@@ -215,7 +228,12 @@ class OnlineTrainer(Trainer):
         self._refresh()
 
     def add(self, explored: Explored) -> None:
-        """Keep new episodes, their chains begun at the seeds that made them."""
+        """Keep new episodes, their chains begun at the seeds that made them.
+
+        The first that an untrained model sees give the units of observations.
+        """
+        if not self.has_episodes and self.step == 0:
+            self.normalization = Normalization.fit(explored.episodes)
         slots = torch.from_numpy(self.buffer.add(explored.episodes))
         kept = slots >= 0
         z0 = torch.from_numpy(explored.z0)[kept].to(self.device)
@@ -365,25 +383,44 @@ def _units_of(spaces: Spaces) -> Normalization:
 
 
 class _Watched:
-    """An actor whose time is taken, and whose actions must be finite."""
+    """An actor whose time is taken, and whose actions must be finite.
 
-    def __init__(self, actor: Actor) -> None:
+    Attributes:
+        seconds: spent acting; parts of a split actor act at the same time and count each.
+    """
+
+    def __init__(self, actor: Actor, first: int = 0) -> None:
         self._actor = actor
-        self.seconds = 0.0
-        self.steps = 0
+        self._first = first  # environment of its first row
+        self._parts: list[_Watched] = []
+        self._seconds = 0.0
+        self._steps = 0
 
     @property
-    def z0(self) -> Any:
-        return getattr(self._actor, "z0", None)
+    def z0(self) -> Tensor:
+        return self._actor.z0
+
+    @property
+    def device(self) -> torch.device:
+        return self._actor.device
+
+    @property
+    def seconds(self) -> float:
+        return self._seconds + sum(part.seconds for part in self._parts)
+
+    def split(self, sizes: Sequence[int]) -> list[_Watched]:
+        firsts = self._first + np.concatenate(([0], np.cumsum(sizes)[:-1]))
+        self._parts = [_Watched(part, int(first)) for part, first in zip(self._actor.split(sizes), firsts, strict=True)]
+        return self._parts
 
     def act(self, obs: np.ndarray) -> np.ndarray:
         begin = time.perf_counter()
         action = self._actor.act(obs)
-        self.seconds += time.perf_counter() - begin
+        self._seconds += time.perf_counter() - begin
         if not np.isfinite(action).all():
-            row = int(np.flatnonzero(~np.isfinite(action).all(axis=1))[0])
-            raise TrainingDivergedError(f"step {self.steps}, environment {row}: the model's action is NaN or infinite")
-        self.steps += 1
+            row = self._first + int(np.flatnonzero(~np.isfinite(action).all(axis=1))[0])
+            raise TrainingDivergedError(f"step {self._steps}, environment {row}: the model's action is NaN or infinite")
+        self._steps += 1
         return action
 
 
@@ -393,22 +430,24 @@ class _Stopped(BaseException):
 
 def explore(
     trainer: OnlineTrainer,
-    env: VectorEnv[Any, Any, Any],
-    plans_for: Any,
+    vectors: Vectors,
+    plans_for: PlansFor,
     episodes: int,
     action_noise: float,
-    on_step: Any = None,
+    on_step: Callable[[int, int], None] | None = None,
 ) -> Explored:
     """Whole episodes, one plan each.
 
     Args:
-        plans_for: (first observations [n, obs_dim], policy) -> n plans.
+        action_noise: of the noisiest environment; that of the others is spread evenly.
         on_step: as of :func:`gac_fast.rollout.rollout`.
+
+    Raises:
+        EnvError: as ``rollout``.
+        TrainingDivergedError: a plan or an action is NaN or infinite.
     """
     started = time.perf_counter()
-    policy = trainer.policy(rank=True) if trainer.buffer.n_offline + trainer.buffer.n_online else _untrained(trainer)
-    c = trainer.config.model
-    z0 = np.zeros((episodes, c.n_z, c.dim), np.float32)
+    policy = trainer.policy(rank=True) if trainer.has_episodes else _untrained(trainer)
     predicted = np.zeros(episodes)
     watched: list[_Watched] = []
     planning = time.perf_counter() - started
@@ -416,23 +455,39 @@ def explore(
     def make_actor(obs: np.ndarray, first: int) -> _Watched:
         nonlocal planning
         begin = time.perf_counter()
-        plans: Plans = plans_for(obs, first, policy)
+        plans = plans_for(obs, first, policy)
+        wrong = ~plans.z0.isfinite().flatten(1).all(dim=1).cpu()
+        if bool(wrong.any()):
+            row = int(wrong.nonzero()[0])
+            raise TrainingDivergedError(f"step 0, environment {row}: the model's plan is NaN or infinite")
         rows = slice(first, min(first + len(obs), episodes))
-        wanted = rows.stop - rows.start
-        z0[rows] = plans.z0[:wanted].cpu().numpy()
-        predicted[rows] = plans.return_mean[:wanted].cpu().numpy()
-        levels = action_noise * _levels(trainer.seed(NOISE), episodes)[np.arange(first, first + len(obs)) % episodes]
-        correlation = trainer.config.online.noise_correlation
-        actor = policy.actor(plans, levels, trainer.seed(NOISE) + first, noise_correlation=correlation)
+        predicted[rows] = plans.return_mean[: rows.stop - rows.start].cpu().numpy()
+        seed = trainer.seed(NOISE) + first
+        levels = action_noise * _levels(seed, len(obs))
+        actor = policy.actor(plans, levels, seed, noise_correlation=trainer.config.online.noise_correlation)
         watched.append(_Watched(actor))
         planning += time.perf_counter() - begin
         return watched[-1]
 
-    result = rollout(env, make_actor, episodes, trainer.seed(ENV), episodes, on_step)
-    return Explored(
-        result.trajectories(env, trainer.spaces.env_id), z0, predicted, planning,
-        sum(w.seconds for w in watched), time.perf_counter() - started,
-    )  # fmt: skip
+    result = rollout(vectors, make_actor, episodes, trainer.seed(ENV), episodes, on_step)
+    seconds = time.perf_counter() - started
+    # Parts act at the same time: their share of the time is that of one of them.
+    acting = sum(w.seconds for w in watched) / len(vectors)
+    return _explored(result, trainer, vectors, predicted, planning, acting, seconds)
+
+
+def _explored(
+    result: Rollout,
+    trainer: OnlineTrainer,
+    vectors: Vectors,
+    predicted: np.ndarray,
+    planning: float = 0.0,
+    acting: float = 0.0,
+    seconds: float = 0.0,
+) -> Explored:
+    assert result.z0 is not None
+    episodes = result.trajectories(vectors[0], trainer.spaces.env_id)
+    return Explored(episodes, result.z0, predicted, planning, acting, seconds)
 
 
 def _levels(seed: int, n: int) -> np.ndarray:
@@ -452,7 +507,7 @@ def _untrained(trainer: OnlineTrainer) -> Policy:
 
 def finetune(
     policy: Policy | str | Path | None,
-    env: str | VectorEnv[Any, Any, Any],
+    env: str | VectorEnv[Any, Any, Any] | Sequence[VectorEnv[Any, Any, Any]],
     config: Config | None = None,
     *,
     data: Trajectories | str | Path | None = None,
@@ -472,7 +527,8 @@ def finetune(
     Args:
         policy: to begin with: folder of a run, or what :func:`gac_fast.load` returned. None begins with an untrained
             model, whose random plans fill the buffer first.
-        env: environment id, or a vector environment of the caller's (of its ``num_envs``, not ``online.n_envs``).
+        env: environment id, or a vector environment of the caller's or several that are run as one (of their
+            ``num_envs``, not ``online.n_envs``).
         config: of the run; default that of the policy, or :class:`Config`. The model must be the policy's.
         data: the episodes that the policy was trained on, or what :func:`gac_fast.data.load` takes; default what its
             run recorded. Without any, training is on online episodes alone.
@@ -509,9 +565,14 @@ def finetune(
     elif isinstance(data, str | Path):
         source = str(data)
     offline = _load(data)
-    vector = envs.make_vector(env, num_envs=online.n_envs)
+    if isinstance(env, str):
+        vectors = envs.make_parts(env, num_envs=online.n_envs)
+    else:
+        vectors = [envs.make_vector(one) for one in (env if isinstance(env, Sequence) else [env])]
+    if not vectors:
+        raise EnvError("env: expected an environment id or at least one vector environment, got none")
     try:
-        spaces = Spaces.of(vector, env_id or (offline.env_id if offline is not None else None))
+        spaces = Spaces.of(vectors[0], env_id or (offline.env_id if offline is not None else None))
         _check_spaces(spaces, offline)
         trainer = OnlineTrainer(config, spaces, offline)
         if resume:
@@ -540,10 +601,11 @@ def finetune(
         ):
             if resume:
                 logger.truncate_after(trainer.step)
-            _Loop(trainer, vector, env, run, logger, bar, stop).run()
+            _Loop(trainer, vectors, env, run, logger, bar, stop).run()
     finally:
         if isinstance(env, str):
-            vector.close()
+            for vector in vectors:
+                envs.close_vector(vector)
     _write_plots(run)
     return run.path
 
@@ -601,14 +663,15 @@ class _Loop:
     def __init__(
         self,
         trainer: OnlineTrainer,
-        vector: VectorEnv[Any, Any, Any],
-        env: str | VectorEnv[Any, Any, Any],
+        vectors: Vectors,
+        env: str | VectorEnv[Any, Any, Any] | Sequence[VectorEnv[Any, Any, Any]],
         run: RunDir,
         logger: Logger,
         bar: Progress,
         stop: StopSignal,
     ) -> None:
-        self.trainer, self.vector, self.env, self.run_dir = trainer, vector, env, run
+        self.trainer, self.vectors, self.env, self.run_dir = trainer, vectors, env, run
+        self.num_envs = sum(vector.num_envs for vector in vectors)
         self.logger, self.bar, self.stop = logger, bar, stop
         self.online = trainer.config.online
         self.explores = self.online.explore == "on"
@@ -618,7 +681,7 @@ class _Loop:
     def run(self) -> None:
         trainer = self.trainer
         try:
-            if trainer.buffer.n_offline + trainer.buffer.n_online == 0:
+            if not trainer.has_episodes:
                 self._fill()
             if not checkpoint.list_checkpoints(self.run_dir.path):
                 trainer.save(self.run_dir.path)
@@ -632,7 +695,7 @@ class _Loop:
             pass
         except (TrainingDivergedError, FloatingPointError) as error:
             raise TrainingDivergedError(f"{error}; the last good checkpoint is {self._last()}") from error
-        if self.stop.requested and trainer.buffer.n_offline + trainer.buffer.n_online:
+        if self.stop.requested and trainer.has_episodes:
             check_finite(self.values, trainer.step, self.run_dir.checkpoints)
             trainer.save(self.run_dir.path)
 
@@ -647,8 +710,12 @@ class _Loop:
         found = checkpoint.list_checkpoints(self.run_dir.path)
         return found[-1] if found else "none"
 
-    def _explore(self, plans_for: Any, episodes: int, noise: float) -> Explored:
-        """Episodes, added to the buffer; those of a round that failed too."""
+    def _explore(self, plans_for: PlansFor, episodes: int, noise: float) -> Explored:
+        """Episodes, added to the buffer; those of a round that failed too.
+
+        Raises:
+            EnvError: the environment failed; the message names the checkpoint that holds what was finished.
+        """
         trainer = self.trainer
         counted = 0
 
@@ -659,31 +726,33 @@ class _Loop:
             self.bar.update(steps - counted)
             counted = steps
 
-        explored = explore(trainer, self.vector, plans_for, episodes, noise, on_step)
+        try:
+            explored = explore(trainer, self.vectors, plans_for, episodes, noise, on_step)
+        except EnvError as error:
+            finished = error.finished
+            if finished is not None and finished.n_kept:
+                trainer.add(_explored(finished, trainer, self.vectors, np.zeros(0)))
+                # The round does not come again: what is left of it would repeat what is kept.
+                trainer.round += 1
+            if trainer.has_episodes:
+                trainer.save(self.run_dir.path)
+            number = 0 if finished is None else finished.n_kept
+            raise EnvError(
+                f"{error}; {number} finished episodes of this round are kept, go on from {self._last()}"
+            ) from error
         trainer.add(explored)
         return explored
 
     def _fill(self) -> None:
-        """Episodes of random plans, and the units they show."""
+        """Episodes of random plans; those of an untrained model are noisier."""
         trainer, o = self.trainer, self.online
-        # A model that has learnt is not told to flail.
         noise = o.fill_noise if trainer.step == 0 else o.action_noise
 
         def plans_for(obs: np.ndarray, first: int, policy: Policy) -> Plans:
             return policy.prior_plans(len(obs), trainer.seed(PLAN) + first)
 
-        if trainer.step == 0:
-            explored = explore(trainer, self.vector, plans_for, o.fill_episodes, noise, self._raise_if_stopped)
-            trainer.normalization = Normalization.fit(explored.episodes)
-            trainer.add(explored)
-        else:
-            explored = self._explore(plans_for, o.fill_episodes, noise)
-        self.bar.update(0)
+        self._explore(plans_for, o.fill_episodes, noise)
         trainer.round += 1
-
-    def _raise_if_stopped(self, done: int, steps: int) -> None:
-        if self.stop.requested:
-            raise _Stopped
 
     def _begin_round(self) -> None:
         trainer, o = self.trainer, self.online
@@ -691,7 +760,7 @@ class _Loop:
         if self.explores:
             before = trainer.schedule.target
             target = trainer.target()
-            raised = _raised(self.vector.num_envs, o.exploit_share)
+            raised = _raised(self.num_envs, o.exploit_share)
 
             def plans_for(obs: np.ndarray, first: int, policy: Policy) -> Plans:
                 # The halves of a pair each ask for their own rows; a last round may have some too many.
@@ -699,7 +768,7 @@ class _Loop:
                 return _plans(policy, obs, target, mine, o.bold_radius, trainer.seed(PLAN) + first)
 
             try:
-                explored = self._explore(plans_for, self.vector.num_envs, o.action_noise)
+                explored = self._explore(plans_for, self.num_envs, o.action_noise)
             except BaseException:
                 # The round was not: what is saved now must not know of it.
                 trainer.schedule.target = before
