@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 
@@ -11,7 +13,8 @@ import triton
 import triton.language as tl
 from kernel_fixtures import assert_fits, resources
 
-from gac_fast.kernels._launch import Launch, Option
+from gac_fast.kernels import _launch
+from gac_fast.kernels._launch import Launch, Option, choose
 
 
 @triton.jit
@@ -109,3 +112,75 @@ def outer_launch() -> Launch:
     x = torch.empty(256, device="meta")
     return Launch(outer_kernel, (1,), {"p_x": x, "p_out": torch.empty(256, 256, device="meta")}, {},
                   Option((("BLOCK", 256),), 4, 1))  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which of a few options
+
+OPTIONS = [Option((("BLOCK", size),), 4, 2) for size in (64, 128, 256)]
+TIMES = dict(zip(OPTIONS, (3.0, 1.0, 2.0), strict=True))
+
+
+class FakeDevices:
+    """Two CUDA devices, the second faster or slower than the first, and a clock that knows which one is current."""
+
+    def __init__(self, monkeypatch, names=("H100", "H200")):
+        self.current, self.timed, self.capturing = 0, [], False
+        monkeypatch.setattr(_launch, "INTERPRETED", False)
+        monkeypatch.setattr(_launch, "_chosen", {})
+        monkeypatch.setattr(torch.cuda, "device", self.guard)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: names[device.index])
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
+        monkeypatch.setattr(_launch, "_milliseconds", self.clock)
+
+    @contextlib.contextmanager
+    def guard(self, device):
+        before, self.current = self.current, device.index
+        yield
+        self.current = before
+
+    def clock(self, launches):
+        (option,) = launches
+        self.timed.append((self.current, option))
+        return TIMES[option] if self.current == 0 else -TIMES[option]
+
+
+def choose_on(device: str, key: str = "key") -> Option:
+    return choose(key, lambda option: [option], OPTIONS, torch.device(device))
+
+
+def test_options_are_timed_on_the_device_of_the_tensors_once(monkeypatch):
+    devices = FakeDevices(monkeypatch)
+    assert choose_on("cuda:1") == OPTIONS[0]
+    assert devices.timed == [(1, option) for option in OPTIONS]
+    assert devices.current == 0
+    assert choose_on("cuda:0") == OPTIONS[1]
+    assert devices.timed[3:] == [(0, option) for option in OPTIONS]
+    assert (choose_on("cuda:1"), choose_on("cuda:0")) == (OPTIONS[0], OPTIONS[1])
+    assert len(devices.timed) == 6
+    choose_on("cuda:1", "another key")
+    assert len(devices.timed) == 9
+
+
+def test_devices_of_one_name_share_a_choice(monkeypatch):
+    devices = FakeDevices(monkeypatch, ("H100", "H100"))
+    assert choose_on("cuda:1") == choose_on("cuda:0") == OPTIONS[0]
+    assert len(devices.timed) == 3
+
+
+def test_nothing_is_timed_during_a_capture_nor_off_the_gpu(monkeypatch):
+    devices = FakeDevices(monkeypatch)
+    devices.capturing = True
+    assert choose_on("cuda:0") == OPTIONS[0]
+    devices.capturing = False
+    assert choose_on("cpu") == OPTIONS[0]
+    assert choose("one", lambda option: [option], OPTIONS[1:2], torch.device("cuda:0")) == OPTIONS[1]
+    assert devices.timed == []
+    # A capture leaves no choice behind.
+    assert choose_on("cuda:0") == OPTIONS[1]
+
+
+def test_options_that_add_in_another_order_are_not_offered():
+    other = Option((("BLOCK", 64),), 8, 2)
+    with pytest.raises(ValueError, match="options: expected the same number of warps"):
+        choose("key", lambda option: [option], [*OPTIONS, other], torch.device("cpu"))
