@@ -435,11 +435,9 @@ def _options(q: Tensor, window: int, hopper: bool, backward: bool) -> list[Optio
         if width == 32 and 32 <= bp <= 64:
             # Found by compiling: as few registers as need no spills, for three or four programs on a processor.
             found = [(64, bp, 1, 4, 1, 168 if backward else None)]
-            if heads > 1 and n >= 2**15:
-                if backward:
-                    found = [*found, (64, bp, heads, 4, 2, None)]
-                else:
-                    found = [(64, bp, heads, 4, 1, 128 if heads == 4 else 168), (64, bp, heads, 4, 2, 168), *found]
+            if heads > 1 and n >= 2**15 and not backward:
+                # A backward has one: over several heads the compiler lays out do * o otherwise, and adds it otherwise.
+                found = [(64, bp, heads, 4, 1, 128 if heads == 4 else 168), (64, bp, heads, 4, 2, 168), *found]
     return [
         Option((("BT", bt), ("BP", bp), ("HEADS", n_together)), warps, stages, registers)
         for bt, bp, n_together, warps, stages, registers in found

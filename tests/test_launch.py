@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import re
+from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -184,3 +187,54 @@ def test_options_that_add_in_another_order_are_not_offered():
     other = Option((("BLOCK", 64),), 8, 2)
     with pytest.raises(ValueError, match="options: expected the same number of warps"):
         choose("key", lambda option: [option], [*OPTIONS, other], torch.device("cpu"))
+
+
+def order_of_sums(launch: Launch, architecture: int) -> Counter:
+    """How the sums and products of a kernel are laid out over threads, the number of rows left aside."""
+    ir = str(launch.compile(architecture).asm["ttgir"])
+    layouts = dict(re.findall(r"^(#\w+) = (#ttg\.\w+<.*>)$", ir, re.MULTILINE))
+    types = re.findall(r'"tt\.reduce"\(.*\n(?:(?!.*"tt\.reduce").*\n)*?\s*\}\) : \((.*?)\) ->', ir)
+    types += re.findall(r"(?:ttng\.warp_group_dot|tt\.dot) .* : (.*)$", ir, re.MULTILINE)
+    assert ir.count('"tt.reduce"') + len(re.findall(r"(?:warp_group_dot|tt\.dot) ", ir)) == len(types)
+
+    def without_rows(kind: str) -> str:
+        kind = re.sub(r"#\w+", lambda name: layouts.get(name[0], name[0]), kind)
+        kind = re.sub(r"<(64|128)x", "<Rx", re.sub(r" loc\(.*|, mutable", "", kind))
+        # Registers that hold further rows.
+        return re.sub(r", \[64(, 0)+\]", "", kind)
+
+    return Counter(map(without_rows, types))
+
+
+def timed_together(op: str) -> list[Launch]:
+    from gac_fast.kernels import block, plan_attention, window_attention
+
+    if op == "block":
+        found = block.shipped(64, 4, 4, torch.bfloat16)
+        return [one for one in found if one.name == "forward_kernel" and one.arguments["p_normed"] is not None]
+    if op == "window_attention":
+        return [one for one in window_attention.shipped(128, 4, 64, torch.bfloat16) if one.name == f"{op}_kernel"]
+    return [one for one in plan_attention.shipped(128, 4, 4, torch.bfloat16) if one.name == f"{op}_kernel"]
+
+
+@pytest.mark.parametrize(("op", "count"), [("block", 2), ("plan_attention", 2), ("window_attention", 3)])
+def test_timed_options_add_in_one_order(op, count, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    launches = timed_together(op)
+    assert len(launches) == count
+    first = order_of_sums(launches[0], 90)
+    assert first.total() > 0
+    for other in launches[1:]:
+        assert order_of_sums(other, 90) == first, other.option
+
+
+def test_another_order_of_sums_is_seen(tmp_path, monkeypatch):
+    from gac_fast.kernels import block
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    narrow, wide = (block._option(bt, 64, 32, 64, warps, 2) for bt, warps in ((64, 4), (128, 8)))
+    (launch,) = [
+        one for one in block.shipped(128, 4, 4, torch.bfloat16) if one.name == "forward_kernel"
+        and one.arguments["p_normed"] is not None
+    ]  # fmt: skip
+    assert order_of_sums(replace(launch, option=narrow), 90) != order_of_sums(replace(launch, option=wide), 90)
