@@ -675,7 +675,7 @@ _OPTIONS = {
     ("data", 64, False): [_option(64, 64, 64, 64, 4, 2)],
     ("data", 128, False): [_option(64, 32, 32, 32, 8, 2)],
     ("data", 256, False): [_option(32, 32, 32, 32, 8, 2, 240)],
-    ("weights", 64, False): [_option(64, 64, 64, 64, 4, 2)],
+    ("weights", 64, False): [_option(64, 64, 32, 64, 4, 2)],
     ("weights", 128, False): [_option(64, 32, 32, 32, 8, 2)],
     ("weights", 256, False): [_option(32, 32, 32, 32, 8, 2, 240)],
 }
