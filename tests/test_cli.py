@@ -667,7 +667,7 @@ def test_module_runs_as_the_command() -> None:
 def test_errors_of_the_system_take_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail() -> None:
+    def fail(command: cli.Info) -> None:
         with open("/nonexistent/file"):
             pass
 
@@ -682,7 +682,7 @@ def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_defect_is_not_dressed_up_as_an_error_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail() -> None:
+    def fail(command: cli.Info) -> None:
         raise ValueError("a defect")
 
     monkeypatch.setattr(cli, "_info", fail)
@@ -691,7 +691,7 @@ def test_a_defect_is_not_dressed_up_as_an_error_of_the_user(monkeypatch: pytest.
 
 
 def test_interrupt_exits_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def interrupted() -> None:
+    def interrupted(command: cli.Info) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli, "_info", interrupted)
