@@ -201,7 +201,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     before = done_before(rows, triton.__version__)
     tasks = [
         Task(op, dtype, dim, architecture)
-        for op in arguments.only or known for dtype in arguments.dtypes for dim in arguments.widths
+        for dtype in arguments.dtypes for op in arguments.only or known for dim in arguments.widths
         for architecture in arguments.architectures if (op, dtype, str(dim), f"sm_{architecture}") not in before
     ]  # fmt: skip
     for task, made in zip(tasks, compiled(tasks, arguments.jobs), strict=True):

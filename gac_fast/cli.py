@@ -163,7 +163,11 @@ class Eval:
 
 @dataclass(frozen=True)
 class Info:
-    """Print versions, devices, the active engine of every op and why not another, and environment variables."""
+    """Print versions, devices, the active engine of every op and why not another, which sizes of a model the engines
+    take, and environment variables."""
+
+    of: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[RUN_OR_PRESET]")] = None
+    """Preset, or folder of a run, whose sizes are looked at; default every preset."""
 
 
 _Command = PointMaze | Show | Train | Finetune | Eval | Info
@@ -198,7 +202,7 @@ def _run(command: _Command) -> None:
         case Eval():
             _eval(command)
         case Info():
-            _info()
+            _info(command)
 
 
 def exit_status(program: str, run: Callable[[], object]) -> int:
@@ -664,7 +668,7 @@ def _film(policy: Policy, env_id: str, plans: Plans | None, seed: int, path: Pat
         env.close()
 
 
-def _info() -> None:
+def _info(command: Info) -> None:
     import torch
 
     from gac_fast import ops
@@ -693,6 +697,7 @@ def _info() -> None:
         f"ops on {ops.status()[0].device}": [
             (status.op, (status.active or "none: a call raises") + _reasons(status.problems)) for status in ops.status()
         ],
+        **_sizes(command.of),
         "environment variables": [
             (name, f"{os.environ.get(name, '(not set)')}  [{meaning}]") for name, meaning in VARIABLES.items()
         ],
@@ -700,6 +705,45 @@ def _info() -> None:
     for number, (title, rows) in enumerate(sections.items()):
         print(f"\n{title}" if number else title)
         _print_rows((f"  {name}", value) for name, value in rows)
+
+
+def _sizes(of: str | None) -> dict[str, list[tuple[str, object]]]:
+    """Sections that say which ops each engine takes at the sizes of presets, or of a run."""
+    from gac_fast import ops
+
+    if of is None:
+        configs = {f"preset {name}": config for name, config in PRESETS.items()}
+    elif of in PRESETS:
+        configs = {f"preset {of}": PRESETS[of]}
+    else:
+        configs = {of: _config_of(Path(of))}
+    sections: dict[str, list[tuple[str, object]]] = {}
+    for name, config in configs.items():
+        model = config.model
+        sizes = ops.ModelSizes(model.dim, model.n_heads, model.n_z, model.return_ensemble)
+        counts = (
+            f"width {sizes.dim}, heads {sizes.n_heads} x {sizes.dim // sizes.n_heads}, plan vectors {sizes.n_z}, "
+            f"return models {sizes.members}"
+        )
+        sections[f"sizes of {name}: {counts}"] = [
+            (
+                f"taken by {engine}",
+                (", ".join(op for op, reason in reasons.items() if reason is None) or "none")
+                + _reasons({op: reason for op, reason in reasons.items() if reason is not None}),
+            )
+            for engine, reasons in ops.refusals(sizes).items()
+        ]
+    return sections
+
+
+def _config_of(folder: Path) -> Config:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ConfigError(f"info: expected one of {', '.join(PRESETS)} or the folder of a run, got {str(folder)!r}")
+    try:
+        return Config.from_dict(read_json(path))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
 
 
 def _reasons(problems: Mapping[str, str]) -> str:

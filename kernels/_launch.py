@@ -18,7 +18,7 @@ import triton
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-__all__ = ["INTERPRETED", "Launch", "Option", "choose", "specialised_to_16"]
+__all__ = ["INTERPRETED", "Launch", "Option", "architecture_of", "choose", "specialised_to_16"]
 
 # The interpreter keeps bfloat16 as raw integers and computes garbage without an error: kernels upcast at the load.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -115,6 +115,11 @@ _TYPES = {
 }  # fmt: skip
 
 
+def architecture_of(x: Tensor) -> int:
+    """Whose options a tensor's device takes: 90 from compute capability 9.0 on and where there is no GPU, else 80."""
+    return 80 if x.is_cuda and torch.cuda.get_device_capability(x.device) < (9, 0) else 90
+
+
 def _type_of(name: str, value: Tensor | int | float | None) -> str:
     if isinstance(value, Tensor):
         return _TYPES[value.dtype]
@@ -139,29 +144,38 @@ def specialised_to_16(value: Tensor | int | float | None) -> bool:
 _chosen: dict[Hashable, int] = {}
 
 
-def choose(key: Hashable, launches: Callable[[Option], Sequence[Launch]], options: Sequence[Option]) -> Option:
+def choose(
+    key: Hashable, launches: Callable[[Option], Sequence[Launch]], options: Sequence[Option], device: torch.device
+) -> Option:
     """The fastest option for a key, timed at its first use; the first option on the CPU and while a graph is captured.
+
+    Clocks differ from run to run, and so may the choice: only options that give the same bits may be timed, those that
+    cut every sum into the same parts. Where tiles cut sums, sizes alone decide, and the launcher offers one option.
 
     Args:
         key: all that the choice may depend on, sizes in a few classes rather than exact.
         launches: the launches of an option, which must be such that running them again changes nothing.
-        options: those that fit, the usual best first.
+        options: those that fit, the usual best first; of as many warps each, which share the sums of a row.
+        device: where the launches run, and are timed, whichever device is the current one.
     """
-    if len(options) == 1 or not torch.cuda.is_available() or INTERPRETED:
+    if len({option.num_warps for option in options}) > 1:
+        raise ValueError(f"options: expected the same number of warps, got {', '.join(map(str, options))}")
+    if len(options) == 1 or device.type != "cuda" or INTERPRETED:
         return options[0]
-    full = (torch.cuda.get_device_name(), key)
-    if full not in _chosen:
-        if torch.cuda.is_current_stream_capturing():
-            return options[0]
-
-        def milliseconds(option: Option) -> float:
-            todo = launches(option)
-            try:
-                return float(triton.testing.do_bench(lambda: [one.run() for one in todo], warmup=5, rep=20))
-            except OutOfResources:
-                # Options are made for the shared memory of data-centre cards.
-                return math.inf
-
-        times = [milliseconds(option) for option in options]
-        _chosen[full] = times.index(min(times))
+    with torch.cuda.device(device):
+        full = (torch.cuda.get_device_name(device), key)
+        if full not in _chosen:
+            if torch.cuda.is_current_stream_capturing():
+                return options[0]
+            times = [_milliseconds(launches(option)) for option in options]
+            _chosen[full] = times.index(min(times))
     return options[_chosen[full]]
+
+
+def _milliseconds(launches: Sequence[Launch]) -> float:
+    """On the current device."""
+    try:
+        return float(triton.testing.do_bench(lambda: [one.run() for one in launches], warmup=5, rep=20))
+    except OutOfResources:
+        # Options are made for the shared memory of data-centre cards.
+        return math.inf

@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gac_fast.kernels import _launch
-from gac_fast.kernels._launch import Launch, Option
+from gac_fast.kernels._launch import Launch, Option, architecture_of
 
 __all__ = ["Gradients", "Saved", "Sizes", "backward", "forward", "shipped"]
 
@@ -106,6 +106,8 @@ def _rows(p_tile, BT: tl.constexpr):
 # Small launches: tiles, weights, the plan
 
 
+# A table, where window attention searches in its kernel (`find_tile`): a backward here has one program per processor,
+# and nothing would hide the search's loads, each of which waits for the one before, nine for 512 trajectories.
 @triton.jit
 def tiles_kernel(p_cu, p_tiles, n_sequences, n_tiles, SIZE: tl.constexpr, BLOCK: tl.constexpr, BS: tl.constexpr):
     """Tiles of SIZE tokens that never cross a trajectory: [n_tiles, 4] of trajectory, first token, tokens, number.
@@ -289,7 +291,6 @@ def reduce_kernel(
     norm_w = tl.load(p_norm2_w + o_d, mask=m_d, other=0.0)
     norm_b = tl.load(p_norm2_b + o_d, mask=m_d, other=0.0)
     b_m = dm.to(DT)
-    b_n = dn.to(DT)
     for i in range(0, WIDTH, BK):
         o_k = i + tl.arange(0, BK)
         m_k = o_k < WIDTH
@@ -297,14 +298,21 @@ def reduce_kernel(
         # [BK, DP]
         m_w = m_k[:, None] & m_d[None, :]
         b_q = tl.load(p_w_q + o_row[:, None] * D + o_d[None, :], mask=m_w, other=0.0)
-        b_o = tl.load(p_w_o + o_row[:, None] + o_d[None, :] * D, mask=m_w, other=0.0)
         bias = tl.load(p_b_q + o_row, mask=m_k, other=0.0) + tl.sum(b_q * norm_b[None, :], axis=1)
         dk = tl.dot(b_m, tl.trans((b_q * norm_w[None, :]).to(DT)), input_precision="ieee") + dc[:, None] * bias[None, :]
+        o_out = ((i_b * N_Z + o_z) * HEADS + i_h)[:, None] * WIDTH + o_k[None, :]
+        tl.store(p_dk + o_out, dk * scale, mask=m_z[:, None] & m_k[None, :])
+    # After the keys, not beside them: before Hopper each of these operands takes the registers of a whole tile.
+    b_n = dn.to(DT)
+    for i in range(0, WIDTH, BK):
+        o_k = i + tl.arange(0, BK)
+        m_k = o_k < WIDTH
+        # [BK, DP]
+        p_o = p_w_o + (i_h * WIDTH + o_k)[:, None] + o_d[None, :] * D
+        b_o = tl.load(p_o, mask=m_k[:, None] & m_d[None, :], other=0.0)
         dv = tl.dot(b_n, tl.trans(b_o.to(DT)), input_precision="ieee")
         o_out = ((i_b * N_Z + o_z) * HEADS + i_h)[:, None] * WIDTH + o_k[None, :]
-        m_out = m_z[:, None] & m_k[None, :]
-        tl.store(p_dk + o_out, dk * scale, mask=m_out)
-        tl.store(p_dv + o_out, dv, mask=m_out)
+        tl.store(p_dv + o_out, dv, mask=m_z[:, None] & m_k[None, :])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -649,10 +657,11 @@ def _option(
 
 # By pass, padded width and whether wgmma is there (it reads operands from shared memory, others hold them in
 # registers): what compiles without spills for bfloat16 with Triton 3.6 and 3.7, the expected best first. A tile of 64
-# tokens leaves room for three programs per processor, one of 128 halves the traffic of weights.
+# tokens leaves room for two or three programs per processor, one of 128 halves the traffic of weights. Those of a
+# forward cut no sum, and are timed; those of a backward do, and the number of tokens decides.
 _OPTIONS = {
     ("forward", 64, True): [_option(64, 64, 64, 64, 4, 2, 128), _option(128, 64, 64, 64, 4, 2)],
-    ("forward", 128, True): [_option(64, 64, 32, 64, 4, 2, 168), _option(128, 64, 64, 64, 8, 2)],
+    ("forward", 128, True): [_option(64, 64, 32, 64, 4, 2, 168)],
     ("forward", 256, True): [_option(64, 32, 32, 32, 8, 2)],
     ("data", 64, True): [_option(64, 64, 64, 64, 4, 2)],
     ("data", 128, True): [_option(128, 64, 32, 32, 8, 2), _option(64, 32, 32, 32, 4, 2)],
@@ -661,12 +670,12 @@ _OPTIONS = {
     ("weights", 128, True): [_option(128, 64, 32, 64, 8, 2), _option(64, 64, 32, 64, 4, 2)],
     ("weights", 256, True): [_option(32, 32, 32, 32, 8, 2, 240)],
     ("forward", 64, False): [_option(64, 64, 64, 64, 4, 2, 128), _option(128, 64, 64, 64, 4, 2)],
-    ("forward", 128, False): [_option(64, 64, 64, 64, 4, 2), _option(128, 64, 64, 64, 8, 2)],
+    ("forward", 128, False): [_option(64, 64, 64, 64, 4, 2)],
     ("forward", 256, False): [_option(64, 32, 32, 32, 8, 2)],
     ("data", 64, False): [_option(64, 64, 64, 64, 4, 2)],
     ("data", 128, False): [_option(64, 32, 32, 32, 8, 2)],
     ("data", 256, False): [_option(32, 32, 32, 32, 8, 2, 240)],
-    ("weights", 64, False): [_option(64, 64, 64, 64, 4, 2)],
+    ("weights", 64, False): [_option(64, 64, 32, 64, 4, 2)],
     ("weights", 128, False): [_option(64, 32, 32, 32, 8, 2)],
     ("weights", 256, False): [_option(32, 32, 32, 32, 8, 2, 240)],
 }
@@ -695,9 +704,13 @@ def options(sizes: Sizes, dtype: torch.dtype, mode: str, architecture: int) -> l
     ]
 
 
-def _architecture(x: Tensor) -> int:
-    major, minor = torch.cuda.get_device_capability(x.device) if x.is_cuda else (9, 0)
-    return 10 * major + minor
+# With fewer tokens than these, tiles of 128 leave processors of an H100 or H200 idle.
+_TOKENS_OF_ALL_PROCESSORS = 132 * 128
+
+
+def backward_option(found: list[Option], n: int) -> Option:
+    """Which of :func:`options` for n tokens, by n alone: another tile adds the gradients of a plan in another order."""
+    return found[0] if n >= _TOKENS_OF_ALL_PROCESSORS else found[-1]
 
 
 class Saved(NamedTuple):
@@ -842,8 +855,8 @@ def forward(
         ]
 
     key = "block_forward", sizes, dtype, attended is None, save, n.bit_length(), plan_k.shape[0].bit_length()
-    found = options(sizes, dtype, "forward", _architecture(x))
-    for launch in launches(_launch.choose(key, launches, found)):
+    found = options(sizes, dtype, "forward", architecture_of(x))
+    for launch in launches(_launch.choose(key, launches, found, x.device)):
         launch.run()
     return x_out, y, saved
 
@@ -918,7 +931,7 @@ def backward(
     wants_dx: bool,
     wants_weights: bool,
 ) -> Gradients:
-    """Gradients of :func:`forward`; the same bits on every run.
+    """Gradients of :func:`forward`; the same bits on every run, in every process.
 
     Args:
         dx_out: [N, D] float32, dy: [N, n_next] of the dtype of the products; rows of neighbouring elements. At least
@@ -935,29 +948,20 @@ def backward(
     dattended = saved.normed.new_empty((n, sizes.dim)) if wants_dx and has_o else None
     shape = (sizes.heads, plan_k.shape[0], sizes.n_z)
     sums = [empty((*shape, sizes.dim)), empty((*shape, sizes.dim)), empty(shape)] if wants_weights else []
-    last: list[_Partials] = []
-
-    def launches(option: Option) -> list[Launch]:
-        size = dict(option.tiles)["BT"]
-        tiles = _tiles_of(cu_seqlens, n, size)
-        partials = _empty_partials(saved.normed, sizes, n, tiles.shape[0], dtype, wants_weights, has_o)
-        last[:] = [partials]
-        return [
-            tiles_launch(cu_seqlens, tiles, size),
-            _backward_launch(sizes, tiles, dx_out, dy, saved, dx, dattended, partials, option),
-            _reduce_launch(sizes, cu_seqlens, partials, weights, dk, dv, sums, dtype == torch.bfloat16, size),
-        ]
-
-    key = (
-        "block_backward", sizes, dtype, has_o, wants_dx, wants_weights, dx_out is None, dy is None, n.bit_length(),
-        plan_k.shape[0].bit_length(),
-    )  # fmt: skip
-    found = options(sizes, dtype, "weights" if wants_weights else "data", _architecture(saved.normed))
-    for launch in launches(_launch.choose(key, launches, found)):
+    found = options(sizes, dtype, "weights" if wants_weights else "data", architecture_of(saved.normed))
+    option = backward_option(found, n)
+    size = dict(option.tiles)["BT"]
+    tiles = _tiles_of(cu_seqlens, n, size)
+    partials = _empty_partials(saved.normed, sizes, n, tiles.shape[0], dtype, wants_weights, has_o)
+    for launch in (
+        tiles_launch(cu_seqlens, tiles, size),
+        _backward_launch(sizes, tiles, dx_out, dy, saved, dx, dattended, partials, option),
+        _reduce_launch(sizes, cu_seqlens, partials, weights, dk, dv, sums, dtype == torch.bfloat16, size),
+    ):
         launch.run()
     dweights = []
     if wants_weights:
-        dweights = _weight_gradients(sizes, dy, saved, attended, plan_k, plan_v, weights, last[0], sums)
+        dweights = _weight_gradients(sizes, dy, saved, attended, plan_k, plan_v, weights, partials, sums)
     return Gradients(dk, dv, dx, dattended, dweights)
 
 

@@ -25,9 +25,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gac_fast.kernels._launch import Launch, Option, choose
+from gac_fast.kernels._launch import Launch, Option
 
-__all__ = ["Packed", "choose_option", "decode_step_kernel", "launch", "new_scratch", "options", "refusal", "shipped"]
+__all__ = ["Packed", "decode_step_kernel", "launch", "new_scratch", "option_for", "refusal", "shipped"]
 
 WIDTHS = (64, 96, 128, 192, 256)
 # Tensors of a layer, in the order of ``gac_fast.reference.LayerWeights``.
@@ -599,25 +599,24 @@ _MOST_ROWS = 32
 _MOST_WIDE = 8
 
 
-def options(n_rows: int, dim: int, tokens: int, dtype: torch.dtype) -> list[Option]:
-    """The ways to step ``n_rows`` environments, the one that should be best first."""
+def option_for(n_rows: int, dim: int, tokens: int, dtype: torch.dtype, architecture: int = 90) -> Option:
+    """How to step ``n_rows`` environments; by sizes alone, since tiles decide where the sum of a softmax is cut."""
     wide = dtype == torch.float32
-    # A power of two that gives up to 64 programs, or up to 128.
+    # A power of two that gives up to 64 programs.
     usual = max(1, 1 << max(0, (n_rows - 1).bit_length() - 6))
     most = min((16 if wide else _MOST_ROWS) // tokens, _MOST_ROWS if dim <= 128 else _MOST_WIDE)
-    counts = [min(usual, most)]
-    if usual > 1 and counts[0] == usual:
-        counts.append(usual // 2)
-    return [_option(count, dim, tokens, wide) for count in counts]
+    return _option(min(usual, most), dim, tokens, wide, architecture)
 
 
-def _option(environments: int, dim: int, tokens: int, wide: bool) -> Option:
+def _option(environments: int, dim: int, tokens: int, wide: bool, architecture: int) -> Option:
     padded = triton.next_power_of_2(dim)
     # Columns of a weight tile: as much at every width.
     columns = max(16, min(64, 64 * 128 // padded // (2 if wide else 1)))
-    # Elements of keys that a program holds at once, few enough for no spills on sm_90, and how many such pieces are on
-    # their way.
-    held, stages = {64: (8192, 4), 96: (4096, 6), 128: (4096, 8), 192: (2048, 8), 256: (4096, 6)}[dim]
+    # Elements of keys that a program holds at once, few enough for no spills; how many such pieces are on their way.
+    held, stages = {64: (8192, 4), 96: (2048, 4), 128: (4096, 8), 192: (2048, 8), 256: (4096, 6)}[dim]
+    if architecture < 90:
+        # Products read both operands from registers there.
+        held = 2048
     slots = max(1, held // padded // environments)
     tiles = {
         "EA": environments,
@@ -629,7 +628,7 @@ def _option(environments: int, dim: int, tokens: int, wide: bool) -> Option:
         "BH": _divisor(dim, columns),
         "BO": 16,
         "RING_STAGES": 3 if wide else stages,
-        "STAGES": 2 if wide else 3,
+        "STAGES": 2 if wide or dim > (192 if architecture >= 90 else 128) else 3,
     }
     return Option(tuple(tiles.items()), num_warps=8, num_stages=tiles["STAGES"])
 
@@ -721,32 +720,6 @@ def launch(
     return Launch(decode_step_kernel, (triton.cdiv(n_rows, tiles["EA"]),), arguments, constants, option)
 
 
-def choose_option(packed: Packed, ring_shape: Sequence[int], n_z: int) -> Option:
-    """The option for rings of this shape, [L, P, W, H, d]; timed at the first use of a size, on tensors made for it."""
-    _, n_rows, window, heads, width = ring_shape
-    dtype, device = packed.matrices.dtype, packed.matrices.device
-    found = options(n_rows, packed.dim, packed.tokens, dtype)
-    tensors: list[Tensor] = []
-
-    def launches(option: Option) -> list[Launch]:
-        if not tensors:
-            rings = [torch.zeros(tuple(ring_shape), dtype=dtype, device=device) for _ in range(2)]
-            plans = [
-                torch.zeros(packed.n_layers, n_rows, n_z, heads, width, dtype=torch.float32, device=device)
-                for _ in range(2)
-            ]
-            actions = [torch.zeros(n_rows, packed.act_dim, dtype=torch.float32, device=device) for _ in range(2)]
-            obs = torch.zeros(n_rows, packed.obs_dim, dtype=torch.float32, device=device)
-            # Full rings.
-            tensors.extend((*rings, *plans, torch.full((n_rows,), window, device=device), *actions, obs))
-        ring_k, ring_v, plan_k, plan_v, steps, last, out, obs = tensors
-        scratch = new_scratch(packed, n_rows, option)
-        return [launch(packed, (ring_k, ring_v), (plan_k, plan_v), steps, last, obs, None, out, scratch, option)]
-
-    key = ("decode_step", tuple(ring_shape), n_z, packed.tokens, packed.hidden, packed.obs_dim, packed.act_dim, dtype)
-    return choose(key, launches, found)
-
-
 def shipped(
     dim: int = 128,
     heads: int = 4,
@@ -754,14 +727,15 @@ def shipped(
     tokens_per_step: int = 2,
     dtype: torch.dtype = torch.bfloat16,
     *,
-    rows: Sequence[int] = (1, 128, 256, 512, 1024, 4096),
+    rows: Sequence[int] = (1, 128, 256, 512, 1024, 2048),
     n_layers: int = 3,
     steps: int = 32,
     mlp_ratio: int = 4,
     obs_dim: int = 11,
     act_dim: int = 3,
+    architecture: int = 90,
 ) -> list[Launch]:
-    """Launches on meta tensors with every option that may be chosen for these numbers of environments."""
+    """Launches on meta tensors with every option that is chosen for these numbers of environments."""
 
     def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -781,10 +755,10 @@ def shipped(
         ring = meta(n_layers, n, c * steps, heads, width, dtype=dtype)
         plan = meta(n_layers, n, n_z, heads, width)
         units = [meta(obs_dim), meta(obs_dim), meta(act_dim), meta(act_dim)]
-        for option in options(n, dim, c, dtype):
-            if option not in found:
-                found[option] = launch(
-                    packed, (ring, ring), (plan, plan), meta(n, dtype=torch.int64), meta(n, act_dim),
-                    meta(n, obs_dim), units, meta(n, act_dim), new_scratch(packed, n, option), option,
-                )  # fmt: skip
+        option = option_for(n, dim, c, dtype, architecture)
+        if option not in found:
+            found[option] = launch(
+                packed, (ring, ring), (plan, plan), meta(n, dtype=torch.int64), meta(n, act_dim),
+                meta(n, obs_dim), units, meta(n, act_dim), new_scratch(packed, n, option), option,
+            )  # fmt: skip
     return list(found.values())

@@ -38,10 +38,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gac_fast.kernels._launch import INTERPRETED, Launch, Option, choose
+from gac_fast.kernels._launch import INTERPRETED, Launch, Option, architecture_of
 from gac_fast.kernels.philox_normal import box_muller, philox4x32
 
-__all__ = ["Sizes", "options", "plan_ascent_kernel", "refusal", "run", "shipped"]
+__all__ = ["Sizes", "likely_option", "plan_ascent_kernel", "refusal", "run", "shipped"]
 
 _NORM_EPS = tl.constexpr(1e-5)
 _LEAST_NORM = tl.constexpr(1e-12)
@@ -57,6 +57,10 @@ _COLUMNS = {80: 32, 90: 64}
 _PROCESSORS = 132
 # Microseconds that a step of a program takes alone, by its plans; counted, not measured.
 _CHAIN = {16: 19.0, 32: 21.0, 64: 31.0, 128: 60.0}
+
+# Bytes that the programs of one launch may have beside the weights, unless one program alone needs more. With several
+# starts for each plan they grow as plans x starts x members; more plans are then done in several launches.
+_MOST_SCRATCH = 1 << 30
 
 
 @triton.jit
@@ -917,7 +921,7 @@ def _every_option(dtype: torch.dtype, sizes: Sizes, langevin: bool, architecture
 
 
 def _likely_time(n_plans: int, n: int) -> float:
-    """Microseconds of a step at the `gym` size on one H200, from counts: decides among options until they are timed.
+    """Microseconds of a step at the `gym` size on one H200, from counts.
 
     A program reads all weights once a step (1.34 MB) and its scratch besides, all programs from one second-level cache;
     or it waits for its own chain of 42 products, some 600 cycles each with few plans, and 19 results of a few hundred.
@@ -928,9 +932,9 @@ def _likely_time(n_plans: int, n: int) -> float:
     return triton.cdiv(programs, _PROCESSORS) * max(_CHAIN[n], read)
 
 
-def options(every: list[Option], n_plans: int) -> list[Option]:
-    """Up to three to choose from for that many plans, the likely best first."""
-    return sorted(every, key=lambda option: _likely_time(n_plans, dict(option.tiles)["N"]))[:3]
+def likely_option(every: list[Option], n_plans: int) -> Option:
+    """The likely best for that many plans; by their number alone, since another tile adds norms in another order."""
+    return min(every, key=lambda option: _likely_time(n_plans, dict(option.tiles)["N"]))
 
 
 @dataclass(frozen=True)
@@ -948,28 +952,48 @@ class _Call:
     arguments: dict[str, Any]
     constants: dict[str, Any]
 
-    def launch(self, option: Option) -> Launch:
+    def launches(self, option: Option) -> list[Launch]:
+        """One launch, or several that follow each other in the same scratch memory."""
         b, n = (dict(option.tiles)[name] for name in ("B", "N"))
-        programs = triton.cdiv(self.z0.shape[0], n)
-        sizes = self.sizes
+        sizes, n_plans = self.sizes, self.z0.shape[0]
         c = sizes.constants(b, n, langevin=self.constants["LANGEVIN"], columns=self.columns)
         op_rows, f_rows = sizes.scratch_rows(c, b)
         tiles, biases, context_tiles = pack(sizes, c, b, self.prior, self.returns, self.dtype)
-        memory = {
-            "p_w": tiles, "p_b": biases, "p_wc": context_tiles,
-            "p_op": self.z0.new_empty((programs, op_rows, n), dtype=self.dtype),
-            "p_f": self.z0.new_empty((programs, f_rows, n)),
-            "p_table": self.z0.new_empty((programs, 2 * len(tiles)), dtype=torch.int32),
-            "p_starts": None, "p_chunk": None,
+        # Elements of a program.
+        scratch = {
+            "p_op": (op_rows * n, self.dtype), "p_f": (f_rows * n, torch.float32),
+            "p_table": (2 * len(tiles), torch.int32),
         }  # fmt: skip
         if sizes.apart:
             columns = c["CHUNK"] * n
             every = sizes.members * triton.cdiv(self.n_starts, c["CHUNK"])
             chunk = (c["TILES_1"] + c["TILES_2"]) * b * columns
-            memory["p_starts"] = self.z0.new_empty((programs, 2 * every * columns))
-            memory["p_chunk"] = self.z0.new_empty((programs, (every + 1) * chunk), dtype=self.dtype)
-        constants = {**self.constants, **c}
-        return Launch(plan_ascent_kernel, (programs,), {**self.arguments, **memory}, constants, option)
+            scratch |= {"p_starts": (2 * every * columns, torch.float32), "p_chunk": ((every + 1) * chunk, self.dtype)}
+        programs = min(triton.cdiv(n_plans, n), programs_at_once(scratch))
+        memory = {"p_starts": None, "p_chunk": None, "p_w": tiles, "p_b": biases, "p_wc": context_tiles} | {
+            name: self.z0.new_empty((programs, size), dtype=dtype) for name, (size, dtype) in scratch.items()
+        }
+        found = []
+        for first in range(0, n_plans, programs * n):
+            of_plans = {
+                name: x[first : first + programs * n] if name in _BY_PLAN and isinstance(x, Tensor) else x
+                for name, x in self.arguments.items()
+            }
+            count = min(programs * n, n_plans - first)
+            arguments = {**of_plans, "n_plans": count, **memory}
+            grid = (triton.cdiv(count, n),)
+            found.append(Launch(plan_ascent_kernel, grid, arguments, {**self.constants, **c}, option))
+        return found
+
+
+# Arguments with a row for each plan.
+_BY_PLAN = frozenset(("p_z0", "p_context", "p_target", "p_plans", "p_seeds", "p_mean", "p_std"))
+
+
+def programs_at_once(scratch: Mapping[str, tuple[int, torch.dtype]]) -> int:
+    """Programs of one launch, by the elements that each has of some memories: whole rounds of the processors."""
+    programs = max(1, _MOST_SCRATCH // sum(size * dtype.itemsize for size, dtype in scratch.values()))
+    return programs if programs < _PROCESSORS else programs // _PROCESSORS * _PROCESSORS
 
 
 def _call(
@@ -1018,7 +1042,7 @@ def _call(
     dtype = torch.bfloat16 if bf16 and not INTERPRETED else torch.float32
     sizes = Sizes.of(prior, returns, z0, context)
     if architecture is None:
-        architecture = 90 if z0.is_cuda and torch.cuda.get_device_capability(z0.device)[0] >= 9 else 80
+        architecture = architecture_of(z0)
     # Products in float32 keep their operands in registers too.
     columns = _COLUMNS[architecture if dtype == torch.bfloat16 else 80]
     every = _every_option(dtype, sizes, langevin, architecture)
@@ -1036,6 +1060,9 @@ def run(
 ) -> None:
     """Fill ``out`` (seeds [P, n_z, D], mean [P], std [P]) with ascended plans, or with Langevin samples of ``target``.
 
+    The bits depend on the sizes alone. Beside packed weights a call takes at most 1 GiB, or what 16 to 32 plans need
+    with all their starts where that is more: starts x members x 8 to 16 KB at the `gym` size.
+
     Args:
         prior, returns: weights as the ops take them, without the None of an identity prior.
         z0: float32 [P, n_z, D], any strides.
@@ -1045,17 +1072,8 @@ def run(
     if z0.shape[0] == 0:
         return
     call = _call(prior, returns, z0, context, out, n_steps, **options_of_call)
-    every = options(call.options, z0.shape[0])
-    sizes = (z0.shape[0].bit_length(), call.n_starts.bit_length())
-    key = (call.sizes, call.dtype, call.constants["LANGEVIN"], tuple(every), *sizes)
-    cache: dict[Option, Launch] = {}
-
-    def launches(option: Option) -> list[Launch]:
-        if option not in cache:
-            cache[option] = call.launch(option)
-        return [cache[option]]
-
-    launches(choose(("plan_ascent", key), launches, every))[0].run()
+    for launch in call.launches(likely_option(call.options, z0.shape[0])):
+        launch.run()
 
 
 def shipped(
@@ -1071,13 +1089,14 @@ def shipped(
     n_starts: int = 1,
     langevin: bool = False,
     architecture: int = 90,
+    n_plans: int = 4096,
 ) -> list[Launch]:
-    """Every launch that some number of plans may get at these sizes, on the meta device."""
+    """Every launch that some number of plans may get at these sizes, on the meta device, with n_plans plans."""
 
     def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    d, e, p = n_z * dim, members, 4096
+    d, e, p = n_z * dim, members, n_plans
     prior = [meta(hidden, d), meta(hidden), meta(d, hidden), meta(d)] if hidden else []
     returns = [meta(e, hidden1, d + n_obs), meta(e, hidden1), meta(e, hidden2, hidden1), meta(e, hidden2),
                meta(e, 2, hidden2), meta(e, 2)]  # fmt: skip
@@ -1089,4 +1108,4 @@ def shipped(
         prior, returns, meta(p, n_z, dim), context, (meta(p, n_z, dim), meta(p), meta(p)), 100, step_size=0.1,
         bf16=dtype == torch.bfloat16, architecture=architecture, **of_call,
     )  # fmt: skip
-    return [call.launch(option) for option in call.options]
+    return [launch for option in call.options for launch in call.launches(option)]

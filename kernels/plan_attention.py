@@ -219,7 +219,7 @@ def plan_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, out: Ten
         return _forward(q, k, v, cu_seqlens, out, option)
 
     key = ("plan_attention", q.dtype, heads, width, n.bit_length())
-    for launch in launches(choose(key, launches, _options(width, q.dtype, backward=False))):
+    for launch in launches(choose(key, launches, _options(width, q.dtype, backward=False), q.device)):
         launch.run()
 
 

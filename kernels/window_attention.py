@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gac_fast.kernels._launch import INTERPRETED, Launch, Option, choose
+from gac_fast.kernels._launch import INTERPRETED, Launch, Option, architecture_of, choose
 from gac_fast.kernels._rotary import cos_sin, rotary_turns
 from gac_fast.kernels._tiles import bounds, find_tile, n_tiles
 
@@ -387,10 +387,6 @@ def window_attention_backward_kernel(
 _LONGEST_BLOCK = {8: 65, 16: 129, 32: 129, 48: 65, 64: 65}
 
 
-def _is_hopper(q: Tensor) -> bool:
-    return not q.is_cuda or torch.cuda.get_device_capability(q.device) >= (9, 0)
-
-
 def _is_long(window: int, width: int, dtype: torch.dtype, hopper: bool) -> bool:
     """Whether the keys before a tile come block after block, rotated beforehand.
 
@@ -431,18 +427,17 @@ def _options(q: Tensor, window: int, hopper: bool, backward: bool) -> list[Optio
         else:
             found = [(64, 32 if width >= 16 else 16, 1, 4, 2, None)]
             if hopper:
-                found = [(64, 64, 1, 4, 2, None), (64, 32, 1, 4, 3, None)]
+                # Alone: another block of keys cuts the sums of the softmax in other places.
+                found = [(64, 64, 1, 4, 2, None)]
     else:
         bp = _block(window)
         found = [(64, bp, 1, 4, 1, None)]
         if width == 32 and 32 <= bp <= 64:
             # Found by compiling: as few registers as need no spills, for three or four programs on a processor.
             found = [(64, bp, 1, 4, 1, 168 if backward else None)]
-            if heads > 1 and n >= 2**15:
-                if backward:
-                    found = [*found, (64, bp, heads, 4, 2, None)]
-                else:
-                    found = [(64, bp, heads, 4, 1, 128 if heads == 4 else 168), (64, bp, heads, 4, 2, 168), *found]
+            if heads > 1 and n >= 2**15 and not backward:
+                # A backward has one: over several heads the compiler lays out do * o otherwise, and adds it otherwise.
+                found = [(64, bp, heads, 4, 1, 128 if heads == 4 else 168), (64, bp, heads, 4, 2, 168), *found]
     return [
         Option((("BT", bt), ("BP", bp), ("HEADS", n_together)), warps, stages, registers)
         for bt, bp, n_together, warps, stages, registers in found
@@ -574,14 +569,14 @@ def window_attention(
     """
     if q.numel() == 0:
         return
-    hopper = _is_hopper(q)
+    hopper = architecture_of(q) >= 90
     x = _inputs(q, k, v, cu_seqlens, window, positions, base, hopper)
 
     def launches(option: Option) -> list[Launch]:
         return _forward(x, out, lse, angles, option)
 
     options = _options(x.q, x.window, hopper, backward=False)
-    for launch in launches(choose(_key("window_attention", x), launches, options)):
+    for launch in launches(choose(_key("window_attention", x), launches, options, x.q.device)):
         launch.run()
 
 
@@ -592,7 +587,7 @@ def window_attention_backward(
     """Fill ``grads`` [N, 3, H, d] with the gradients of q, k and v; arguments as :func:`window_attention` had them."""
     if q.numel() == 0:
         return
-    hopper = _is_hopper(q)
+    hopper = architecture_of(q) >= 90
     x = _inputs(q, k, v, cu_seqlens, window, positions, base, hopper)
     d_out, delta = _rows(d_out), torch.empty_like(lse) if x.is_long else lse
 
@@ -600,7 +595,7 @@ def window_attention_backward(
         return _backward(x, d_out, out, lse, angles, delta, grads, option)
 
     options = _options(x.q, x.window, hopper, backward=True)
-    for launch in launches(choose(_key("window_attention_backward", x), launches, options)):
+    for launch in launches(choose(_key("window_attention_backward", x), launches, options, x.q.device)):
         launch.run()
 
 

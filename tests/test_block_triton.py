@@ -142,6 +142,18 @@ def test_interpreted_tiles_cover_every_token_once_and_never_cross():
 
 
 @pytest.mark.interpreter
+def test_interpreted_backward_times_nothing(monkeypatch):
+    """Another tile adds the gradients of a plan in another order: clocks must not choose it."""
+    from gac_fast.kernels import block as kernel
+
+    timed, choose = [], kernel._launch.choose
+    monkeypatch.setattr(kernel._launch, "choose", lambda key, *rest: (timed.append(key[0]), choose(key, *rest))[1])
+    with ops.backend("triton"):
+        run_block(block_inputs((5, 6), dim=16, heads=2, hidden=8, n_next=5))
+    assert timed == ["block_forward"]
+
+
+@pytest.mark.interpreter
 def test_interpreted_op_passes_opcheck():
     x, attended, plan, cu, weights, (dx_out, dy) = block_inputs((5, 6), dim=16, heads=2, hidden=8, n_next=5)
     leaves = [t.detach().clone().requires_grad_() for t in (x, attended, *plan.unbind(2))]
@@ -207,6 +219,21 @@ def assert_all_fit(architecture, dtype, dim, folder, **sizes):
     assert names == {f"{stem}_kernel" for stem in ("pack", "plan", "tiles", "forward", "backward", "reduce")}
     for launch in launches:
         assert_fits(launch, architecture, folder, spills=dtype == torch.float32)
+
+
+@pytest.mark.parametrize("mode", ["data", "weights"])
+def test_the_tile_of_a_backward_follows_from_the_number_of_tokens(mode):
+    pytest.importorskip("triton")
+    from gac_fast.kernels import block as kernel
+
+    def tile(dim: int, n: int, architecture: int = 90) -> int:
+        found = kernel.options(kernel.Sizes(dim, 4, 4, 4 * dim, 3 * dim), torch.bfloat16, mode, architecture)
+        return dict(kernel.backward_option(found, n).tiles)["BT"]
+
+    # 132 processors of an H100, each with a tile of 128 tokens.
+    assert [tile(128, n) for n in (1, 132 * 128 - 1, 132 * 128, 1 << 20)] == [64, 64, 128, 128]
+    for dim, architecture, size in ((64, 90, 64), (128, 80, 64), (256, 90, 32)):
+        assert {tile(dim, n, architecture) for n in (1, 1 << 20)} == {size}
 
 
 @pytest.mark.usefixtures("fresh_cache")

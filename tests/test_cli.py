@@ -17,12 +17,13 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 
 from gac_fast import checkpoint, cli, ops
 from gac_fast.cli import main
 from gac_fast.config import PRESETS, Config, ModelConfig, PlanConfig, PosteriorConfig, TrainConfig
-from gac_fast.errors import EnvError
+from gac_fast.errors import BackendError, EnvError
 
 UMAZE = "gac_fast/PointMaze-umaze-v0"
 HOPPER = ROOT / "tests" / "data" / "hopper-medium-cut.hdf5"
@@ -529,6 +530,61 @@ def test_info_where_a_forced_backend_cannot_run(
     assert re.search(r"^  plan_ascent +none: a call raises$", capsys.readouterr().out, re.MULTILINE)
 
 
+def sections(out: str) -> dict[str, str]:
+    """What stands below each title that begins a line."""
+    parts = re.split(r"^(\S.*)\n", out, flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def taken_by(section: str, engine: str) -> tuple[set[str], dict[str, str]]:
+    """Ops that an engine takes, and the reasons of those that it does not."""
+    found = re.search(rf"^  taken by {engine} +(.+)\n((?:      not .*\n)*)", section, re.MULTILINE)
+    assert found is not None, section
+    taken = set() if found[1] == "none" else set(found[1].split(", "))
+    return taken, dict(re.findall(r"not (\w+): (.*)", found[2]))
+
+
+def test_info_says_for_every_preset_which_ops_the_engines_take(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("triton")
+    assert main(["info"]) == 0
+    found = {title: text for title, text in sections(capsys.readouterr().out).items() if title.startswith("sizes of")}
+    assert [title.split(":")[0] for title in found] == [f"sizes of preset {name}" for name in PRESETS]
+    gym, *_, tiny = found.values()
+    taken, refused = taken_by(gym, "triton")
+    assert {"block", "decode_step", "plan_ascent", "plan_attention", "plan_langevin", "window_attention"} <= taken
+    assert refused == {}
+    # A width below those that the kernel of a step is made for.
+    taken, refused = taken_by(tiny, "triton")
+    assert refused == {"decode_step": "the Triton engine takes widths 64, 96, 128, 192, 256, got 32"}
+    assert "decode_step" not in taken
+    assert "window_attention" in taken
+    assert all(taken_by(text, "cpp") == (taken_by(gym, "cpp")[0], {}) for text in found.values())
+
+
+def test_info_of_a_run_says_what_a_forced_call_raises(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    config = PRESETS["gym"].replace(model={"n_z": 17, "return_ensemble": 65})
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    assert main(["info", str(tmp_path)]) == 0
+    ((title, section),) = [one for one in sections(capsys.readouterr().out).items() if one[0].startswith("sizes of")]
+    assert title == f"sizes of {tmp_path}: width 128, heads 4 x 32, plan vectors 17, return models 65"
+    taken, refused = taken_by(section, "triton")
+    assert refused.keys() == {"block", "decode_step", "plan_ascent", "plan_attention", "plan_langevin"}
+    assert "window_attention" in taken
+    monkeypatch.setattr("gac_fast.ops._dispatch._triton_problem", lambda device: None)
+    q, plan = torch.zeros(3, 4, 32), torch.zeros(1, 17, 4, 32)
+    with ops.backend("triton"), pytest.raises(BackendError) as raised:
+        ops.plan_attention(q, plan, plan, torch.tensor([0, 3]))
+    assert str(raised.value).endswith(f"cannot run: {refused['plan_attention']}")
+
+
+def test_info_of_what_is_neither_a_preset_nor_a_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    message = f"info: expected one of {', '.join(PRESETS)} or the folder of a run, got {str(tmp_path)!r}"
+    assert error_of(["info", str(tmp_path)], capsys) == f"gac-fast: error: {message}\n"
+
+
 def path_rows(out: str) -> list[str]:
     return re.findall(r"^  C\+\+ path .*\n(?:      not .*\n)*", out, re.MULTILINE)[0].splitlines()
 
@@ -611,7 +667,7 @@ def test_module_runs_as_the_command() -> None:
 def test_errors_of_the_system_take_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail() -> None:
+    def fail(command: cli.Info) -> None:
         with open("/nonexistent/file"):
             pass
 
@@ -626,7 +682,7 @@ def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_defect_is_not_dressed_up_as_an_error_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail() -> None:
+    def fail(command: cli.Info) -> None:
         raise ValueError("a defect")
 
     monkeypatch.setattr(cli, "_info", fail)
@@ -635,7 +691,7 @@ def test_a_defect_is_not_dressed_up_as_an_error_of_the_user(monkeypatch: pytest.
 
 
 def test_interrupt_exits_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def interrupted() -> None:
+    def interrupted(command: cli.Info) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli, "_info", interrupted)

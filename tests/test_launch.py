@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
+from collections import Counter
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -11,7 +16,8 @@ import triton
 import triton.language as tl
 from kernel_fixtures import assert_fits, resources
 
-from gac_fast.kernels._launch import Launch, Option
+from gac_fast.kernels import _launch
+from gac_fast.kernels._launch import Launch, Option, choose
 
 
 @triton.jit
@@ -109,3 +115,126 @@ def outer_launch() -> Launch:
     x = torch.empty(256, device="meta")
     return Launch(outer_kernel, (1,), {"p_x": x, "p_out": torch.empty(256, 256, device="meta")}, {},
                   Option((("BLOCK", 256),), 4, 1))  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which of a few options
+
+OPTIONS = [Option((("BLOCK", size),), 4, 2) for size in (64, 128, 256)]
+TIMES = dict(zip(OPTIONS, (3.0, 1.0, 2.0), strict=True))
+
+
+class FakeDevices:
+    """Two CUDA devices, the second faster or slower than the first, and a clock that knows which one is current."""
+
+    def __init__(self, monkeypatch, names=("H100", "H200")):
+        self.current, self.timed, self.capturing = 0, [], False
+        monkeypatch.setattr(_launch, "INTERPRETED", False)
+        monkeypatch.setattr(_launch, "_chosen", {})
+        monkeypatch.setattr(torch.cuda, "device", self.guard)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: names[device.index])
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
+        monkeypatch.setattr(_launch, "_milliseconds", self.clock)
+
+    @contextlib.contextmanager
+    def guard(self, device):
+        before, self.current = self.current, device.index
+        yield
+        self.current = before
+
+    def clock(self, launches):
+        (option,) = launches
+        self.timed.append((self.current, option))
+        return TIMES[option] if self.current == 0 else -TIMES[option]
+
+
+def choose_on(device: str, key: str = "key") -> Option:
+    return choose(key, lambda option: [option], OPTIONS, torch.device(device))
+
+
+def test_options_are_timed_on_the_device_of_the_tensors_once(monkeypatch):
+    devices = FakeDevices(monkeypatch)
+    assert choose_on("cuda:1") == OPTIONS[0]
+    assert devices.timed == [(1, option) for option in OPTIONS]
+    assert devices.current == 0
+    assert choose_on("cuda:0") == OPTIONS[1]
+    assert devices.timed[3:] == [(0, option) for option in OPTIONS]
+    assert (choose_on("cuda:1"), choose_on("cuda:0")) == (OPTIONS[0], OPTIONS[1])
+    assert len(devices.timed) == 6
+    choose_on("cuda:1", "another key")
+    assert len(devices.timed) == 9
+
+
+def test_devices_of_one_name_share_a_choice(monkeypatch):
+    devices = FakeDevices(monkeypatch, ("H100", "H100"))
+    assert choose_on("cuda:1") == choose_on("cuda:0") == OPTIONS[0]
+    assert len(devices.timed) == 3
+
+
+def test_nothing_is_timed_during_a_capture_nor_off_the_gpu(monkeypatch):
+    devices = FakeDevices(monkeypatch)
+    devices.capturing = True
+    assert choose_on("cuda:0") == OPTIONS[0]
+    devices.capturing = False
+    assert choose_on("cpu") == OPTIONS[0]
+    assert choose("one", lambda option: [option], OPTIONS[1:2], torch.device("cuda:0")) == OPTIONS[1]
+    assert devices.timed == []
+    # A capture leaves no choice behind.
+    assert choose_on("cuda:0") == OPTIONS[1]
+
+
+def test_options_that_add_in_another_order_are_not_offered():
+    other = Option((("BLOCK", 64),), 8, 2)
+    with pytest.raises(ValueError, match="options: expected the same number of warps"):
+        choose("key", lambda option: [option], [*OPTIONS, other], torch.device("cpu"))
+
+
+def order_of_sums(launch: Launch, architecture: int) -> Counter:
+    """How the sums and products of a kernel are laid out over threads, the number of rows left aside."""
+    ir = str(launch.compile(architecture).asm["ttgir"])
+    layouts = dict(re.findall(r"^(#\w+) = (#ttg\.\w+<.*>)$", ir, re.MULTILINE))
+    types = re.findall(r'"tt\.reduce"\(.*\n(?:(?!.*"tt\.reduce").*\n)*?\s*\}\) : \((.*?)\) ->', ir)
+    types += re.findall(r"(?:ttng\.warp_group_dot|tt\.dot) .* : (.*)$", ir, re.MULTILINE)
+    assert ir.count('"tt.reduce"') + len(re.findall(r"(?:warp_group_dot|tt\.dot) ", ir)) == len(types)
+
+    def without_rows(kind: str) -> str:
+        kind = re.sub(r"#\w+", lambda name: layouts.get(name[0], name[0]), kind)
+        kind = re.sub(r"<(64|128)x", "<Rx", re.sub(r" loc\(.*|, mutable", "", kind))
+        # Registers that hold further rows.
+        return re.sub(r", \[64(, 0)+\]", "", kind)
+
+    return Counter(map(without_rows, types))
+
+
+def timed_together(op: str) -> list[Launch]:
+    from gac_fast.kernels import block, plan_attention, window_attention
+
+    if op == "block":
+        found = block.shipped(64, 4, 4, torch.bfloat16)
+        return [one for one in found if one.name == "forward_kernel" and one.arguments["p_normed"] is not None]
+    if op == "window_attention":
+        return [one for one in window_attention.shipped(128, 4, 64, torch.bfloat16) if one.name == f"{op}_kernel"]
+    return [one for one in plan_attention.shipped(128, 4, 4, torch.bfloat16) if one.name == f"{op}_kernel"]
+
+
+@pytest.mark.parametrize(("op", "count"), [("block", 2), ("plan_attention", 2), ("window_attention", 3)])
+def test_timed_options_add_in_one_order(op, count, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    launches = timed_together(op)
+    assert len(launches) == count
+    first = order_of_sums(launches[0], 90)
+    assert first.total() > 0
+    for other in launches[1:]:
+        assert order_of_sums(other, 90) == first, other.option
+
+
+def test_another_order_of_sums_is_seen(tmp_path, monkeypatch):
+    from gac_fast.kernels import block
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    narrow, wide = (block._option(bt, 64, 32, 64, warps, 2) for bt, warps in ((64, 4), (128, 8)))
+    (launch,) = [
+        one for one in block.shipped(128, 4, 4, torch.bfloat16) if one.name == "forward_kernel"
+        and one.arguments["p_normed"] is not None
+    ]  # fmt: skip
+    assert order_of_sums(replace(launch, option=narrow), 90) != order_of_sums(replace(launch, option=wide), 90)

@@ -193,6 +193,31 @@ def test_interpreted_keeps_a_nan_in_its_own_row():
 
 @pytest.mark.interpreter
 @pytest.mark.usefixtures("on_triton")
+@pytest.mark.parametrize("kind", ["none", "shared", "several"])
+def test_interpreted_launches_in_turn_give_the_bits_of_one(kind, monkeypatch):
+    from gac_fast.kernels import plan_ascent as kernel
+
+    prior, returns, z0, context = with_context(kind, p=37, members=1, dim=8, hidden_u=4, hidden1=8, hidden2=8)
+    options = {"n_steps": 1, "step_size": 0.1, "kappa": 1.0, "radius": 0.3}
+    target, plans = torch.linspace(-1, 1, 37), torch.arange(100, 137)
+
+    def found():
+        ascended = ops.plan_ascent(prior, returns, z0, context=context, **options)
+        sampled = ops.plan_langevin(prior, returns, z0, target, n_steps=1, plans=plans, context=context, **LANGEVIN)
+        return *ascended, *sampled
+
+    expected, grids = found(), []
+    monkeypatch.setattr(kernel, "_MOST_SCRATCH", 1)
+    run = kernel.Launch.run
+    monkeypatch.setattr(kernel.Launch, "run", lambda launch: (grids.append(launch.grid), run(launch)))
+    for x, y in zip(found(), expected, strict=True):
+        assert torch.equal(x, y)
+    assert len(grids) > 2
+    assert set(grids) == {(1,)}
+
+
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("on_triton")
 def test_interpreted_meets_the_degenerate_cases():
     prior, returns, z0, _ = random_case(Sizes(3, n_z=2, dim=8, hidden_u=8))
     flat = ReturnWeights(*(torch.zeros_like(w) for w in returns))
@@ -327,9 +352,57 @@ def test_more_plans_get_wider_tiles(n_plans, n):
     from gac_fast.kernels import plan_ascent as kernel
 
     every = [one.option for one in kernel.shipped(dtype=torch.bfloat16, **GYM)]
-    chosen = kernel.options(every, n_plans)
-    assert len(chosen) == 3
-    assert dict(chosen[0].tiles)["N"] == n
+    assert dict(kernel.likely_option(every, n_plans).tiles)["N"] == n
+
+
+SCRATCH = ("p_op", "p_f", "p_table", "p_starts", "p_chunk")
+
+
+@pytest.mark.parametrize(
+    ("n_plans", "fields"),
+    [
+        (16384, {"members": 4, "n_obs": 17, "n_starts": 256}),
+        (100_000, {"members": 4, "n_obs": 17, "n_starts": 16}),
+        (1_000_000, {}),
+    ],
+    ids=["256 starts", "16 starts", "no starts"],
+)
+def test_scratch_memory_is_bounded_however_many_plans_and_starts(n_plans, fields):
+    from gac_fast.kernels import plan_ascent as kernel
+
+    launches = kernel.shipped(dtype=torch.bfloat16, n_plans=n_plans, **GYM, **fields)
+    for option in {one.option for one in launches}:
+        in_turn = [one for one in launches if one.option == option]
+        assert len(in_turn) > 1
+        assert sum(one.arguments["n_plans"] for one in in_turn) == n_plans
+        assert [len(one.arguments["p_z0"]) for one in in_turn] == [one.arguments["n_plans"] for one in in_turn]
+        assert all(one.grid[0] == -(-one.arguments["n_plans"] // dict(option.tiles)["N"]) for one in in_turn)
+        memory = [[one.arguments[name] for name in SCRATCH] for one in in_turn]
+        # All in the memory of the first.
+        assert all(x is y for other in memory for x, y in zip(other, memory[0], strict=True))
+        needed = sum(x.nbytes for x in memory[0] if x is not None)
+        assert (1 << 29) < needed <= 1 << 30
+        assert all(len(x) >= in_turn[0].grid[0] for x in memory[0] if x is not None)
+
+
+def test_scratch_memory_of_one_program_is_what_a_launch_has_at_least():
+    from gac_fast.kernels import plan_ascent as kernel
+
+    launches = kernel.shipped(
+        dtype=torch.bfloat16, n_plans=64, members=64, n_obs=17, n_starts=4096, **GYM
+    )  # fmt: skip
+    narrow = [one for one in launches if one.option == launches[0].option]
+    assert [one.grid for one in narrow] == [(1,)] * 4
+    # One more chunk than there are: the activations of the first pass.
+    assert narrow[0].arguments["p_chunk"].nbytes == (64 * 4096 // 4 + 1) * 2 * 128 * 64 * 2
+
+
+def test_the_usual_sizes_take_one_launch():
+    from gac_fast.kernels import plan_ascent as kernel
+
+    for fields in ({}, {"langevin": True}, {"members": 4, "n_obs": 17}, {"members": 4, "n_obs": 17, "n_starts": 64}):
+        launches = kernel.shipped(dtype=torch.bfloat16, n_plans=1024, **GYM, **fields)
+        assert len(launches) == len({one.option for one in launches})
 
 
 @pytest.mark.slow

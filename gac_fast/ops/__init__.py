@@ -1,6 +1,16 @@
 """The accelerated ops: one file each, every one with a plain PyTorch reference and engines chosen by device."""
 
-from gac_fast.ops._dispatch import BACKENDS, OpStatus, backend, cpu_isa, dispatch_counts, reset_dispatch_counts, status
+from gac_fast.ops._dispatch import (
+    BACKENDS,
+    ModelSizes,
+    OpStatus,
+    backend,
+    cpu_isa,
+    dispatch_counts,
+    refusals,
+    reset_dispatch_counts,
+    status,
+)
 from gac_fast.ops._memory import keep_freed_memory
 from gac_fast.ops._threads import left_to_the_engine
 from gac_fast.ops.block import decoder_block, fixed_weights
@@ -15,6 +25,7 @@ from gac_fast.ops.window_attention import window_attention, window_attention_qkv
 __all__ = [
     "BACKENDS",
     "DecodeState",
+    "ModelSizes",
     "OpStatus",
     "PackedBatch",
     "Units",
@@ -36,6 +47,7 @@ __all__ = [
     "plan_ascent",
     "plan_attention",
     "plan_langevin",
+    "refusals",
     "reset_dispatch_counts",
     "status",
     "window_attention",

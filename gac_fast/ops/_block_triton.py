@@ -17,12 +17,12 @@ _MOST_DIM = 256
 _MOST_PLAN_VECTORS = 16
 
 
-def refusal(x: Tensor, plan_k: Tensor) -> str | None:
+def refusal(dim: int, n_z: int) -> str | None:
     """Why the kernels do not take these sizes; None where they do."""
-    if x.shape[1] > _MOST_DIM:
-        return f"the Triton engine takes up to {_MOST_DIM} columns, got {x.shape[1]}"
-    if plan_k.shape[1] > _MOST_PLAN_VECTORS:
-        return f"the Triton engine takes up to {_MOST_PLAN_VECTORS} plan vectors, got {plan_k.shape[1]}"
+    if dim > _MOST_DIM:
+        return f"the Triton engine takes up to {_MOST_DIM} columns, got {dim}"
+    if n_z > _MOST_PLAN_VECTORS:
+        return f"the Triton engine takes up to {_MOST_PLAN_VECTORS} plan vectors, got {n_z}"
     return None
 
 

@@ -13,23 +13,46 @@ import shutil
 import sysconfig
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 
 from gac_fast._version import __version__
 from gac_fast.errors import BackendError, EngineWarning
 
-__all__ = ["BACKENDS", "OpStatus", "backend", "cpu_isa", "dispatch_counts", "reset_dispatch_counts", "status"]
+__all__ = [
+    "BACKENDS",
+    "ModelSizes",
+    "OpStatus",
+    "backend",
+    "cpu_isa",
+    "dispatch_counts",
+    "refusals",
+    "reset_dispatch_counts",
+    "status",
+]
 
 BACKENDS = ("reference", "triton", "cpp")
 ENVIRONMENT_VARIABLE = "GAC_FAST_BACKEND"
 
+
+class ModelSizes(NamedTuple):
+    """What decides whether an engine takes the calls of a model."""
+
+    dim: int
+    n_heads: int
+    n_z: int
+    members: int
+    """Of the return model's ensemble."""
+
+
 _engines: dict[str, tuple[str, ...]] = {}
+_limits: dict[str, Callable[[ModelSizes], str | None]] = {}
 _forced: ContextVar[str | None] = ContextVar("gac_fast_backend", default=None)
 _counts: Counter[tuple[str, str]] = Counter()
 _told_of_missing_engine = False
@@ -51,9 +74,16 @@ class OpStatus:
         return f"{self.op} on {self.device}: {self.active or 'none'}" + (f" ({reasons})" if reasons else "")
 
 
-def register(op: str, *engines: str) -> None:
-    """Declare ``op`` and its engines beside the reference, in the order of preference."""
+def register(op: str, *engines: str, triton_refuses: Callable[[ModelSizes], str | None] | None = None) -> None:
+    """Declare ``op`` and its engines beside the reference, in the order of preference.
+
+    Args:
+        triton_refuses: why the Triton engine does not take the calls of a model, in the words of a forced call; where
+            it is left out that engine takes every model, as the C++ engine does in any case.
+    """
     _engines[op] = engines
+    if triton_refuses is not None:
+        _limits[op] = triton_refuses
 
 
 @contextlib.contextmanager
@@ -134,6 +164,21 @@ def status(device: str | torch.device | None = None) -> list[OpStatus]:
             active = ""
         report.append(OpStatus(op, str(device), active, problems))
     return report
+
+
+def refusals(sizes: ModelSizes) -> dict[str, dict[str, str | None]]:
+    """For every engine and each op that it has: why it does not take the calls of a model; None where it does.
+
+    Whether the engine can run on this machine is another question, which :func:`status` answers.
+    """
+    found: dict[str, dict[str, str | None]] = {name: {} for name in BACKENDS if name != "reference"}
+    for op, engines in sorted(_engines.items()):
+        for name in engines:
+            refuses = _limits.get(op) if name == "triton" else None
+            # Limits are the kernels' own, which are not there without Triton.
+            missing = _triton_missing() if refuses is not None else None
+            found[name][op] = missing if missing is not None or refuses is None else refuses(sizes)
+    return found
 
 
 def choose(op: str, device: torch.device, refused: str | None = None) -> str:

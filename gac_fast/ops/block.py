@@ -22,7 +22,7 @@ from gac_fast.reference import BlockWeights
 __all__ = ["decoder_block", "fixed_weights"]
 
 OP = "block"
-_dispatch.register(OP, "triton", "cpp")
+_dispatch.register(OP, "triton", "cpp", triton_refuses=lambda sizes: _block_triton.refusal(sizes.dim, sizes.n_z))
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Packed weights, kept by content: version counters miss what fused optimisers and ``p.data`` do, and reading the
@@ -415,7 +415,7 @@ def decoder_block(
 
     refused = _dispatch.refusal(x)
     if refused is None and _dispatch.is_for_triton(OP, x.device):
-        refused = _block_triton.refusal(x, plan_k)
+        refused = _block_triton.refusal(dim, n_z)
     engine = _dispatch.choose(OP, x.device, refused)
     if engine != "cpp" and every > 1:
         x = x.view(n, every, dim)[:, 0]

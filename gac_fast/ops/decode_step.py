@@ -16,7 +16,17 @@ from gac_fast.reference import StepWeights
 __all__ = ["DecodeState", "Units", "WeightsOf", "decode_step", "has_fast_bf16"]
 
 OP = "decode_step"
-_dispatch.register(OP, "triton", "cpp")
+
+
+def _sizes_refusal(dim: int, n_heads: int, n_z: int) -> str | None:
+    from gac_fast.kernels import decode_step as kernel
+
+    return kernel.refusal(dim, n_heads, n_z)
+
+
+_dispatch.register(
+    OP, "triton", "cpp", triton_refuses=lambda sizes: _sizes_refusal(sizes.dim, sizes.n_heads, sizes.n_z)
+)
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
@@ -301,12 +311,10 @@ def _triton_refusal(state: DecodeState) -> str | None:
     device = state.steps.device
     if not _dispatch.is_for_triton(OP, device):
         return None
-    from gac_fast.kernels import decode_step as kernel
-
     if state.bf16 and device.type == "cpu":
         return "the interpreter of Triton computes bfloat16 wrongly"
     _, _, n_z, heads, width = state.plan_k.shape
-    return kernel.refusal(heads * width, heads, n_z)
+    return _sizes_refusal(heads * width, heads, n_z)
 
 
 class _TritonStep:
@@ -314,6 +322,7 @@ class _TritonStep:
 
     def __init__(self, weights: StepWeights, state: DecodeState, units: Units | None) -> None:
         from gac_fast.kernels import decode_step as kernel
+        from gac_fast.kernels._launch import architecture_of
 
         self.kernel = kernel
         self.tensors, self.weights, self.units = _flat(weights), weights, units
@@ -322,7 +331,8 @@ class _TritonStep:
         self.packed = kernel.Packed(self.tensors, decoder.n_heads, decoder.rope_base, tokens, state.ring_k.dtype)
         self.layout = _layout(weights)
         self.arrays = None if units is None else [x.to(torch.float32).contiguous() for x in units]
-        self.option = kernel.choose_option(self.packed, state.ring_k.shape, state.plan_k.shape[2])
+        ring = state.ring_k
+        self.option = kernel.option_for(ring.shape[1], self.packed.dim, tokens, ring.dtype, architecture_of(ring))
         self.scratch = kernel.new_scratch(self.packed, state.ring_k.shape[1], self.option)
         self.on_host: np.ndarray | None = None
         self.graph: torch.cuda.CUDAGraph | None = None

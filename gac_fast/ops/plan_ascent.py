@@ -16,8 +16,16 @@ __all__ = ["plan_ascent", "plan_langevin"]
 
 OP = "plan_ascent"
 LANGEVIN = "plan_langevin"
-_dispatch.register(OP, "triton", "cpp")
-_dispatch.register(LANGEVIN, "triton", "cpp")
+
+
+def _members_refusal(members: int) -> str | None:
+    from gac_fast.kernels import plan_ascent as kernel
+
+    return kernel.refusal(members)
+
+
+for _name in (OP, LANGEVIN):
+    _dispatch.register(_name, "triton", "cpp", triton_refuses=lambda sizes: _members_refusal(sizes.members))
 
 _WORD = 1 << 32
 
@@ -276,11 +284,7 @@ def plan_langevin(
 
 def _refused(op: str, device: torch.device, members: int) -> str | None:
     """Why the Triton engine takes no such return models, where it would run."""
-    if not _dispatch.is_for_triton(op, device):
-        return None
-    from gac_fast.kernels import plan_ascent as kernel
-
-    return kernel.refusal(members)
+    return _members_refusal(members) if _dispatch.is_for_triton(op, device) else None
 
 
 # As choose(): a compiled graph asks once, when it is traced.

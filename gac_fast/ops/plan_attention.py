@@ -13,10 +13,18 @@ from gac_fast.ops import _arrays, _check, _dispatch, _threads
 __all__ = ["plan_attention"]
 
 OP = "plan_attention"
-_dispatch.register(OP, "triton", "cpp")
 
 # What one tile of the Triton kernels holds.
 _MOST_PLAN_VECTORS = 16
+
+
+def _triton_refusal(n_z: int) -> str | None:
+    if 1 <= n_z <= _MOST_PLAN_VECTORS:
+        return None
+    return f"the Triton engine takes 1 to {_MOST_PLAN_VECTORS} plan vectors, got {n_z}"
+
+
+_dispatch.register(OP, "triton", "cpp", triton_refuses=lambda sizes: _triton_refusal(sizes.n_z))
 
 
 @torch.library.custom_op("gac_fast::plan_attention", mutates_args=())
@@ -154,10 +162,10 @@ def plan_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tenso
     _check.shape("v", v, cu_seqlens.shape[0] - 1, n_plan_vectors, heads, width)
 
     refused = _dispatch.refusal(q)
-    if refused is None and n_plan_vectors > _MOST_PLAN_VECTORS and _dispatch.is_for_triton(OP, q.device):
-        refused = f"the Triton engine takes 1 to {_MOST_PLAN_VECTORS} plan vectors, got {n_plan_vectors}"
-    elif refused is None and n * heads >= 2**31 and _dispatch.is_for_triton(OP, q.device):
-        refused = f"the Triton engine takes fewer than 2^31 tokens times heads, got {n} x {heads}"
+    if refused is None and _dispatch.is_for_triton(OP, q.device):
+        refused = _triton_refusal(n_plan_vectors)
+        if refused is None and n * heads >= 2**31:
+            refused = f"the Triton engine takes fewer than 2^31 tokens times heads, got {n} x {heads}"
     engine = _dispatch.choose(OP, q.device, refused)
     if engine == "triton":
         return _triton_forward(q, k, v, cu_seqlens)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,176 +21,105 @@ _dispatch.register(OP, "triton", "cpp")
 _MOST_TOKENS = 2**31 - 1
 
 
-@torch.library.custom_op("gac_fast::window_attention", mutates_args=())
-def _forward(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int, positions: Tensor | None, rope_base: float
-) -> tuple[Tensor, Tensor]:
-    """The output [N, H, d], and what the backward needs of the softmax, float32 [2, H, N]."""
-    out, softmax = _empty(q)
-    _dispatch.cpp_engine()._window_attention(
-        _arrays.heads(q),
-        _arrays.heads(k),
-        _arrays.heads(v),
-        _arrays.integers(cu_seqlens),
-        window,
-        None if positions is None else _arrays.integers(positions),
-        rope_base,
-        _arrays.heads(out),
-        softmax.numpy(),
-        _threads.count(),
-    )
-    return out, softmax
+# Each engine has three ops: forwards of q, k and v apart and of one [N, 3, H, d], as one product of a model makes them,
+# and a backward whose gradients are such a tensor too, where autograd would gather three.
 
 
-@_forward.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int, positions: Tensor | None, rope_base: float
-) -> tuple[Tensor, Tensor]:
-    return _empty(q)
+def _register(
+    forward: Any, forward_qkv: Any, backward: Any, outputs: Callable[[Tensor, Tensor | None], tuple[Tensor, ...]],
+    n_read_again: int,
+) -> None:  # fmt: skip
+    """The fake kernels of an engine's ops, and that the backward is the one of both forwards.
+
+    Args:
+        outputs: what a forward of q and positions returns, not filled.
+        n_read_again: the last outputs of a forward, which are the last arguments of the backward.
+    """
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *tensors, cu_seqlens, ctx.window, positions, ctx.rope_base = inputs
+        ctx.n_tensors = len(tensors)
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, cu_seqlens, positions, *output[-n_read_again:])
+
+    def differentiate(ctx: Any, d_out: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        if d_out is None:
+            return (None,) * (ctx.n_tensors + 4)
+        tensors, rest = ctx.saved_tensors[: ctx.n_tensors], ctx.saved_tensors[ctx.n_tensors :]
+        cu_seqlens, positions, *read_again = rest
+        q, k, v = tensors if ctx.n_tensors == 3 else tensors[0].unbind(1)
+        grads = backward(d_out, q, k, v, cu_seqlens, ctx.window, positions, ctx.rope_base, *read_again)
+        return *(grads.unbind(1) if ctx.n_tensors == 3 else (grads,)), *(None,) * 4
+
+    forward.register_fake(lambda q, k, v, cu_seqlens, window, positions, rope_base: outputs(q, positions))
+    forward_qkv.register_fake(lambda qkv, cu_seqlens, window, positions, rope_base: outputs(qkv[:, 0], positions))
+    backward.register_fake(lambda d_out, q, *_: _empty_grads(q))
+    for op in (forward, forward_qkv):
+        op.register_autograd(differentiate, setup_context=save)
 
 
-def _empty(q: Tensor) -> tuple[Tensor, Tensor]:
+def _empty_grads(q: Tensor) -> Tensor:
+    n, heads, width = q.shape
+    return q.new_empty((n, 3, heads, width))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The C++ engine
+
+
+def _cpp_outputs(q: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Output, and what the backward needs of the softmax, float32 [2, H, N]."""
     n, heads, _ = q.shape
     return q.new_empty(q.shape), q.new_empty((2, heads, n), dtype=torch.float32)
 
 
-@torch.library.custom_op("gac_fast::window_attention_backward", mutates_args=())
-def _backward(
-    d_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    window: int,
-    positions: Tensor | None,
-    rope_base: float,
-    softmax: Tensor,
-) -> Tensor:
-    """The gradients of q, k and v as one [3, N, H, d]."""
-    grads = q.new_empty((3, *q.shape))
-    d_q, d_k, d_v = (_arrays.heads(grad) for grad in grads.unbind())
-    _dispatch.cpp_engine()._window_attention_backward(
-        _arrays.heads(d_out),
-        _arrays.heads(q),
-        _arrays.heads(k),
-        _arrays.heads(v),
-        _arrays.integers(cu_seqlens),
-        window,
-        None if positions is None else _arrays.integers(positions),
-        rope_base,
-        softmax.numpy(),
-        d_q,
-        d_k,
-        d_v,
-        _threads.count(),
-    )
-    return grads
+def _cpp_inputs(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int, positions: Tensor | None, rope_base: float
+) -> tuple[Any, ...]:
+    offsets = _arrays.integers(cu_seqlens)
+    places = None if positions is None else _arrays.integers(positions)
+    return _arrays.heads(q), _arrays.heads(k), _arrays.heads(v), offsets, window, places, rope_base
 
 
-@_backward.register_fake
-def _(
-    d_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    window: int,
-    positions: Tensor | None,
-    rope_base: float,
-    softmax: Tensor,
-) -> Tensor:
-    return q.new_empty((3, *q.shape))
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, cu_seqlens, ctx.window, positions, ctx.rope_base = inputs
-    _, softmax = output
-    ctx.mark_non_differentiable(softmax)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, cu_seqlens, positions, softmax)
-
-
-def _differentiate(ctx: Any, d_out: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    if d_out is None:
-        return (None,) * 7
-    q, k, v, cu_seqlens, positions, softmax = ctx.saved_tensors
-    grads = _backward(d_out, q, k, v, cu_seqlens, ctx.window, positions, ctx.rope_base, softmax)
-    return (*grads.unbind(), None, None, None, None)
-
-
-_forward.register_autograd(_differentiate, setup_context=_save)
-
-
-# The same on q, k and v side by side, as one product of a model makes them: their gradients are then one tensor too,
-# where autograd would gather three.
+@torch.library.custom_op("gac_fast::window_attention", mutates_args=())
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int, positions: Tensor | None, rope_base: float
+) -> tuple[Tensor, Tensor]:
+    out, softmax = _cpp_outputs(q, positions)
+    inputs = _cpp_inputs(q, k, v, cu_seqlens, window, positions, rope_base)
+    _dispatch.cpp_engine()._window_attention(*inputs, _arrays.heads(out), softmax.numpy(), _threads.count())
+    return out, softmax
 
 
 @torch.library.custom_op("gac_fast::window_attention_qkv", mutates_args=())
 def _forward_qkv(
     qkv: Tensor, cu_seqlens: Tensor, window: int, positions: Tensor | None, rope_base: float
 ) -> tuple[Tensor, Tensor]:
-    """As :func:`_forward` of qkv [N, 3, H, d]."""
-    out, softmax = _empty(qkv[:, 0])
-    q, k, v = (_arrays.heads(x) for x in qkv.unbind(1))
-    _dispatch.cpp_engine()._window_attention(
-        q, k, v, _arrays.integers(cu_seqlens), window, None if positions is None else _arrays.integers(positions),
-        rope_base, _arrays.heads(out), softmax.numpy(), _threads.count(),
-    )  # fmt: skip
+    q, k, v = qkv.unbind(1)
+    out, softmax = _cpp_outputs(q, positions)
+    inputs = _cpp_inputs(q, k, v, cu_seqlens, window, positions, rope_base)
+    _dispatch.cpp_engine()._window_attention(*inputs, _arrays.heads(out), softmax.numpy(), _threads.count())
     return out, softmax
 
 
-@_forward_qkv.register_fake
-def _(
-    qkv: Tensor, cu_seqlens: Tensor, window: int, positions: Tensor | None, rope_base: float
-) -> tuple[Tensor, Tensor]:
-    return _empty(qkv[:, 0])
-
-
-@torch.library.custom_op("gac_fast::window_attention_qkv_backward", mutates_args=())
-def _backward_qkv(
-    d_out: Tensor, qkv: Tensor, cu_seqlens: Tensor, window: int, positions: Tensor | None, rope_base: float,
-    softmax: Tensor,
+@torch.library.custom_op("gac_fast::window_attention_backward", mutates_args=())
+def _backward(
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int, positions: Tensor | None,
+    rope_base: float, softmax: Tensor,
 ) -> Tensor:  # fmt: skip
-    """The gradient [N, 3, H, d]."""
-    grads = qkv.new_empty(qkv.shape)
-    q, k, v = (_arrays.heads(x) for x in qkv.unbind(1))
-    d_q, d_k, d_v = (_arrays.heads(x) for x in grads.unbind(1))
+    grads = _empty_grads(q)
+    inputs = _cpp_inputs(q, k, v, cu_seqlens, window, positions, rope_base)
     _dispatch.cpp_engine()._window_attention_backward(
-        _arrays.heads(d_out), q, k, v, _arrays.integers(cu_seqlens), window,
-        None if positions is None else _arrays.integers(positions), rope_base, softmax.numpy(), d_q, d_k, d_v,
-        _threads.count(),
-    )  # fmt: skip
+        _arrays.heads(d_out), *inputs, softmax.numpy(), *map(_arrays.heads, grads.unbind(1)), _threads.count()
+    )
     return grads
 
 
-@_backward_qkv.register_fake
-def _(
-    d_out: Tensor, qkv: Tensor, cu_seqlens: Tensor, window: int, positions: Tensor | None, rope_base: float,
-    softmax: Tensor,
-) -> Tensor:  # fmt: skip
-    return qkv.new_empty(qkv.shape)
-
-
-def _save_qkv(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    qkv, cu_seqlens, ctx.window, positions, ctx.rope_base = inputs
-    _, softmax = output
-    ctx.mark_non_differentiable(softmax)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(qkv, cu_seqlens, positions, softmax)
-
-
-def _differentiate_qkv(ctx: Any, d_out: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    if d_out is None:
-        return (None,) * 5
-    qkv, cu_seqlens, positions, softmax = ctx.saved_tensors
-    return (_backward_qkv(d_out, qkv, cu_seqlens, ctx.window, positions, ctx.rope_base, softmax), *(None,) * 4)
-
-
-_forward_qkv.register_autograd(_differentiate_qkv, setup_context=_save_qkv)
-
+_register(_forward, _forward_qkv, _backward, _cpp_outputs, 1)
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The Triton engine: one backward for q, k and v apart and for all in one tensor
+# The Triton engine
 
 
 def _triton_outputs(q: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -214,104 +144,32 @@ def _run_triton(
 def _triton_forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int, positions: Tensor | None, rope_base: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The output [N, H, d], and what the backward needs of the softmax and of the rotation."""
     return _run_triton(q, k, v, cu_seqlens, window, positions, rope_base)
-
-
-@_triton_forward.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int, positions: Tensor | None, rope_base: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _triton_outputs(q, positions)
 
 
 @torch.library.custom_op("gac_fast::window_attention_qkv_triton", mutates_args=())
-def _triton_qkv_forward(
+def _triton_forward_qkv(
     qkv: Tensor, cu_seqlens: Tensor, window: int, positions: Tensor | None, rope_base: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same on one [N, 3, H, d]."""
     q, k, v = qkv.unbind(1)
     return _run_triton(q, k, v, cu_seqlens, window, positions, rope_base)
-
-
-@_triton_qkv_forward.register_fake
-def _(
-    qkv: Tensor, cu_seqlens: Tensor, window: int, positions: Tensor | None, rope_base: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _triton_outputs(qkv[:, 0], positions)
 
 
 @torch.library.custom_op("gac_fast::window_attention_triton_backward", mutates_args=())
 def _triton_backward(
-    d_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    window: int,
-    positions: Tensor | None,
-    rope_base: float,
-    out: Tensor,
-    lse: Tensor,
-    angles: Tensor,
-) -> Tensor:
-    """The gradients of q, k and v as one [N, 3, H, d]."""
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int, positions: Tensor | None,
+    rope_base: float, out: Tensor, lse: Tensor, angles: Tensor,
+) -> Tensor:  # fmt: skip
     from gac_fast.kernels import window_attention as kernel
 
-    n, heads, width = q.shape
-    grads = q.new_empty((n, 3, heads, width))
-    cu_seqlens = cu_seqlens.contiguous()
+    grads = _empty_grads(q)
     kernel.window_attention_backward(
-        d_out, q, k, v, cu_seqlens, window, positions, rope_base, out, lse, angles, grads
-    )  # fmt: skip
+        d_out, q, k, v, cu_seqlens.contiguous(), window, positions, rope_base, out, lse, angles, grads
+    )
     return grads
 
 
-@_triton_backward.register_fake
-def _(
-    d_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    window: int,
-    positions: Tensor | None,
-    rope_base: float,
-    out: Tensor,
-    lse: Tensor,
-    angles: Tensor,
-) -> Tensor:
-    n, heads, width = q.shape
-    return q.new_empty((n, 3, heads, width))
-
-
-def _triton_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    *tensors, cu_seqlens, ctx.window, positions, ctx.rope_base = inputs
-    _, lse, angles = output
-    ctx.mark_non_differentiable(lse, angles)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, cu_seqlens, positions, *output)
-
-
-def _triton_differentiate(ctx: Any, d_out: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    if d_out is None:
-        return (None,) * 7
-    q, k, v, cu_seqlens, positions, *output = ctx.saved_tensors
-    grads = _triton_backward(d_out, q, k, v, cu_seqlens, ctx.window, positions, ctx.rope_base, *output)
-    return (*grads.unbind(1), None, None, None, None)
-
-
-def _triton_qkv_differentiate(ctx: Any, d_out: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    if d_out is None:
-        return (None,) * 5
-    qkv, cu_seqlens, positions, *output = ctx.saved_tensors
-    q, k, v = qkv.unbind(1)
-    grads = _triton_backward(d_out, q, k, v, cu_seqlens, ctx.window, positions, ctx.rope_base, *output)
-    return grads, None, None, None, None
-
-
-_triton_forward.register_autograd(_triton_differentiate, setup_context=_triton_save)
-_triton_qkv_forward.register_autograd(_triton_qkv_differentiate, setup_context=_triton_save)
+_register(_triton_forward, _triton_forward_qkv, _triton_backward, _triton_outputs, 3)
 
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -390,7 +248,7 @@ def window_attention_qkv(
     if engine == "reference":
         q, k, v = qkv.unbind(1)
         return reference.window_attention(q, k, v, cu_seqlens, window, positions, rope_base)
-    run = _triton_qkv_forward if engine == "triton" else _forward_qkv
+    run = _triton_forward_qkv if engine == "triton" else _forward_qkv
     return run(qkv, cu_seqlens, min(window, _MOST_TOKENS), positions, rope_base)[0]
 
 
