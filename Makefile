@@ -42,13 +42,19 @@ SOURCES := setup.py pyproject.toml CMakeLists.txt gac_fast/_version.py $(wildcar
 export PIP_REQUIRE_VIRTUALENV := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all sanitize sanitize-short lint format bench gpu resources clean
+.PHONY: help demo finetune-demo test test-all sanitize sanitize-short lint format bench gpu resources clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
 
 demo: $(INSTALLED) ## train GAC on PointMaze, plan, act, and write runs/demo (about 10 minutes)
 	$(PY) -m gac_fast.demo
+
+runs/demo/result.json:
+	$(MAKE) demo
+
+finetune-demo: $(INSTALLED) | runs/demo/result.json ## let the demo's model improve by acting, and write runs/demo-online (about 20 minutes)
+	$(PY) -m gac_fast.finetune_demo
 
 # Ends in the summary line of pytest: lint comes first.
 test: lint ## lint, type-check and run the tests that are not slow

@@ -442,6 +442,8 @@ def _train(command: Train) -> None:
 def _finetune(command: Finetune) -> None:
     if command.resume and command.overwrite:
         raise ConfigError("--resume and --overwrite exclude each other: got both")
+    if command.resume and command.run_dir is None:
+        raise ConfigError("--resume: expected --run-dir to name the run to resume, got none")
     if command.run is None and not command.resume and command.preset is None:
         raise ConfigError("RUN: expected the folder of a run to go on from, or --preset to start from scratch")
     from gac_fast import checkpoint, envs
@@ -716,7 +718,9 @@ def _sizes(of: str | None) -> dict[str, list[tuple[str, object]]]:
     elif of in PRESETS:
         configs = {f"preset {of}": PRESETS[of]}
     else:
-        configs = {of: _config_of(Path(of))}
+        if not (Path(of) / "config.json").is_file():
+            raise ConfigError(f"info: expected one of {', '.join(PRESETS)} or the folder of a run, got {of!r}")
+        configs = {of: _config_of(Path(of), "a run")}
     sections: dict[str, list[tuple[str, object]]] = {}
     for name, config in configs.items():
         model = config.model
@@ -734,16 +738,6 @@ def _sizes(of: str | None) -> dict[str, list[tuple[str, object]]]:
             for engine, reasons in ops.refusals(sizes).items()
         ]
     return sections
-
-
-def _config_of(folder: Path) -> Config:
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ConfigError(f"info: expected one of {', '.join(PRESETS)} or the folder of a run, got {str(folder)!r}")
-    try:
-        return Config.from_dict(read_json(path))
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
 
 
 def _reasons(problems: Mapping[str, str]) -> str:

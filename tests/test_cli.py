@@ -303,6 +303,62 @@ def test_interrupted_training_saves_and_stops(dataset: str, tmp_path: Path) -> N
     assert checkpoint.latest(run).name == "step_00000004"
 
 
+ONLINE = [
+    "--online.n-envs", "2", "--online.updates-per-round", "1", "--online.capacity", "8", "--online.keep-best", "2",
+    "--online.eval-episodes", "2", "--train.batch-size", "2",
+]  # fmt: skip
+
+
+def test_finetune_goes_on_from_a_run_with_its_own_configuration(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    new = tmp_path / "new"
+    flags = [str(trained), "--steps", "600", "--run-dir", str(new), "--no-tensorboard", *ONLINE]
+    assert main(["finetune", *flags]) == 0
+    rows = table(capsys.readouterr().out)
+    assert rows["run"] == str(new)
+    assert rows["environment steps"] == "600"
+    assert rows["checkpoint"] == str(new / "checkpoints" / "step_00000005")
+    result, config, own = read(new / "result.json"), read(new / "config.json"), read(trained / "config.json")
+    # Data and environment are those of the run.
+    assert result["data"] == read(trained / "result.json")["data"]
+    assert result["env_id"] == UMAZE
+    assert result["exploit"]["episodes"] == 2
+    assert config["model"] == own["model"]
+    assert config["online"]["n_steps"] == 600
+    # More steps, with the command that made it.
+    assert main(["finetune", "--run-dir", str(new), "--resume", "--steps", "1200", "--no-tensorboard"]) == 0
+    rows = table(capsys.readouterr().out)
+    assert rows["environment steps"] == "1,200"
+    assert read(new / "config.json")["online"]["n_envs"] == 2
+
+
+def test_finetune_from_scratch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    new = tmp_path / "new"
+    flags = ["--preset", "tiny", "--env", "pointmaze-umaze", "--online.fill-episodes", "2", "--steps", "1200", *ONLINE]
+    assert main(["finetune", *flags, "--run-dir", str(new), "--no-tensorboard"]) == 0
+    assert table(capsys.readouterr().out)["environment steps"] == "1,200"
+    assert read(new / "result.json")["data"] is None
+
+
+def test_what_finetune_refuses(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    new = tmp_path / "new"
+    for flags, message in (
+        ([], "RUN: expected the folder of a run to go on from, or --preset to start from scratch"),
+        (["--preset", "tiny"], "--env: expected an environment id"),
+        ([tmp_path / "none"], "none: expected the folder of a run, found no such folder"),
+        ([tmp_path], "expected a run to go on from, found no config.json"),
+        ([trained, "--env", "pointmaze-medium"], "another task with spaces of the same shapes"),
+        ([trained, "--online.n-envs", "0"], "online.n_envs must be at least 1, got 0"),
+        ([trained, "--model.n-layers", "5"], "expected model.n_layers 5, the run to resume has"),
+        ([trained, "--resume"], "--resume: expected --run-dir to name the run to resume"),
+        ([trained, "--resume", "--overwrite"], "--resume and --overwrite exclude each other"),
+    ):
+        where = ["--run-dir", str(new)] if "--resume" not in flags else []
+        assert message in error_of(["finetune", *map(str, flags), *where], capsys), flags
+    assert not new.exists()
+
+
 def test_eval_adds_to_the_result(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     assert main(["eval", str(run), "--episodes", "4", "--seed", "2"]) == 0

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "gac_fast"
 
 # From the top down; a module imports its own floor and those below. `gac_fast` itself, the public face, stands on top.
 FLOORS = [
-    {"cli", "demo", "__main__"},
+    {"cli", "demo", "finetune_demo", "__main__"},
     {"train"},
     {"evaluate"},
     {"policy", "rollout"},

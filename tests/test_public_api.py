@@ -19,7 +19,8 @@ from gac_fast.data import from_episodes
 
 EXPORTS = {
     "Actor", "BackendError", "CheckpointError", "Config", "ConfigError", "DataError", "EnvError", "EvalResult",
-    "GacError", "Plans", "Policy", "Trajectories", "__version__", "errors", "evaluate", "load", "preset", "train",
+    "GacError", "Plans", "Policy", "Trajectories", "__version__", "errors", "evaluate", "finetune", "load", "preset",
+    "train",
 }  # fmt: skip
 
 
