@@ -167,7 +167,8 @@ class PlanConfig:
     explore_step_size: float = 0.3
     """Langevin step of explore."""
     explore_sharpness: float = 1.0
-    """Weight of log p(y* given z) beside log p(z0) in explore; above 1 the plans come closer to the target return."""
+    """How many times smaller explore takes the variance that each return model claims (the disagreement of an ensemble
+    counts in full); above 1 the plans come closer to the target return."""
     bf16: Literal["off", "on"] = "off"
     """Round the operands of the C++ engine's products to bfloat16: several times faster on CPUs with AMX, gradients to
     about 1%."""
@@ -262,7 +263,7 @@ class OnlineConfig:
     """Online fine-tuning: rounds of exploring, learning and, now and then, evaluating."""
 
     n_steps: int = 100_000
-    """Environment time steps in all; the round that reaches them is the last."""
+    """Environment time steps, those that fill an empty buffer left aside; the round that reaches them is the last."""
     n_updates: int = 0
     """Parameter updates in all, whichever budget is used up first; 0 leaves it to n_steps."""
     explore: Literal["on", "off"] = "on"
@@ -291,7 +292,8 @@ class OnlineConfig:
     radius: float = 0.1
     """Trust region that takes the place of plan.radius: a return model fitted to its own plans is right near them."""
     bold_radius: float = 1.0
-    """Trust region of every other exploring environment that acts by exploit's plans, to find what is beyond."""
+    """Trust region of exploit's plans in exploring environments at the start, to find what is beyond; it shrinks to
+    radius over the budget."""
     capacity: int = 4096
     """Online episodes kept; beyond it the oldest are dropped."""
     keep_best: int = 64

@@ -129,7 +129,10 @@ def explore(
     seed: int = 0,
     start: Tensor | None = None,
 ) -> Plans:
-    """Plans sampled from p(z0) p(y = target | z)^explore_sharpness by Langevin steps.
+    """Plans sampled from p(z0 | y = target) by Langevin steps, with a return of less variance.
+
+    What each return model claims of it is divided by ``explore_sharpness``; how far members of an ensemble disagree
+    counts in full.
 
     Args:
         n: number of plans.
@@ -145,7 +148,6 @@ def explore(
 
     z0 = ops.philox_normal(key, plans, 0, c.n_z * c.dim).view(n, c.n_z, c.dim) if start is None else start
     weights = model.returns.weights()
-    # A Gaussian to the power b is one of 1/b the variance.
     shift = weights.b3.new_tensor((0.0, math.log(config.explore_sharpness)))
     z0, mean, std = ops.plan_langevin(
         model.prior.weights(),

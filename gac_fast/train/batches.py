@@ -139,6 +139,13 @@ class Batches:
             move(p.returns[ids]), move(has_return), move(p.complete[ids]), None if dropped is None else move(dropped),
         )  # fmt: skip
 
+    def shares(self) -> Tensor:
+        """float64 [B], of drawn batches that are each trajectory, where drawing without repetition takes no toll."""
+        shares = torch.zeros_like(self._packer.weights)
+        for group in self._packer.groups:
+            shares += group.size / self.size * group.weights / group.weights.sum()
+        return shares
+
     def close(self) -> None:
         """End the thread, if there is one; a later :meth:`draw` starts another."""
         if self._feeder is not None:

@@ -152,6 +152,7 @@ def train(
     """
     from gac_fast import data as data_module
 
+    source = None if isinstance(dataset, Trajectories) else str(dataset)
     if not isinstance(dataset, Trajectories):
         dataset = data_module.load(dataset)
     config = config or Config()
@@ -178,6 +179,7 @@ def train(
         if resume:
             logger.truncate_after(trainer.step)
         _loop(trainer, run, logger, bar, stop, env)
+    merge_result(run, {} if source is None else {"data": source})
     merge_result(run, {"env_id": dataset.env_id, "step": trainer.step, "offline": last_metrics(run.metrics)})
     _write_plots(run)
     return run.path

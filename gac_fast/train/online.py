@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -35,6 +37,7 @@ from gac_fast.train.trainer import (
     check_state,
     fingerprint,
     hold_out,
+    uses_bf16,
 )
 
 if TYPE_CHECKING:
@@ -137,6 +140,8 @@ class OnlineTrainer(Trainer):
         self.in_round = False
         self.updates_left = 0
         self.env_steps = 0
+        self.fill_steps = 0
+        self.filled = offline is not None
         self.achieved: list[float] = []
         self.row: dict[str, float] = {}
         if offline is None:
@@ -158,12 +163,17 @@ class OnlineTrainer(Trainer):
         cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, self.spent())))
         return o.learning_rate * (o.final_lr_ratio + (1 - o.final_lr_ratio) * cosine)
 
+    def exploring_radius(self) -> float:
+        """Trust region of exploit's plans while exploring: from bold to what is used in the end, by equal ratios."""
+        o, spent = self.config.online, min(1.0, self.spent())
+        return o.bold_radius ** (1 - spent) * o.radius**spent
+
     def spent(self) -> float:
         """Share of the budget used up; of the one that ends the run first."""
         o = self.config.online
         parts = [self.n_updates / o.n_updates] if o.n_updates else []
         if o.explore == "on":
-            parts.append(self.env_steps / o.n_steps)
+            parts.append((self.env_steps - self.fill_steps) / o.n_steps)
         return max(parts)
 
     @property
@@ -202,7 +212,7 @@ class OnlineTrainer(Trainer):
             CheckpointError: of another model, other units of actions, or other offline episodes.
         """
         tensors, state = checkpoint.load(path)
-        check_state(state, path, {"step", "config", "obs_dim", "act_dim", "optimizer", "bf16", "device"}, self.device)
+        check_state(state, path, {"step", "config", "obs_dim", "act_dim", "optimizer", "bf16", "device"}, None)
         check_config(state, path, self.config, set(), free={"plan", "online", "train", "posterior"})
         for name in ("obs_dim", "act_dim"):
             if state[name] != getattr(self.spaces, name):
@@ -225,7 +235,17 @@ class OnlineTrainer(Trainer):
             mine[:b], mine[own.n_trajectories :][:b] = saved[:b], saved[n_saved:][:b]
         self._restore_tensors(tensors | {f"posterior.{n}": x for n, x in own.tensors.items()}, state, path)
         self.first_step = self.step
+        # A new run: it may be on another device.
+        self.model.bf16 = uses_bf16(self.config, self.device)
+        self._take_over_split(tensors["data.usable"])
         self._refresh()
+
+    def _take_over_split(self, usable: Tensor) -> None:
+        """Hold out what the run before did, whatever the seed of this one."""
+        if self.offline is None:
+            return
+        self._offline_usable = usable[: len(self.offline)].clone()
+        self.held_out = (torch.from_numpy(self.offline.complete) & ~self._offline_usable).nonzero()[:, 0]
 
     def add(self, explored: Explored) -> None:
         """Keep new episodes, their chains begun at the seeds that made them.
@@ -239,8 +259,18 @@ class OnlineTrainer(Trainer):
         z0 = torch.from_numpy(explored.z0)[kept].to(self.device)
         self.posterior.begin_at((self.buffer.n_offline + slots[kept]).to(self.device), z0)
         self.env_steps += explored.episodes.num_steps
-        self._fit_units()
         self._refresh()
+        self._fit_units()
+
+    def end_fill(self) -> None:
+        """The buffer holds what learning begins with; its steps are no part of the budget."""
+        self.filled, self.fill_steps = True, self.env_steps
+        self.round += 1
+        if self.step == 0:
+            # The first few may have come alone, before an environment failed.
+            units = Normalization.fit(self.data)
+            self.normalization = self.normalization._replace(obs_mean=units.obs_mean, obs_std=units.obs_std)
+            self._refresh()
 
     def _fit_units(self) -> None:
         """Standardise returns as batches hold them, and let the return model say the same in the new units.
@@ -248,12 +278,7 @@ class OnlineTrainer(Trainer):
         Online returns come to lie ten standard deviations of the offline ones away: their errors would take all of the
         gradient that clipping allows.
         """
-        buffer, data = self.buffer, self.buffer.trajectories
-        online = np.arange(len(data)) >= buffer.n_offline
-        usable = np.concatenate((self._offline_usable.numpy(), data.complete[buffer.n_offline :]))
-        n_online, n_offline = int((usable & online).sum()), int((usable & ~online).sum())
-        share = self.config.online.online_share if n_offline else 1.0
-        weights = usable * np.where(online, share / max(1, n_online), (1 - share) / max(1, n_offline))
+        data, weights = self.data, self.batches.shares().numpy() * self.data.complete
         weights /= weights.sum()
         mean = float(weights @ data.returns)
         std = float(np.sqrt(weights @ np.square(data.returns - mean)))
@@ -265,6 +290,7 @@ class OnlineTrainer(Trainer):
             float(old.return_std / new.return_std), float((old.return_mean - new.return_mean) / new.return_std)
         )
         self.normalization = new
+        self._refresh()
 
     def ranking(self) -> Tensor:
         """float64 [B], by which the trajectories are picked that exploit starts from.
@@ -305,10 +331,11 @@ class OnlineTrainer(Trainer):
         if hasattr(self, "batches"):
             self.batches.close()
 
-    def target(self) -> float:
-        """Target return of the next round."""
-        data = self.data
-        return self.schedule.update(data.returns[data.complete].tolist(), self.achieved or None)
+    def next_schedule(self) -> TargetSchedule:
+        """The schedule as it is in the next round; it becomes the trainer's own once that round is over."""
+        data, schedule = self.data, copy.copy(self.schedule)
+        schedule.update(data.returns[data.complete].tolist(), self.achieved or None)
+        return schedule
 
     def seed(self, kind: int) -> int:
         """Of one part of the present round, within [0, SEED_LIMIT)."""
@@ -325,6 +352,8 @@ class OnlineTrainer(Trainer):
             "in_round": self.in_round,
             "updates_left": self.updates_left,
             "env_steps": self.env_steps,
+            "fill_steps": self.fill_steps,
+            "filled": self.filled,
             "first_step": self.first_step,
             "target": self.schedule.target,
             "achieved": self.achieved,
@@ -359,6 +388,10 @@ class OnlineTrainer(Trainer):
                 raise CheckpointError(f"{path}: expected {name} {value}, the checkpoint has {state[name]}")
         if state["data_fingerprint"] != (None if self.offline is None else self._fingerprint()):
             raise CheckpointError(f"{path}: the run was trained on other offline episodes than those given now")
+        if state["env_id"] != self.spaces.env_id and None not in (state["env_id"], self.spaces.env_id):
+            raise CheckpointError(
+                f"{path}: expected environment {self.spaces.env_id!r}, the run to resume has {state['env_id']!r}"
+            )
         check_config(state, path, self.config, RESUME_MAY_CHANGE, free={"plan"})
         self._restore_tensors(tensors, state, path)
         arrays = {
@@ -367,8 +400,10 @@ class OnlineTrainer(Trainer):
         saved = state["online"]
         try:
             self.buffer.load(arrays, self.spaces)
+            self._take_over_split(tensors["data.usable"])
             self.round, self.in_round, self.updates_left = saved["round"], saved["in_round"], saved["updates_left"]
             self.env_steps, self.first_step = saved["env_steps"], saved["first_step"]
+            self.fill_steps, self.filled = saved["fill_steps"], saved["filled"]
             self.schedule.target, self.achieved, self.row = saved["target"], saved["achieved"], saved["row"]
         except (KeyError, DataError) as error:
             raise CheckpointError(f"{path}: {error}") from None
@@ -383,18 +418,16 @@ def _units_of(spaces: Spaces) -> Normalization:
 
 
 class _Watched:
-    """An actor whose time is taken, and whose actions must be finite.
+    """An actor whose time is taken.
 
     Attributes:
         seconds: spent acting; parts of a split actor act at the same time and count each.
     """
 
-    def __init__(self, actor: Actor, first: int = 0) -> None:
+    def __init__(self, actor: Actor) -> None:
         self._actor = actor
-        self._first = first  # environment of its first row
         self._parts: list[_Watched] = []
         self._seconds = 0.0
-        self._steps = 0
 
     @property
     def z0(self) -> Tensor:
@@ -409,18 +442,13 @@ class _Watched:
         return self._seconds + sum(part.seconds for part in self._parts)
 
     def split(self, sizes: Sequence[int]) -> list[_Watched]:
-        firsts = self._first + np.concatenate(([0], np.cumsum(sizes)[:-1]))
-        self._parts = [_Watched(part, int(first)) for part, first in zip(self._actor.split(sizes), firsts, strict=True)]
+        self._parts = [_Watched(part) for part in self._actor.split(sizes)]
         return self._parts
 
     def act(self, obs: np.ndarray) -> np.ndarray:
         begin = time.perf_counter()
         action = self._actor.act(obs)
         self._seconds += time.perf_counter() - begin
-        if not np.isfinite(action).all():
-            row = self._first + int(np.flatnonzero(~np.isfinite(action).all(axis=1))[0])
-            raise TrainingDivergedError(f"step {self._steps}, environment {row}: the model's action is NaN or infinite")
-        self._steps += 1
         return action
 
 
@@ -444,10 +472,10 @@ def explore(
 
     Raises:
         EnvError: as ``rollout``.
-        TrainingDivergedError: a plan or an action is NaN or infinite.
+        TrainingDivergedError: a plan is NaN or infinite.
     """
     started = time.perf_counter()
-    policy = trainer.policy(rank=True) if trainer.has_episodes else _untrained(trainer)
+    policy = trainer.policy() if trainer.has_episodes else _untrained(trainer)
     predicted = np.zeros(episodes)
     watched: list[_Watched] = []
     planning = time.perf_counter() - started
@@ -533,7 +561,8 @@ def finetune(
         data: the episodes that the policy was trained on, or what :func:`gac_fast.data.load` takes; default what its
             run recorded. Without any, training is on online episodes alone.
         run_dir: default ``runs/<environment>-online-s<seed>-<time>``.
-        resume: go on from the newest checkpoint of ``run_dir``; ``policy`` is then not read.
+        resume: go on from the newest checkpoint of ``run_dir``; ``policy`` matters only where there is none yet, and
+            ``config`` is that of the run by default.
         overwrite: replace a run that is there.
         progress: show a progress bar.
         tensorboard: write TensorBoard files beside the CSV.
@@ -547,6 +576,8 @@ def finetune(
 
     if resume and run_dir is None:
         raise ConfigError("resume: expected run_dir to name the run to resume, got None")
+    if resume and config is None and run_dir is not None:
+        config = Config.from_dict(read_json(RunDir(Path(run_dir)).config))
     if isinstance(policy, str | Path):
         policy = load(policy)
     if config is None:
@@ -565,6 +596,12 @@ def finetune(
     elif isinstance(data, str | Path):
         source = str(data)
     offline = _load(data)
+    if offline is None and policy is not None and not resume:
+        warnings.warn(
+            f"fine-tuning {_name(policy) or 'a policy'} without the data it was trained on (data=...): it learns from "
+            "online episodes alone",
+            stacklevel=2,
+        )
     if isinstance(env, str):
         vectors = envs.make_parts(env, num_envs=online.n_envs)
     else:
@@ -574,8 +611,14 @@ def finetune(
     try:
         spaces = Spaces.of(vectors[0], env_id or (offline.env_id if offline is not None else None))
         _check_spaces(spaces, offline)
+        rows = sum(vector.num_envs for vector in vectors)
+        if online.capacity < online.keep_best + rows:
+            raise ConfigError(
+                f"online.capacity must be at least online.keep_best + {rows} environments, or a round would drop its "
+                f"own episodes, got {online.capacity}"
+            )
         trainer = OnlineTrainer(config, spaces, offline)
-        if resume:
+        if resume and checkpoint.list_checkpoints(folder):
             trainer.restore(checkpoint.latest(folder))
         elif policy is not None:
             _begin_at(trainer, policy)
@@ -677,14 +720,15 @@ class _Loop:
         self.explores = self.online.explore == "on"
         self.values: dict[str, Tensor] = {}
         self.learning_seconds = 0.0
+        self.saved: tuple[int, int, bool, int] | None = None
 
     def run(self) -> None:
         trainer = self.trainer
         try:
-            if not trainer.has_episodes:
+            if not trainer.filled:
                 self._fill()
             if not checkpoint.list_checkpoints(self.run_dir.path):
-                trainer.save(self.run_dir.path)
+                self._save()
             while not self.finished and not self.stop.requested:
                 if not trainer.in_round:
                     self._begin_round()
@@ -697,7 +741,18 @@ class _Loop:
             raise TrainingDivergedError(f"{error}; the last good checkpoint is {self._last()}") from error
         if self.stop.requested and trainer.has_episodes:
             check_finite(self.values, trainer.step, self.run_dir.checkpoints)
-            trainer.save(self.run_dir.path)
+            if self.saved != self._point:
+                self._save()
+
+    @property
+    def _point(self) -> tuple[int, int, bool, int]:
+        """Where the run is."""
+        t = self.trainer
+        return t.step, t.round, t.in_round, t.buffer.n_added
+
+    def _save(self, settle: bool = False) -> None:
+        self.trainer.save(self.run_dir.path, settle)
+        self.saved = self._point
 
     @property
     def finished(self) -> bool:
@@ -734,6 +789,8 @@ class _Loop:
                 trainer.add(_explored(finished, trainer, self.vectors, np.zeros(0)))
                 # The round does not come again: what is left of it would repeat what is kept.
                 trainer.round += 1
+            if not all(bool(p.isfinite().all()) for p in trainer.model.parameters()):
+                raise TrainingDivergedError(f"{error}; parameters of the model are NaN or infinite") from error
             if trainer.has_episodes:
                 trainer.save(self.run_dir.path)
             number = 0 if finished is None else finished.n_kept
@@ -751,28 +808,27 @@ class _Loop:
         def plans_for(obs: np.ndarray, first: int, policy: Policy) -> Plans:
             return policy.prior_plans(len(obs), trainer.seed(PLAN) + first)
 
-        self._explore(plans_for, o.fill_episodes, noise)
-        trainer.round += 1
+        missing = o.fill_episodes - trainer.buffer.n_added
+        if missing > 0:
+            self._explore(plans_for, missing, noise)
+        trainer.end_fill()
 
     def _begin_round(self) -> None:
         trainer, o = self.trainer, self.online
         trainer.row = {}
         if self.explores:
-            before = trainer.schedule.target
-            target = trainer.target()
+            schedule = trainer.next_schedule()
+            target = schedule.target
+            assert target is not None
             raised = _raised(self.num_envs, o.exploit_share)
 
             def plans_for(obs: np.ndarray, first: int, policy: Policy) -> Plans:
                 # The halves of a pair each ask for their own rows; a last round may have some too many.
                 mine = np.resize(raised[first:], len(obs))
-                return _plans(policy, obs, target, mine, o.bold_radius, trainer.seed(PLAN) + first)
+                return _plans(policy, obs, target, mine, trainer.exploring_radius(), trainer.seed(PLAN) + first)
 
-            try:
-                explored = self._explore(plans_for, self.num_envs, o.action_noise)
-            except BaseException:
-                # The round was not: what is saved now must not know of it.
-                trainer.schedule.target = before
-                raise
+            explored = self._explore(plans_for, self.num_envs, o.action_noise)
+            trainer.schedule = schedule
             trainer.row = _summary(explored, target, raised) | {
                 "online/kept": trainer.buffer.n_online,
                 "online/env_steps": trainer.env_steps,
@@ -807,7 +863,11 @@ class _Loop:
         seconds["learning"] = self.learning_seconds
         started = time.perf_counter()
         if last or (o.eval_every and trainer.round % o.eval_every == 0):
-            result = self._evaluate()
+            try:
+                result = self._evaluate()
+            except EnvError as error:
+                trainer.save(self.run_dir.path)
+                raise EnvError(f"evaluation after round {trainer.round}: {error}; go on from {self._last()}") from error
             row |= {"exploit/achieved": result.mean, "exploit/predicted": float(result.predicted.mean())}
             row["exploit/standard_error"] = result.standard_error
             row |= trainer.metrics()
@@ -819,7 +879,7 @@ class _Loop:
         self.logger.log(trainer.step, row)
         trainer.row = {}
         if last or trainer.round % o.checkpoint_every == 0:
-            trainer.save(self.run_dir.path, settle=last)
+            self._save(settle=last)
 
     def _evaluate(self) -> EvalResult:
         trainer, o = self.trainer, self.online
@@ -862,16 +922,13 @@ def _raised(n: int, share: float) -> np.ndarray:
     return np.floor((i + 1) * share) > np.floor(i * share)
 
 
-def _plans(policy: Policy, obs: np.ndarray, target: float, raised: np.ndarray, bold_radius: float, seed: int) -> Plans:
-    """One for each start: sampled for the target, or ``raised`` by ascent, every other one boldly."""
+def _plans(policy: Policy, obs: np.ndarray, target: float, raised: np.ndarray, radius: float, seed: int) -> Plans:
+    """One for each start: sampled for the target, or ``raised`` by ascent within ``radius``."""
     plans = policy.explore(len(obs), target, obs, seed)
-    rows = np.flatnonzero(raised)
-    for chosen, overrides in ((rows[::2], {}), (rows[1::2], {"radius": bold_radius})):
-        if len(chosen):
-            better = policy.exploit(len(chosen), obs[chosen], seed, **overrides)
-            where = torch.from_numpy(chosen).to(policy.device)
-            fields = (getattr(plans, f).index_copy(0, where, getattr(better, f)) for f in Plans.__dataclass_fields__)
-            plans = Plans(*fields)
+    if raised.any():
+        better = policy.exploit(int(raised.sum()), obs[raised], seed, radius=radius)
+        where = torch.from_numpy(np.flatnonzero(raised)).to(policy.device)
+        plans = Plans(*(getattr(plans, f).index_copy(0, where, getattr(better, f)) for f in Plans.__dataclass_fields__))
     return plans
 
 

@@ -183,20 +183,19 @@ class Trainer:
                 found.append(refine(self.posterior, rows, energy, n_steps=SETTLE_STEPS, store=False)[0])
         return ids, torch.cat(found)
 
-    def policy(self, settle: bool = False, rank: bool = False) -> Policy:
+    def policy(self, settle: bool = False) -> Policy:
         """The present model as a policy; it shares the weights.
 
         Args:
             settle: plan from :meth:`best_seeds`, as a finished run does.
-            rank: plan from the same trajectories, their chains as they are.
         """
-        ids, seeds = self.best_seeds() if settle else (self.best_ids() if rank else None, None)
+        ids, seeds = self.best_seeds() if settle else (None, None)
         rows = self.rows.to(self.device)
         z0, usable = plan_seeds(
             self.posterior.z0[rows],
             self.posterior.tensors["n_draws"][rows],
             self.usable.to(self.device),
-            None if seeds is None or ids is None else ids.to(self.device),
+            None if ids is None else ids.to(self.device),
             seeds,
         )
         return Policy(
@@ -255,7 +254,7 @@ class Trainer:
             load_optimizer_state(self.optimizer, checkpoint.unflatten(tensors, state["optimizer"]))
             self.normalization = Normalization(*(tensors[f"normalization.{name}"] for name in Normalization._fields))
             torch.set_rng_state(tensors["rng.torch"])
-            if self.device.type == "cuda":
+            if self.device.type == "cuda" and state["device"] == "cuda":
                 torch.cuda.set_rng_state(tensors["rng.cuda"], self.device)
         except (KeyError, RuntimeError) as error:
             raise CheckpointError(f"{path}: {error}") from None
@@ -266,15 +265,15 @@ class Trainer:
         self.step = state["step"]
 
 
-def check_state(state: Mapping[str, Any], path: Path, names: set[str], device: torch.device) -> None:
-    """Refuse a checkpoint whose state lacks an entry, or which was made on another kind of device.
+def check_state(state: Mapping[str, Any], path: Path, names: set[str], device: torch.device | None) -> None:
+    """Refuse a checkpoint whose state lacks an entry, or which was made on another kind of device (None: any will do).
 
     Raises:
         CheckpointError: naming it.
     """
     if names - state.keys():
         raise CheckpointError(f"{path}: expected {min(names - state.keys())!r} in its state, found no such entry")
-    if state["device"] != device.type:
+    if device is not None and state["device"] != device.type:
         raise CheckpointError(f"{path}: the run was made on {state['device']}, this is {device.type}: set train.device")
 
 
