@@ -76,8 +76,10 @@ def test_the_tests_of_the_kernels_import_there_too(gpu, monkeypatch, tmp_path):
     monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: installed(name) if name in bare else None)
     files, left_out = gpu.test_files()
     assert {"tests/test_philox_normal.py", "tests/test_recorded.py", "tests/test_convergence.py"} <= set(files)
-    # Whole runs, which save checkpoints: no test of a kernel is left out.
-    assert left_out == {"test_gpu.py": "safetensors", "test_offline.py": "safetensors"}
+    # Whole runs, which save checkpoints, and environments: no test of a kernel is left out.
+    assert left_out == {
+        "test_gpu.py": "safetensors", "test_offline.py": "safetensors", "test_rollout.py": "gymnasium"
+    }  # fmt: skip
     (tmp_path / "bare.py").write_text(BARE)
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "bare", "-p", "no:hypothesispytest", "-p", "no:cacheprovider", "-q",

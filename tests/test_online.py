@@ -452,7 +452,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(offline_run, tmp_path):
     # After round 2 of 3 updates; the third round had begun.
     assert checkpoint.latest(tmp_path / "part").name == "step_00000012"
     assert start("part", "resume") == 0
-    assert start("whole", "whole") == 0
+    tune(offline_run, tmp_path / "whole", config(checkpoint_every=2))
     assert_same_run(tmp_path / "whole", tmp_path / "part")
     assert len(rows_of(tmp_path / "part")) >= 4
 
