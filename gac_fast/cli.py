@@ -285,20 +285,26 @@ def _base_config(arguments: list[str]) -> Config:
     ``--preset`` is honoured with ``--resume`` too: a command repeated with ``--resume`` means the same configuration,
     and where it does not, resuming names the field that differs.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--preset")
-    parser.add_argument("--run-dir", "--run_dir")
-    parser.add_argument("--resume", action=argparse.BooleanOptionalAction, default=False)
-    try:
-        known, _ = parser.parse_known_args(arguments)
-    except argparse.ArgumentError:
-        # A flag without its value: the parser proper says so.
+    known = _flags_before_all(arguments)
+    if known is None:
         return Config()
     if known.preset is not None or not known.resume:
         return preset(known.preset if known.preset is not None else DEFAULT_PRESET)
     if known.run_dir is None:
         raise ConfigError("--resume: expected --run-dir to name the run to resume, got none")
     return _config_of(Path(known.run_dir), "a run to resume")
+
+
+def _flags_before_all(arguments: list[str]) -> argparse.Namespace | None:
+    """The flags that say where a configuration comes from; None where one lacks its value, of which tyro complains."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--preset")
+    parser.add_argument("--run-dir", "--run_dir")
+    parser.add_argument("--resume", action=argparse.BooleanOptionalAction, default=False)
+    try:
+        return parser.parse_known_args(arguments)[0]
+    except argparse.ArgumentError:
+        return None
 
 
 def _config_of(run: Path, expected: str) -> Config:
@@ -317,13 +323,8 @@ def _tuned_config(arguments: list[str]) -> Config:
 
     A preset changes what happens online; the model and what was fitted with it stay those of the run.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--preset")
-    parser.add_argument("--run-dir", "--run_dir")
-    parser.add_argument("--resume", action=argparse.BooleanOptionalAction, default=False)
-    try:
-        known, _ = parser.parse_known_args(arguments)
-    except argparse.ArgumentError:
+    known = _flags_before_all(arguments)
+    if known is None:
         return Config()
     # The first that is no flag nor the value of one: every flag here takes one, but the switches.
     run = next(iter(_positionals(arguments)), None)
