@@ -1,4 +1,4 @@
-"""The command line: ``gac-fast data | train | finetune | eval | info``.
+"""The command line: ``gac-fast data | train | baseline | finetune | eval | info``.
 
 Each command is a dataclass whose field docs are its help, and a function that runs it. Heavy imports are inside the
 functions, so that ``--help`` is quick.
@@ -14,7 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 __all__ = ["exit_status", "main", "parse"]
 
 DEFAULT_PRESET = "gym"
+TARGET_RULE = "--target: expected the wanted return with --plans explore, and only there or for a dt run"
 DEBUG_VARIABLE = "GAC_FAST_DEBUG"
 VARIABLES: Mapping[str, str] = {
     "GAC_FAST_BACKEND": "force every op onto reference, triton or cpp; an op that cannot run there raises",
@@ -109,6 +110,34 @@ class Train:
 
 
 @dataclass(frozen=True)
+class Baseline:
+    """Train behaviour cloning or a decision transformer on GAC's decoder, data and trainer; Ctrl-C saves and stops.
+
+    Everything but the idea is that of train: presets, flags, run folder, resuming; what concerns plans has no effect.
+    """
+
+    method: Annotated[tyro.conf.Positional[Literal["bc", "dt"]], tyro.conf.arg(metavar="{bc,dt}")]
+    """Behaviour cloning, or a decision transformer, which reads the return to go with the state."""
+    data: str
+    """HDF5 file in D4RL layout, or Minari dataset id."""
+    best: float | None = None
+    """Share of the episodes, the best by return, to learn from, such as 0.1; default all."""
+    preset: _PresetName = None
+    """Named values to start from; with --resume the default is the run's own configuration."""
+    run_dir: Path | None = None
+    """Folder of the run; default runs/<environment>-<method>-s<seed>-<time>."""
+    env: str | None = None
+    """Environment whose mean return is among the metrics; default: that metric is left out."""
+    resume: bool = False
+    """Go on from the newest checkpoint of --run-dir, as if it had never stopped."""
+    overwrite: bool = False
+    """Replace a run that is in --run-dir."""
+    tensorboard: bool = True
+    """Write TensorBoard files beside the CSV."""
+    config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
+
+
+@dataclass(frozen=True)
 class Finetune:
     """Improve a run by acting: explore, learn from what came of it, and go on; Ctrl-C saves and stops.
 
@@ -152,7 +181,8 @@ class Eval:
     plans: Literal["exploit", "prior", "posterior-best", "explore"] = "exploit"
     """Plans to act by: for high return, drawn from the prior, of the best training trajectories, or for --target."""
     target: float | None = None
-    """Return that explore asks for, in environment units."""
+    """Return that explore, or a decision transformer, is asked for, in environment units; default of the latter the
+    greatest of its data."""
     step: int | None = None
     """Evaluate this step's checkpoint instead of the newest."""
     video: Path | None = None
@@ -170,7 +200,7 @@ class Info:
     """Preset, or folder of a run, whose sizes are looked at; default every preset."""
 
 
-_Command = PointMaze | Show | Train | Finetune | Eval | Info
+_Command = PointMaze | Show | Train | Baseline | Finetune | Eval | Info
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -197,6 +227,8 @@ def _run(command: _Command) -> None:
             _data_show(command)
         case Train():
             _train(command)
+        case Baseline():
+            _baseline(command)
         case Finetune():
             _finetune(command)
         case Eval():
@@ -236,6 +268,9 @@ def _parse(arguments: list[str]) -> _Command:
     train = Train(data=tyro.MISSING)
     if arguments[:1] == ["train"]:
         train = Train(data=tyro.MISSING, config=_base_config(arguments[1:]))
+    plain = Baseline(method=tyro.MISSING, data=tyro.MISSING)
+    if arguments[:1] == ["baseline"]:
+        plain = Baseline(method=tyro.MISSING, data=tyro.MISSING, config=_base_config(arguments[1:]))
     tune = Finetune()
     if arguments[:1] == ["finetune"]:
         tune = Finetune(config=_tuned_config(arguments[1:]))
@@ -245,6 +280,7 @@ def _parse(arguments: list[str]) -> _Command:
             tyro.conf.subcommand("data", description="Make a dataset, or look into one."),
         ]
         | Annotated[Train, tyro.conf.subcommand("train", default=train)]
+        | Annotated[Baseline, tyro.conf.subcommand("baseline", default=plain)]
         | Annotated[Finetune, tyro.conf.subcommand("finetune", default=tune)]
         | Annotated[Eval, tyro.conf.subcommand("eval")]
         | Annotated[Info, tyro.conf.subcommand("info")]
@@ -440,6 +476,19 @@ def _train(command: Train) -> None:
     )
 
 
+def _baseline(command: Baseline) -> None:
+    asked: dict[str, Any] = {"method": command.method}
+    if command.best is not None:
+        asked["best"] = command.best
+    _train(
+        Train(
+            data=command.data, preset=command.preset, run_dir=command.run_dir, env=command.env, resume=command.resume,
+            overwrite=command.overwrite, tensorboard=command.tensorboard,
+            config=command.config.replace(baseline=asked),
+        )
+    )  # fmt: skip
+
+
 def _finetune(command: Finetune) -> None:
     if command.resume and command.overwrite:
         raise ConfigError("--resume and --overwrite exclude each other: got both")
@@ -496,8 +545,8 @@ def _eval(command: Eval) -> None:
         raise ConfigError(f"--episodes: expected at least 1, got {command.episodes}")
     if not 0 <= command.seed < 2**32:
         raise ConfigError(f"--seed: expected a value in [0, 2^32), got {command.seed}")
-    if (command.plans == "explore") != (command.target is not None):
-        raise ConfigError("--target: expected the wanted return with --plans explore, and only there")
+    if command.plans == "explore" and command.target is None:
+        raise ConfigError(TARGET_RULE)
     if command.target is not None and not math.isfinite(command.target):
         raise ConfigError(f"--target: expected a finite return, got {command.target}")
     if not command.run.is_dir():
@@ -519,6 +568,11 @@ def _eval(command: Eval) -> None:
     # Now rather than after the work.
     _earlier_evaluations(run)
     policy = load(command.run, step=command.step, device=pick_device(command.device))
+    if command.target is not None and command.plans != "explore":
+        # A decision transformer is always asked for a return.
+        if command.plans != "exploit" or policy.config.baseline.method != "dt":
+            raise ConfigError(TARGET_RULE)
+        command = replace(command, plans="explore")
     env_id = command.env or policy.env_id
     if env_id is None:
         raise ConfigError("--env: expected an environment id, as the data of this run names none")
@@ -580,11 +634,14 @@ def _report(run: RunDir, policy: Policy, command: Eval, result: EvalResult) -> s
 
     number, evaluations = _earlier_evaluations(run)
     number += 1
-    what = command.plans if command.target is None else f"{command.plans} {command.target:g}"
+    what = policy.describe(command.plans, command.target)
     name = f"{result.env_id}, {what}, step {policy.step}, {len(result.returns)} episodes, seed {result.seed}"
-    plot = run.plots / f"predicted_vs_achieved_{_slug(result.env_id)}_{_slug(what)}.png"
-    _plot(result, plot)
     summary = result.summary()
+    # Behaviour cloning predicts nothing.
+    predicts = math.isfinite(summary["predicted_mean"])
+    plot = run.plots / f"predicted_vs_achieved_{_slug(result.env_id)}_{_slug(what)}.png" if predicts else None
+    if plot is not None:
+        _plot(result, plot)
     entry = {
         "evaluation": number,
         "plans": command.plans,
@@ -592,7 +649,7 @@ def _report(run: RunDir, policy: Policy, command: Eval, result: EvalResult) -> s
         "step": policy.step,
         "checkpoint": "last" if _is_last(run, policy.step) else "chosen",
         **summary,
-        "plot": os.path.relpath(plot, run.path),
+        "plot": None if plot is None else os.path.relpath(plot, run.path),
         "video": None,
     }
     merge_result(run, {"n_evaluations": number, "evaluations": {**evaluations, name: entry}})
@@ -607,13 +664,13 @@ def _report(run: RunDir, policy: Policy, command: Eval, result: EvalResult) -> s
             ("return mean", f"{result.mean:.2f}"),
             ("standard error", f"{result.standard_error:.2f}"),
             ("return median", f"{summary['return_median']:.2f}"),
-            ("predicted mean", f"{summary['predicted_mean']:.2f}"),
+            ("predicted mean", f"{summary['predicted_mean']:.2f}" if predicts else "none"),
             ("normalised mean", "none: no reference scores" if score is None else f"{score:.2f}"),
             ("speed", f"{summary['steps_per_second']:,.0f} steps/s, planning included"),
             ("versions", ", ".join(f"{package} {version}" for package, version in result.versions.items())),
             ("evaluations", f"{number} of this run so far"),
             ("result", run.result),
-            ("plot", plot),
+            *([] if plot is None else [("plot", plot)]),
         ]
     )
     return name
@@ -650,6 +707,8 @@ def _plot(result: EvalResult, path: Path) -> None:
 
 def _film(policy: Policy, env_id: str, plans: Plans | None, seed: int, path: Path) -> None:
     """One episode of the first plan."""
+    import numpy as np
+
     from gac_fast import envs
     from gac_fast.video import record
 
@@ -662,7 +721,9 @@ def _film(policy: Policy, env_id: str, plans: Plans | None, seed: int, path: Pat
             done = False
             while not done:
                 yield env.render()  # type: ignore[misc]
-                obs, _, terminated, truncated, _ = env.step(actor.act(obs[None])[0])
+                obs, reward, terminated, truncated, _ = env.step(actor.act(obs[None])[0])
+                if (rewarded := getattr(actor, "rewarded", None)) is not None:
+                    rewarded(np.array([reward], np.float64))
                 done = terminated or truncated
             yield env.render()  # type: ignore[misc]
 

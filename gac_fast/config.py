@@ -10,7 +10,10 @@ from typing import Any, Literal, get_type_hints
 
 from gac_fast.errors import ConfigError
 
-__all__ = ["PRESETS", "Config", "ModelConfig", "OnlineConfig", "PlanConfig", "PosteriorConfig", "TrainConfig", "preset"]
+__all__ = [
+    "PRESETS", "BaselineConfig", "Config", "ModelConfig", "OnlineConfig", "PlanConfig", "PosteriorConfig",
+    "TrainConfig", "preset",
+]  # fmt: skip
 
 
 def _check(condition: bool, name: str, expected: str, value: object) -> None:
@@ -343,6 +346,25 @@ class OnlineConfig:
 
 
 @dataclass(frozen=True)
+class BaselineConfig:
+    """What the same decoder is trained as in place of GAC, to compare with it."""
+
+    method: Literal["none", "bc", "dt"] = "none"
+    """none: GAC; bc: behaviour cloning, the plan held at zero; dt: a decision transformer, which reads the return to go
+    with the state."""
+    best: float = 1.0
+    """Share of the episodes, the best by return, that a baseline learns from; 1 takes all."""
+
+    def __post_init__(self) -> None:
+        _check(self.method in ("none", "bc", "dt"), "baseline.method", "none, bc or dt", self.method)
+        _check(0 < self.best <= 1, "baseline.best", "in (0, 1]", self.best)
+        _check(
+            self.best == 1 or self.method != "none",
+            "baseline.best", "1 where baseline.method = 'none'", self.best,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
 class Config:
     """All of a run."""
 
@@ -351,6 +373,7 @@ class Config:
     plan: PlanConfig = field(default_factory=PlanConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     online: OnlineConfig = field(default_factory=OnlineConfig)
+    baseline: BaselineConfig = field(default_factory=BaselineConfig)
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain dict, JSON-ready."""

@@ -203,7 +203,7 @@ def _check_spaces(policy: Policy, vector: VectorEnv[Any, Any, Any], env_id: str)
     trained_on = policy.env_id or "unnamed data"
     space = vector.single_action_space
     obs_shape, act_shape = vector.single_observation_space.shape, space.shape
-    expected = ((policy.model.obs_dim,), (policy.model.act_dim,))
+    expected = ((policy.obs_dim,), (policy.model.act_dim,))
     if (obs_shape, act_shape) != expected:
         raise EnvError(
             f"{env_id}: the policy was trained on {trained_on} with observations {list(expected[0])} and actions "

@@ -68,6 +68,15 @@ class Policy:
     def device(self) -> torch.device:
         return self.normalization.obs_mean.device
 
+    @property
+    def obs_dim(self) -> int:
+        """Of the environment's observations."""
+        return self.model.obs_dim
+
+    def describe(self, plans: str, target: float | None) -> str:
+        """A name for how it acted: the kind of ``plans``, with the return asked for where there was one."""
+        return plans if target is None else f"{plans} {target:g}"
+
     def _plan_config(self, overrides: dict[str, Any]) -> PlanConfig:
         return self.config.replace(plan=overrides).plan
 
@@ -184,7 +193,8 @@ def _check_count(n: int) -> None:
 
 
 def load(run_dir: str | Path, step: int | None = None, device: str | torch.device = "cpu") -> Policy:
-    """The policy of a run, or of one checkpoint folder.
+    """The policy of a run, or of one checkpoint folder; a :class:`gac_fast.baseline.BaselinePolicy` where the run
+    trained a baseline.
 
     Args:
         run_dir: folder of a run (its newest checkpoint is taken), or of a checkpoint.
@@ -240,6 +250,13 @@ def from_checkpoint(
         model.bf16 = bool(state.get("bf16", False))
         fields = [tensors[f"normalization.{field}"] for field in Normalization._fields]
         returns = tensors["data.returns"]
+        if config.baseline.method != "none":
+            from gac_fast.baseline import BaselinePolicy
+
+            return BaselinePolicy(
+                model.to(device), Normalization(*fields).to(device), config, state["env_id"], returns.to(device),
+                tensors["data.first_observations"].to(device), tensors["data.usable"].to(device), state["step"],
+            )  # fmt: skip
         # Of an online run, whose episodes come and go; trajectory i of an offline one is row i.
         rows = tensors.get("data.rows", torch.arange(len(returns)))
         z0, usable = plan_seeds(

@@ -47,9 +47,11 @@ FIRST_STEPS = 256
 class Acts(Protocol):
     """Whatever chooses the actions of a round: a :class:`gac_fast.act.Actor`, or anything else with this method.
 
-    Three more are used where they exist: ``z0``, the plan seeds [num_envs, n_z, D], which the rollout keeps beside the
-    episodes; ``device``, as observations for a GPU lie in pinned memory; and ``split(sizes)``, which gives one actor
-    for each of several groups of consecutive rows. These act in threads of their own, one for every vector.
+    Four more are used where they exist: ``z0``, the plan seeds [num_envs, n_z, D], which the rollout keeps beside the
+    episodes; ``device``, as observations for a GPU lie in pinned memory; ``rewarded(rewards)``, told before every
+    further ``act`` what the last actions earned, float64 [num_envs], 0 where the episode was over; and
+    ``split(sizes)``, which gives one actor for each of several groups of consecutive rows. These act in threads of
+    their own, one for every vector.
     """
 
     def act(self, obs: np.ndarray, /) -> np.ndarray:
@@ -530,6 +532,7 @@ class _Run:
         self.wanted = min(n, self.episodes - start)
         self.running = np.arange(n) < self.wanted
         self.total, self.length = np.zeros(n), np.zeros(n, np.int64)
+        self.rewards = np.zeros(n)
         self.terminated = np.zeros(n, np.bool_)
         self.n_keep = max(0, min(self.wanted, self.keep - start))
         self.steps = [_Steps(part.rows, self.n_keep, self.obs_dim, self.act_dim) for part in self.parts]
@@ -606,12 +609,16 @@ class _Run:
 
     def _play(self, unit: _Unit) -> None:
         """Step the parts of a unit until all of their episodes have ended."""
+        rewarded = getattr(unit.actor, "rewarded", None)
         self._act(unit)
         while any(part.pending for part in unit.parts) and not self.stopped:
             for part in unit.parts:
                 if part.pending:
                     self._end(part)
             if self.running[unit.rows].any():
+                if rewarded is not None:
+                    rewarded(self.rewards[unit.rows])
+                    self.rewards[unit.rows] = 0.0
                 self._act(unit)
 
     def _act(self, unit: _Unit) -> None:
@@ -643,6 +650,7 @@ class _Run:
         n_running = int(np.count_nonzero(running))
         total = self.total[rows]
         np.add(total, reward, out=total, where=running)
+        self.rewards[rows] = np.where(running, reward, 0.0)
         self.length[rows] += running
         termination = np.asarray(termination, np.bool_)
         self.terminated[rows] |= running & termination

@@ -32,7 +32,7 @@ from gac_fast.train.trainer import (
 )
 from gac_fast.train.update import learning_rate
 
-__all__ = ["OfflineTrainer", "TrainingDivergedError", "pick_device", "train", "uses_bf16"]
+__all__ = ["OfflineTrainer", "TrainingDivergedError", "make_trainer", "pick_device", "train", "uses_bf16"]
 
 # What may differ between a run and its resumption beside all of plan. None of it changes what an update means: the
 # learning rate falls over n_updates; n_threads, compile and cuda_graph may change the order of sums, hence last bits.
@@ -66,8 +66,9 @@ class OfflineTrainer(Trainer):
         self.normalization = Normalization.fit(data)
         self.batches = Batches(data, self.normalization, self.held_out, config, self.device)
         self._make_model(data.obs_dim, data.act_dim)
+        n_chains = len(data) if config.baseline.method == "none" else 0
         self.posterior = PosteriorState(
-            config.posterior, len(data), config.model.n_z, config.model.dim, config.train.seed, self.device
+            config.posterior, n_chains, config.model.n_z, config.model.dim, config.train.seed, self.device
         )
         self._make_update()
 
@@ -114,9 +115,20 @@ class OfflineTrainer(Trainer):
         self.batches = Batches(self.data, self.normalization, self.held_out, self.config, self.device)
 
 
+def make_trainer(data: Trajectories, config: Config) -> OfflineTrainer:
+    """Of GAC, or of the baseline that ``config`` names."""
+    if config.baseline.method == "none":
+        return OfflineTrainer(data, config)
+    from gac_fast.train.baseline import BaselineTrainer
+
+    return BaselineTrainer(data, config)
+
+
 def default_run_dir(data: Trajectories, config: Config) -> Path:
-    """``runs/<environment>-s<seed>-<time>``."""
+    """``runs/<environment>-s<seed>-<time>``, a baseline's method before the seed."""
     name = (data.env_id or "data").split("/")[-1].lower()
+    if config.baseline.method != "none":
+        name += f"-{config.baseline.method}"
     return Path("runs") / f"{name}-s{config.train.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
@@ -138,7 +150,8 @@ def train(
 
     Args:
         dataset: episodes, or what :func:`gac_fast.data.load` takes (an HDF5 file, a Minari id).
-        config: of the run; default :class:`Config`.
+        config: of the run; default :class:`Config`. Where it names a baseline, that is trained in place of GAC, and
+            the parts of its model that a baseline does not have are made as small as can be.
         run_dir: default ``runs/<environment>-s<seed>-<time>``.
         env: environment id for the replay of good plans at every ``eval_every``; None leaves it out.
         resume: go on from the newest checkpoint of ``run_dir``.
@@ -153,16 +166,17 @@ def train(
     from gac_fast import data as data_module
 
     source = None if isinstance(dataset, Trajectories) else str(dataset)
-    if not isinstance(dataset, Trajectories):
-        dataset = data_module.load(dataset)
     config = config or Config()
+    if not isinstance(dataset, Trajectories):
+        dataset = data_module.load(dataset, keep_rewards=config.baseline.method == "dt")
     t = config.train
     if resume and run_dir is None:
         raise ConfigError("resume: expected run_dir to name the run to resume, got None")
     if t.n_threads:
         torch.set_num_threads(t.n_threads)
     ops.keep_freed_memory()
-    trainer = OfflineTrainer(dataset, config)
+    trainer = make_trainer(dataset, config)
+    dataset, config = trainer.data, trainer.config
     if env is not None:
         # Now, not at the first replay, many updates later.
         check_fit(trainer.policy(), env)

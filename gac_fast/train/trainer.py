@@ -121,9 +121,8 @@ class Trainer:
         parts = parts_of(self.model, self.config)
         if self.config.train.compile == "on":
             parts = compiled(parts)
-        self._update = functools.partial(
-            update, self.model, self.optimizer, self.posterior, config=self.config, parts=parts
-        )
+        posterior = self.posterior if self.config.baseline.method == "none" else None
+        self._update = functools.partial(update, self.model, self.optimizer, posterior, config=self.config, parts=parts)
         self._recorded = RecordedUpdate(self._update) if self.config.train.cuda_graph == "on" else None
 
     def learning_rate(self) -> float:
