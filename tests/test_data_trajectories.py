@@ -139,6 +139,10 @@ def test_concatenate() -> None:
         ({"cu_seqlens": np.array([0, 6])}, r"cu_seqlens: expected shape \(4,\)"),
         ({"returns": np.zeros((3, 1))}, "returns: expected a 1-dimensional float64 array"),
         ({"complete": np.ones(2, np.bool_)}, r"complete: expected shape \(3,\).* got \(2,\)"),
+        (
+            {"rewards": np.zeros((6, 1), np.float32)},
+            r"rewards: expected a float32 array of shape \(6,\), got .*\(6, 1\)",
+        ),
         ({"action_low": np.zeros(3, np.float32)}, r"action_low: expected shape \(2,\).* got \(3,\)"),
     ],
 )
