@@ -717,7 +717,10 @@ def _film(policy: Policy, env_id: str, plans: Plans | None, seed: int, path: Pat
 
         def frames() -> Iterator[np.ndarray]:
             obs, _ = env.reset(seed=seed)
-            actor = policy.actor(plans[:1] if plans is not None else policy.exploit(1, obs[None], seed=seed))
+            if plans is None:
+                actor = policy.exploiting(policy.exploit(1, obs[None], seed=seed), seed)
+            else:
+                actor = policy.actor(plans[:1])
             done = False
             while not done:
                 yield env.render()  # type: ignore[misc]

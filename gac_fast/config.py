@@ -167,6 +167,9 @@ class PlanConfig:
     """Distinct plans that exploit returns when no starts are given; asked for more, it repeats them."""
     n_refine: int = 4
     """Candidates raised for each start, the most promising ones, when starts are given."""
+    replan_every: int = 0
+    """Time steps after which exploit plans anew, from the state then at hand; 0 keeps one plan for the whole episode.
+    For models of segments (train.segment), which know what comes of a plan from every state."""
     explore_step_size: float = 0.3
     """Langevin step of explore."""
     explore_sharpness: float = 1.0
@@ -178,7 +181,8 @@ class PlanConfig:
 
     def __post_init__(self) -> None:
         _check(self.bf16 in ("off", "on"), "plan.bf16", "off or on", self.bf16)
-        _check(self.n_steps >= 0, "plan.n_steps", "at least 0", self.n_steps)
+        for name in ("n_steps", "replan_every"):
+            _check(getattr(self, name) >= 0, f"plan.{name}", "at least 0", getattr(self, name))
         for name in ("step_size", "radius", "max_norm", "explore_step_size", "explore_sharpness"):
             _check(getattr(self, name) > 0, f"plan.{name}", "greater than 0", getattr(self, name))
         for name in ("kappa", "prior_weight"):
@@ -235,6 +239,9 @@ class TrainConfig:
     """Torch device; auto takes CUDA where there is one."""
     sampling: Literal["length", "uniform"] = "length"
     """Draw trajectories with probability proportional to their length, or all alike."""
+    segment: int = 0
+    """Time steps of a training trajectory: episodes are cut into parts of about so many, each with the return from its
+    first step to the end of the episode, which needs rewards. 0 takes whole episodes."""
     n_threads: int = 0
     """Torch CPU threads; 0 leaves torch's own choice."""
     prefetch: int = 2
@@ -247,7 +254,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("n_updates", "batch_size", "log_every", "checkpoint_every", "keep_checkpoints", "replay_episodes"):
             _check(getattr(self, name) >= 1, f"train.{name}", "at least 1", getattr(self, name))
-        for name in ("warmup", "weight_decay", "return_weight", "eval_every", "n_threads", "prefetch"):
+        for name in ("warmup", "weight_decay", "return_weight", "eval_every", "segment", "n_threads", "prefetch"):
             _check(getattr(self, name) >= 0, f"train.{name}", "at least 0", getattr(self, name))
         for name in ("learning_rate", "grad_clip"):
             _check(getattr(self, name) > 0, f"train.{name}", "greater than 0", getattr(self, name))

@@ -143,7 +143,7 @@ def evaluate(
             wanted = rows.stop - rows.start
             predicted[rows] = chosen.return_mean[:wanted].cpu().numpy()
             predicted_std[rows] = chosen.return_std[:wanted].cpu().numpy()
-            return policy.actor(chosen)
+            return policy.exploiting(chosen, seed) if plans is None else policy.actor(chosen)
 
         started = time.perf_counter()
         bar = _bar(episodes) if progress else None

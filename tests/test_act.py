@@ -445,3 +445,23 @@ def test_parts_share_the_threads():
 def test_bad_sizes_of_parts(sizes):
     with pytest.raises(ValueError, match="sizes: expected positive numbers of rows, "):
         make_actor().split(sizes)
+
+
+@pytest.mark.parametrize("context", ["states", "states_actions"])
+def test_plans_change_in_the_middle_of_an_episode_and_the_history_stays(context):
+    changed, kept = make_actor(context), make_actor(context)
+    other = random_seeds(P, changed.model.config, seed=5)
+    fresh = make_actor(context, seed=5)
+    for obs in observations(2):
+        changed.act(obs)
+        kept.act(obs)
+    changed.change_plans(kept.z0)
+    changed.change_plans(other, MASK)
+    assert torch.equal(changed.z0[MASK], other[MASK])
+    assert torch.equal(changed.z0[~MASK], kept.z0[~MASK])
+    obs = observations(1, seed=1)[0]
+    out, before, new = changed.act(obs), kept.act(obs), fresh.act(obs)
+    assert torch.equal(out[~MASK], before[~MASK])
+    assert not torch.equal(out[MASK], before[MASK])
+    # Neither the plan nor the steps before are lost on it.
+    assert not torch.equal(out[MASK], new[MASK])

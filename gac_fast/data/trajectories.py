@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -185,6 +186,33 @@ class Trajectories:
         for start, stop in zip(self.cu_seqlens[:-1], self.cu_seqlens[1:], strict=True):
             np.cumsum(self.rewards[start:stop][::-1], dtype=np.float64, out=out[start:stop][::-1])
         return out
+
+    def segments(self, length: int) -> tuple[Trajectories, npt.NDArray[np.int64]]:
+        """Parts of the episodes, each with the return from its first step to the end of its episode.
+
+        An episode of H steps is cut into max(1, round(H / length)) parts whose lengths differ by at most one step.
+        Where the rewards come only at the end, every part has the episode's return.
+
+        Args:
+            length: of a part, in time steps.
+
+        Returns:
+            the parts, in order, whose arrays of steps are those of the episodes, not copies; and the episode of each
+            part, int64 [parts].
+
+        Raises:
+            DataError: the length is below 1, or the rewards of steps were not kept.
+        """
+        if length < 1:
+            raise DataError(f"segments: expected a length of at least 1 step, got {length}")
+        to_go = self.returns_to_go()
+        counts = np.maximum(1, np.rint(self.lengths / length).astype(np.int64))
+        episode = np.repeat(np.arange(len(self)), counts)
+        number = np.arange(len(episode)) - np.repeat(np.cumsum(counts) - counts, counts)
+        first = self.cu_seqlens[episode] + self.lengths[episode] * number // counts[episode]
+        cu_seqlens = np.append(first, self.num_steps)
+        parts = dataclasses.replace(self, cu_seqlens=cu_seqlens, returns=to_go[first], complete=self.complete[episode])
+        return parts, episode
 
     def subset(self, indices: npt.ArrayLike) -> Trajectories:
         """The episodes ``indices`` (integers, or a boolean mask [B]) in that order, copied."""

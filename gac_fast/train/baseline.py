@@ -17,7 +17,6 @@ from gac_fast.errors import DataError
 from gac_fast.evaluate import evaluate
 from gac_fast.train.metrics import CHUNK
 from gac_fast.train.offline import OfflineTrainer
-from gac_fast.train.trainer import MAX_HELD_OUT_MEASURED
 
 __all__ = ["BaselineTrainer", "episodes_of"]
 
@@ -46,7 +45,7 @@ class BaselineTrainer(OfflineTrainer):
 
     def metrics(self) -> dict[str, float]:
         """Of held-out episodes: ``nll_per_step``, in nats, and the mean squared ``action_error``."""
-        ids = self.held_out[:MAX_HELD_OUT_MEASURED]
+        ids = self.measured()
         if len(ids) == 0:
             return {}
         nll, error, n = 0.0, 0.0, 0
@@ -115,5 +114,5 @@ def _with_returns_to_go(data: Trajectories) -> Trajectories:
     observations[:, :-1] = data.observations
     return Trajectories(
         observations, data.actions, data.cu_seqlens, data.returns, data.complete,
-        data.action_low, data.action_high, data.env_id,
+        data.action_low, data.action_high, data.env_id, data.rewards,
     )  # fmt: skip

@@ -50,6 +50,10 @@ RESUME_MAY_CHANGE = {
 }
 
 
+# Plans from the prior over which the expected return of a start is averaged.
+N_COMPARED = 32
+
+
 class OfflineTrainer(Trainer):
     """Training on a fixed set of episodes.
 
@@ -60,8 +64,14 @@ class OfflineTrainer(Trainer):
 
     def __init__(self, data: Trajectories, config: Config) -> None:
         super().__init__(config)
-        self.data = data
         self.held_out, self.usable = hold_out(data, config)
+        if config.train.segment:
+            data, episode = data.segments(config.train.segment)
+            # Parts of one episode share what became of it: they are held out together.
+            of = torch.from_numpy(episode)
+            self.held_out = torch.isin(of, self.held_out).nonzero().flatten()
+            self.usable = self.usable[of]
+        self.data = data
         self.rows = torch.arange(len(data))
         self.normalization = Normalization.fit(data)
         self.batches = Batches(data, self.normalization, self.held_out, config, self.device)
@@ -74,6 +84,24 @@ class OfflineTrainer(Trainer):
 
     def learning_rate(self) -> float:
         return learning_rate(self.step, self.config.train)
+
+    def ranking(self) -> Tensor:
+        """float64 [B], by which the trajectories are picked that exploit starts from.
+
+        Their returns; of segments, whose starts lie anywhere in an episode, how far these are above what the model
+        expects of plans from that start (where it takes the first state).
+        """
+        returns = torch.from_numpy(self.data.returns)
+        if not self.config.train.segment or not self.model.returns.uses_first_state:
+            return returns
+        model, units, data = self.config.model, self.batches.normalization, self.data
+        generator = torch.Generator().manual_seed(self.config.train.seed)
+        z0 = torch.randn(N_COMPARED, model.n_z, model.dim, generator=generator).to(self.device)
+        starts = units.observations(torch.from_numpy(data.observations[data.cu_seqlens[:-1]]).to(self.device))
+        with torch.no_grad():
+            expected, _ = self.model.return_moments_of_pairs(self.model.prior(z0), starts)
+        above = units.returns(returns.to(self.device, torch.float32)) - expected.mean(dim=1)
+        return above.double().cpu()
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -168,7 +196,7 @@ def train(
     source = None if isinstance(dataset, Trajectories) else str(dataset)
     config = config or Config()
     if not isinstance(dataset, Trajectories):
-        dataset = data_module.load(dataset, keep_rewards=config.baseline.method == "dt")
+        dataset = data_module.load(dataset, keep_rewards=config.baseline.method == "dt" or config.train.segment > 0)
     t = config.train
     if resume and run_dir is None:
         raise ConfigError("resume: expected run_dir to name the run to resume, got None")

@@ -137,9 +137,14 @@ class Trainer:
         self.step += 1
         return values, self.batches.n_steps
 
+    def measured(self) -> Tensor:
+        """int64 [at most 64], held-out trajectories that metrics are of, spread evenly over all."""
+        n = min(len(self.held_out), MAX_HELD_OUT_MEASURED)
+        return self.held_out[torch.arange(n) * len(self.held_out) // max(1, n)]
+
     def metrics(self) -> dict[str, float]:
         """Offline metrics of the held-out episodes, ``held_out/<name>``; empty if none are held out."""
-        ids = self.held_out[:MAX_HELD_OUT_MEASURED]
+        ids = self.measured()
         if len(ids) < 2:
             return {}
         values = held_out_metrics(self.model, self.batches, ids, self.config, seed=self.config.train.seed)
