@@ -47,9 +47,10 @@ FIRST_STEPS = 256
 class Acts(Protocol):
     """Whatever chooses the actions of a round: a :class:`gac_fast.act.Actor`, or anything else with this method.
 
-    Three more are used where they exist: ``z0``, the plan seeds [num_envs, n_z, D], which the rollout keeps beside the
-    episodes; ``device``, as observations for a GPU lie in pinned memory; and ``split(sizes)``, which gives one actor
-    for each of several groups of consecutive rows. These act in threads of their own, one for every vector.
+    More is used where it exists: ``z0``, the plan seeds [num_envs, n_z, D], which the rollout keeps beside the
+    episodes; ``device``, as observations for a GPU lie in pinned memory; ``split(sizes)``, which gives one actor
+    for each of several groups of consecutive rows (these act in threads of their own, one for every vector); and
+    ``rest(mask)``, bool [num_envs], told of the rows that have finished, whose actions are of no matter from then on.
     """
 
     def act(self, obs: np.ndarray, /) -> np.ndarray:
@@ -336,6 +337,8 @@ class _Part:
             self._limit = timeout + ASYNC_GRACE
         self._disabled = env.metadata.get("autoreset_mode") == AutoresetMode.DISABLED
         self._mask: npt.NDArray[np.bool_] | None = None
+        # Of an environment that can leave finished rows as they are, which is quicker than to step them.
+        self.park: Callable[[npt.NDArray[np.bool_] | None], None] | None = getattr(env.unwrapped, "park", None)
         self._call: Callable[[], Any] = lambda: None
 
     def reset(self, seed: int | None) -> None:
@@ -411,7 +414,9 @@ class _Part:
             base.step_async(actions)
             with self._answers():
                 result = base.step_wait(self._timeout)
-        if self._disabled:
+        if self.park is not None:
+            self.park(np.asarray(result[2], np.bool_) | np.asarray(result[3], np.bool_))
+        elif self._disabled:
             done = np.asarray(result[2], np.bool_) | np.asarray(result[3], np.bool_)
             self._mask = done if done.any() else None
         return result
@@ -523,6 +528,9 @@ class _Run:
         self.stopped = True
         for part in self.parts:
             part.close()
+            if part.park is not None and not part.hangs:
+                # The environment is the caller's again.
+                part.park(None)
 
     def round(self, make_actor: MakeActor, seed: int | None) -> None:
         """One episode in every environment, or in as many as are still wanted."""
@@ -558,6 +566,8 @@ class _Run:
         for part in self.parts:
             observations, _ = part.wait()
             self._observe(part, observations)
+            if part.park is not None:
+                part.park(~self.running[part.rows])
 
     def _play_all(self, actor: Acts) -> None:
         split = getattr(actor, "split", None)
@@ -606,12 +616,17 @@ class _Run:
 
     def _play(self, unit: _Unit) -> None:
         """Step the parts of a unit until all of their episodes have ended."""
+        rest = getattr(unit.actor, "rest", None)
+        n_running = -1
         self._act(unit)
         while any(part.pending for part in unit.parts) and not self.stopped:
             for part in unit.parts:
                 if part.pending:
                     self._end(part)
-            if self.running[unit.rows].any():
+            running = self.running[unit.rows]
+            if running.any():
+                if rest is not None and n_running != (n_running := int(np.count_nonzero(running))):
+                    rest(~running)
                 self._act(unit)
 
     def _act(self, unit: _Unit) -> None:
