@@ -90,7 +90,7 @@ class Constant:
         return {}
 
     def agents(self) -> list[tuple[str, float | None, Any]]:
-        return [("policy", None, Linear())]
+        return [("exploit", None, Linear())]
 
     def save(self, path: Path) -> None:
         path.write_text(str(self.n))

@@ -8,23 +8,22 @@ take from the package only what needs no simulator. Evaluation is that of ``gac-
 from __future__ import annotations
 
 import argparse
-import csv
 import importlib.metadata
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from gac_fast.data import Trajectories, load, normalized_score
 from gac_fast.errors import ConfigError, DataError, EnvError, GacError
 from gac_fast.files import read_json, write_json
-from gac_fast.train.log import Progress, StopSignal, environment
+from gac_fast.results import Row, append_rows, check_appendable
+from gac_fast.train.log import Progress, StopSignal, environment, machine, short_commit
 
-COLUMNS = ("step", "return", "normalised", "seed", "kind", "predicted", "episodes", "seconds", "commit", "machine")
 RESULTS = Path("benchmarks") / "results"
 
 
@@ -48,7 +47,8 @@ class Learner(Protocol):
         """One gradient step; what to show of it."""
 
     def agents(self) -> list[tuple[str, float | None, Agent]]:
-        """Kind of each result row, the return it was promised (None: none), and what acts."""
+        """Kind of each result row (``exploit`` is what the method does by itself), the return it promises (None: none),
+        and what acts."""
 
     def save(self, path: Path) -> None:
         """Everything that training goes on from."""
@@ -238,6 +238,7 @@ def _main(
         raise ConfigError(f"{run_dir} holds a run already: --resume goes on with it, --run-dir names another folder")
     if o.resume and not (run_dir / "state.json").exists():
         raise ConfigError(f"--resume: expected a run in {run_dir}, found no state.json")
+    check_appendable(out)
     torch.manual_seed(o.seed)
     np.random.seed(o.seed)  # noqa: NPY002  (what the libraries draw from)
     steps, make_learner = make(o)
@@ -255,6 +256,7 @@ def _main(
                 raise ConfigError(f"{run_dir}: expected a run of {name} {value!r}, it is one of {state.get(name)!r}")
         learner.load(run_dir / "model")
         done, seconds = int(state["step"]), float(state["seconds"])
+    where = machine(torch.device(o.device))
     here = environment()
     here["packages"] |= {name: importlib.metadata.version(name) for name in packages}
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -286,7 +288,7 @@ def _main(
                     returns = evaluate(agent, env_id, o.episodes, o.eval_seed, stop, show)
                 if returns is None:
                     break
-                _report(out, here, env_id, returns, done, o.seed, kind, promised, time.perf_counter() - started)
+                _report(out, where, env_id, returns, done, o.seed, kind, promised, time.perf_counter() - started)
             if done >= o.updates:
                 break
     if stop.requested:
@@ -297,29 +299,19 @@ def _main(
 
 
 def _report(
-    out: Path, here: dict[str, Any], env_id: str, returns: np.ndarray, step: int, seed: int, kind: str,
+    out: Path, machine_name: str, env_id: str, returns: np.ndarray, step: int, seed: int, kind: str,
     promised: float | None, seconds: float,
 ) -> None:  # fmt: skip
     """Print a result and append its row."""
-    git = here["git"] or {"commit": "unknown", "dirty": False}
     mean = float(returns.mean())
     try:
-        score: float | str = float(normalized_score(env_id, mean))
+        score: float | None = float(normalized_score(env_id, mean))
     except DataError:
-        score = ""
-    commit = git["commit"][:12] + ("+dirty" if git["dirty"] else "")
-    machine = f"{here['cores']} cores {here['cpu']}"
-    row = (
-        step, mean, score, seed, kind, "" if promised is None else promised, len(returns), round(seconds), commit,
-        machine,
+        score = None
+    row = Row(
+        step, mean, score, seed, kind, promised, len(returns), round(seconds, 1), short_commit(), machine_name
     )  # fmt: skip
-    out.parent.mkdir(parents=True, exist_ok=True)
-    new = not out.exists()
-    with out.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        if new:
-            writer.writerow(COLUMNS)
-        writer.writerow(row)
+    append_rows(out, [row])
     error = float(returns.std() / len(returns) ** 0.5)
-    shown = "no normalised score" if score == "" else f"normalised {score:.2f}"
+    shown = "no normalised score" if score is None else f"normalised {score:.2f}"
     print(f"{env_id}, step {step:,}, {kind}: return {mean:.2f} +- {error:.2f} of {len(returns)} episodes, {shown}")

@@ -62,7 +62,7 @@ class Offline:
         return {name: float(loss[name]) for name in ("critic_loss", "actor_loss") if name in loss}
 
     def agents(self) -> list[tuple[str, float | None, Agent]]:
-        return [("policy", None, Policy(self._algo, self._steps))]
+        return [("exploit", None, Policy(self._algo, self._steps))]
 
     def save(self, path: Path) -> None:
         temporary = path.with_suffix(".tmp.d3")

@@ -125,7 +125,9 @@ class DecisionTransformer:
         )
         self._windows = Windows(steps, o.window, o.seed)
         self._steps, self._o = steps, o
-        self._targets = o.target or [float(d.returns.max())]
+        # One that was not named is what the method does by itself.
+        best = float(d.returns.max())
+        self._targets = {f"target {target:g}": target for target in o.target} if o.target else {"exploit": best}
 
     def update(self) -> dict[str, float]:
         import torch
@@ -145,8 +147,8 @@ class DecisionTransformer:
 
     def agents(self) -> list[tuple[str, float | None, Agent]]:
         return [
-            (f"target {target:g}", target, Returns(self._model, self._steps, self._o.window, target, self._o.device))
-            for target in self._targets
+            (kind, target, Returns(self._model, self._steps, self._o.window, target, self._o.device))
+            for kind, target in self._targets.items()
         ]
 
     def save(self, path: Path) -> None:
