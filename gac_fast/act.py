@@ -7,7 +7,7 @@ import copy
 import math
 import threading
 from collections.abc import Sequence
-from typing import Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +21,9 @@ from gac_fast.ops import _threads
 __all__ = ["Actor"]
 
 Array = TypeVar("Array", np.ndarray, Tensor)
+
+# Rows are moved together once no more than this share of them is wanted: moving a row costs as much as two steps of it.
+COMPACT = 0.8
 
 
 class HasSeeds(Protocol):
@@ -94,6 +97,9 @@ class Actor:
         self._weights = ops.WeightsOf(model.decoder)
         self._units = _units(normalization)
         self._set_plans(torch.ones(len(z0), dtype=torch.bool, device=z0.device), z0)
+        # While rows rest: the rows of the others, and their part of the state.
+        self._awake: Tensor | None = None
+        self._awake_state = self._state
         # Noise of the step before, of unit variance; NaN where an episode begins.
         self._noise = torch.full((len(z0), model.act_dim), math.nan, dtype=z0.dtype, device=z0.device)
 
@@ -187,6 +193,7 @@ class Actor:
         Raises:
             ValueError: a mask or seeds of another shape or type, or seeds that are not finite (checked on the CPU).
         """
+        self._wake()
         rows = self._rows(mask)
         if plans is not None:
             self._change_plans(rows, plans)
@@ -220,6 +227,9 @@ class Actor:
         z0 = self._seeds("plans", given, rows)
         self.z0 = torch.where(rows[:, None, None], z0, self.z0)
         self._set_plans(rows, z0)
+        if self._awake is not None:
+            for name in ("plan_k", "plan_v"):
+                torch.index_select(getattr(self._state, name), 1, self._awake, out=getattr(self._awake_state, name))
 
     def act(self, obs: Array) -> Array:
         """Mean actions (plus noise, if any) for the current observations.
@@ -244,8 +254,64 @@ class Actor:
             return self._act(obs)
 
     def _act(self, obs: Array) -> Array:
-        out = ops.decode_step(self._weights(), self._state, obs, self._units)
-        return out if self._noise_levels is None else self._add_noise(out, self._noise_levels)
+        if self._awake is None:
+            out = ops.decode_step(self._weights(), self._state, obs, self._units)
+            return out if self._noise_levels is None else self._add_noise(out, self._noise_levels)
+        if obs.shape[:1] != (len(self),):
+            raise ValueError(f"obs: expected shape {[len(self), self.model.obs_dim]}, got {list(obs.shape)}")
+        rows: Any = self._awake.numpy() if isinstance(obs, np.ndarray) else self._awake
+        out = ops.decode_step(self._weights(), self._awake_state, obs[rows], self._units)
+        if self._noise_levels is not None:
+            out = self._add_noise(out, self._noise_levels)
+        shape = (len(self), self.model.act_dim)
+        every: Any = np.zeros(shape, out.dtype) if isinstance(out, np.ndarray) else out.new_zeros(shape)
+        every[rows] = out
+        return every
+
+    @torch.no_grad()
+    def rest(self, mask: np.ndarray | Tensor) -> None:
+        """Say which environments need no actions until the next :meth:`reset`, as their episodes are over.
+
+        They get action 0, or what they would have got: on the CPU the others are computed alone once a fifth of the
+        rows rests. A reset of any rows wakes all; what a row has rested through is missing from its history then.
+
+        Args:
+            mask: bool [P]. Rows that rest already go on doing so.
+        """
+        rests = torch.as_tensor(mask)
+        if rests.dtype != torch.bool or rests.shape != self._state.steps.shape:
+            raise ValueError(f"mask: expected bool [{len(self)}], got {rests.dtype} {list(rests.shape)}")
+        if self.device.type != "cpu":
+            return
+        before = torch.arange(len(self)) if self._awake is None else self._awake
+        keep = ~rests[before]
+        n = int(keep.sum())
+        if n == 0 or n > COMPACT * len(before):
+            return
+        whole = self._awake_state if self._awake is not None else self._state
+        if whole.steps.any():
+            whole.clear_stale(self.model.config.tokens_per_step)
+        state = self._new_state(n, whole.last_action.dtype, self.device, whole.bf16, whole.cuda_graph)
+        chosen = keep.nonzero()[:, 0]
+        for name in ("plan_k", "plan_v", "ring_k", "ring_v"):
+            torch.index_select(getattr(whole, name), 1, chosen, out=getattr(state, name))
+        for name in ("steps", "last_action"):
+            torch.index_select(getattr(whole, name), 0, chosen, out=getattr(state, name))
+        self._awake, self._awake_state = before[chosen], state
+
+    @torch.no_grad()
+    def _wake(self) -> None:
+        """All rows in one state again, as resets and parts want them."""
+        if self._awake is None:
+            return
+        part, whole = self._awake_state, self._state
+        part.clear_stale(self.model.config.tokens_per_step)
+        whole.clear_stale(self.model.config.tokens_per_step)
+        for name in ("ring_k", "ring_v"):
+            getattr(whole, name)[:, self._awake] = getattr(part, name)
+        for name in ("steps", "last_action"):
+            getattr(whole, name)[self._awake] = getattr(part, name)
+        self._awake, self._awake_state = None, whole
 
     @torch.no_grad()
     def split(self, sizes: Sequence[int]) -> list[Actor]:
@@ -262,6 +328,7 @@ class Actor:
         """
         if min(sizes, default=0) < 1 or sum(sizes) != len(self):
             raise ValueError(f"sizes: expected positive numbers of rows, {len(self)} in all, got {list(sizes)}")
+        self._wake()
         whole = self._state
         begun = bool(whole.steps.any())
         if begun:
@@ -283,7 +350,7 @@ class Actor:
             part._noise_levels = None if self._noise_levels is None else self._noise_levels[rows]
             part._turn = turn
             part._n_threads, part._inference = max(1, _threads.count() // len(sizes)), torch.is_inference_mode_enabled()
-            part._state = state
+            part._state = part._awake_state = state
             part._weights = ops.WeightsOf(self.model.decoder)
             part._generator = torch.Generator(device=self.device)
             part._generator.set_state(self._generator.get_state())
@@ -295,18 +362,19 @@ class Actor:
     @torch.no_grad()
     def _add_noise(self, out: Array, levels: Tensor) -> Array:
         """The same actions with noise, of the same kind; it is what the decoder will read back."""
-        action = self._state.last_action
+        action = self._awake_state.last_action
         drawn, start = self._noise_rows
         shape = (drawn, action.shape[1])
         noise = torch.randn(shape, generator=self._generator, dtype=action.dtype, device=action.device)
-        noise = noise[start : start + len(action)]
+        noise = noise[start : start + len(self)]
         if self.noise_correlation > 0:
             # An Ornstein-Uhlenbeck process, begun in its stationary law.
             kept = math.exp(-1 / self.noise_correlation)
             follows = self._noise * kept + noise * math.sqrt(1 - kept * kept)
             noise = torch.where(self._noise.isnan(), noise, follows)
             self._noise = noise
-        action.add_(noise * levels).clamp_(-1, 1)
+        noise = noise * levels
+        action.add_(noise if self._awake is None else noise[self._awake]).clamp_(-1, 1)
         noisy = self.normalization.to_environment(action)
         return noisy.cpu().numpy() if isinstance(out, np.ndarray) else noisy
 

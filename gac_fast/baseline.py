@@ -131,10 +131,8 @@ class BaselinePolicy(Policy):
         return float(self.returns[self.best(1)][0])
 
     def describe(self, plans: str, target: float | None) -> str:
-        """The method in place of the kind of plans, and always the return asked for."""
-        if self.method == "bc":
-            return "bc"
-        return f"dt, target {self.default_target if target is None else target:g}"
+        """As of any policy's own plans; a return that was named as the target."""
+        return plans if target is None else f"target {target:g}"
 
     def _plans(self, n: int, target: float) -> Plans:
         z0 = self.normalization.obs_mean.new_zeros(n, self.config.model.n_z, self.config.model.dim)

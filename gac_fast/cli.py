@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from gac_fast.evaluate import EvalResult
     from gac_fast.plan import Plans
     from gac_fast.policy import Policy
+    from gac_fast.results import Row
     from gac_fast.train.log import RunDir
 
 __all__ = ["exit_status", "main", "parse"]
@@ -58,7 +59,7 @@ _PresetName = Annotated[
     str | None,
     tyro.conf.arg(metavar="{" + ",".join(PRESETS) + "}", help_behavior_hint=f"(default: {DEFAULT_PRESET})"),
 ]
-_RunFolder = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
+_RunFolders = Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN [RUN ...]")]
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ class Train:
     run_dir: Path | None = None
     """Folder of the run; default runs/<environment>-s<seed>-<time>."""
     env: str | None = None
-    """Environment for the replay of good plans among the metrics; default: that metric is left out."""
+    """Environment for the replay of good plans among the metrics, whose best checkpoint is kept; default: left out."""
     resume: bool = False
     """Go on from the newest checkpoint of --run-dir, as if it had never stopped."""
     overwrite: bool = False
@@ -168,10 +169,13 @@ class Finetune:
 
 @dataclass(frozen=True)
 class Eval:
-    """Evaluate a run: whole episodes, what they return and what was predicted. Adds to the run's result.json."""
+    """Evaluate runs: whole episodes, what they return and what was predicted. Adds to each run's result.json.
 
-    run: _RunFolder
-    """Folder of a run, or of one of its checkpoints."""
+    Several runs are seeds of one method: they are evaluated alike, and intervals over them follow.
+    """
+
+    runs: _RunFolders
+    """Folders of runs, or of single checkpoints of them."""
     env: str | None = None
     """Environment id; default that of the run's data."""
     episodes: int = 100
@@ -183,8 +187,13 @@ class Eval:
     target: float | None = None
     """Return that explore, or a decision transformer, is asked for, in environment units; default of the latter the
     greatest of its data."""
+    checkpoint: Literal["both", "last", "best"] = "both"
+    """The newest checkpoint, the one that earlier evaluations found best (replays in training with --env; else evals of
+    two or more --step with other seeds), or both, where there is such a one."""
     step: int | None = None
-    """Evaluate this step's checkpoint instead of the newest."""
+    """Evaluate this step's checkpoint instead."""
+    csv: Path | None = None
+    """Append a row per evaluation to this file, benchmarks/results/<method>/<task>.csv by custom."""
     video: Path | None = None
     """Film one episode of the first plan: a name that ends in .mp4 or .gif."""
     device: str = "auto"
@@ -541,6 +550,48 @@ def _finetune(command: Finetune) -> None:
 
 
 def _eval(command: Eval) -> None:
+    _check_eval(command)
+    if command.video is not None:
+        from gac_fast.video import headless_backend
+
+        # Before anything imports mujoco, which reads the choice once.
+        headless_backend()
+    from gac_fast.evaluate import check_fit, evaluate
+    from gac_fast.train.log import merge_result
+
+    # All of it before the work.
+    chosen = [one for path in command.runs for one in _choose(path, command)]
+    env_id = _check_alike(chosen, command)
+    command = _asked(chosen[0].policy, command)
+    plans = [_make_plans(one.policy, command) for one in chosen]
+    if len(command.runs) > 1:
+        for one in chosen:
+            check_fit(one.policy, env_id)
+    results: dict[str, list[EvalResult]] = {"last": [], "best": []}
+    for number, (one, its_plans) in enumerate(zip(chosen, plans, strict=True)):
+        if number:
+            print()
+        result = evaluate(one.policy, env_id, command.episodes, command.seed, its_plans, progress=sys.stderr.isatty())
+        name = _report(one, command, result)
+        for label in one.labels:
+            results.setdefault(label, []).append(result)
+        # Last, as it is what can fail: the evaluation is saved by then.
+        if command.video is not None and number == 0:
+            _film(one.policy, env_id, its_plans, command.seed, command.video)
+            count, evaluations = _earlier_evaluations(one.run)
+            evaluations[name] = {**evaluations[name], "video": command.video}
+            merge_result(one.run, {"n_evaluations": count, "evaluations": evaluations})
+            _print_rows([("video", command.video)])
+    for label, found in results.items():
+        if len(found) > 1 and len(found) == len(command.runs):
+            print()
+            _print_pooled(label, found)
+
+
+def _check_eval(command: Eval) -> None:
+    """Refuse flags that make no sense, before anything is loaded."""
+    if not command.runs:
+        raise ConfigError("RUN: expected the folder of at least one run, got none")
     if command.episodes < 1:
         raise ConfigError(f"--episodes: expected at least 1, got {command.episodes}")
     if not 0 <= command.seed < 2**32:
@@ -549,44 +600,138 @@ def _eval(command: Eval) -> None:
         raise ConfigError(TARGET_RULE)
     if command.target is not None and not math.isfinite(command.target):
         raise ConfigError(f"--target: expected a finite return, got {command.target}")
-    if not command.run.is_dir():
-        raise CheckpointError(f"{command.run}: expected the folder of a run, found {_found(command.run)}")
-    if command.video is not None:
-        from gac_fast.video import headless_backend
+    for path in command.runs:
+        if not path.is_dir():
+            raise CheckpointError(f"{path}: expected the folder of a run, found {_found(path)}")
+    if command.video is not None and command.video.suffix.lower() not in (".mp4", ".gif"):
+        raise ConfigError(f"--video: expected a name that ends in .mp4 or .gif, got {command.video}")
+    if command.video is not None and len(command.runs) > 1:
+        raise ConfigError(f"--video: expected a single RUN to film, got {len(command.runs)}")
+    if command.csv is not None:
+        from gac_fast.results import check_appendable
 
-        if command.video.suffix.lower() not in (".mp4", ".gif"):
-            raise ConfigError(f"--video: expected a name that ends in .mp4 or .gif, got {command.video}")
-        # Before anything imports mujoco, which reads the choice once.
-        headless_backend()
-    from gac_fast import envs
-    from gac_fast.evaluate import evaluate
+        check_appendable(command.csv)
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """A checkpoint to evaluate."""
+
+    run: RunDir
+    policy: Policy
+    labels: tuple[str, ...]
+    """last, best, or both; chosen where the user named it."""
+    how: str | None
+    """What chose the best checkpoint, or why there is none; None where nobody asked."""
+    text: str
+
+
+def _choose(path: Path, command: Eval) -> list[_Chosen]:
+    """The checkpoints of a run that are to be evaluated, loaded.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+        ConfigError: the best one is asked for and there is none; the run's result.json is not what it should be.
+    """
     from gac_fast.policy import load
-    from gac_fast.train.log import merge_result
+    from gac_fast.train.best import best_checkpoint
     from gac_fast.train.offline import pick_device
 
-    run = _run_of(command.run)
-    # Now rather than after the work.
-    _earlier_evaluations(run)
-    policy = load(command.run, step=command.step, device=pick_device(command.device))
-    if command.target is not None and command.plans != "explore":
-        # A decision transformer is always asked for a return.
-        if command.plans != "exploit" or policy.config.baseline.method != "dt":
-            raise ConfigError(TARGET_RULE)
-        command = replace(command, plans="explore")
-    env_id = command.env or policy.env_id
-    if env_id is None:
-        raise ConfigError("--env: expected an environment id, as the data of this run names none")
-    env_id = envs.resolve_env_id(env_id)
-    plans = _make_plans(policy, command)
-    result = evaluate(policy, env_id, command.episodes, command.seed, plans, progress=sys.stderr.isatty())
-    name = _report(run, policy, command, result)
-    # Last, as it is what can fail: the evaluation is saved by then.
-    if command.video is not None:
-        _film(policy, env_id, plans, command.seed, command.video)
-        number, evaluations = _earlier_evaluations(run)
-        evaluations[name] = {**evaluations[name], "video": command.video}
-        merge_result(run, {"n_evaluations": number, "evaluations": evaluations})
-        _print_rows([("video", command.video)])
+    run = _run_of(path)
+    _, evaluations = _earlier_evaluations(run)
+    device = pick_device(command.device)
+    newest = load(path, step=command.step, device=device)
+    command = _asked(newest, command)
+    step = f"step {newest.step:,}"
+    if command.step is not None or path.resolve() != run.path:
+        label = "last" if _is_last(run, newest.step) else "chosen"
+        return [_Chosen(run, newest, (label,), None, f"{step} ({label})")]
+    last = _Chosen(run, newest, ("last",), None, f"{step} (last)")
+    env_id = command.env or newest.env_id
+    if command.checkpoint == "last" or env_id is None:
+        return [last]
+    from gac_fast import envs
+
+    best = best_checkpoint(run, evaluations, envs.resolve_env_id(env_id), command.plans, command.target, command.seed)
+    none = "nothing chose one: train with --env, or evaluate two or more --step with another --seed"
+    if best is not None and not best.kept and best.step != newest.step:
+        none, best = f"step {best.step:,}, {best.how}, is not kept", None
+    if best is None and command.checkpoint == "best":
+        raise ConfigError(f"--checkpoint best: expected {run.path} to have a best checkpoint, got {none}")
+    if best is None:
+        return [_Chosen(run, newest, ("last",), none, last.text)]
+    if best.step == newest.step:
+        text = f"{step} (last; also the {best.how})"
+        return [_Chosen(run, newest, ("last", "best"), best.how, text)]
+    policy = load(path, step=best.step, device=device)
+    found = _Chosen(run, policy, ("best",), best.how, f"step {best.step:,} ({best.how})")
+    return [found] if command.checkpoint == "best" else [last, found]
+
+
+def _asked(policy: Policy, command: Eval) -> Eval:
+    """A decision transformer is always asked for a return: naming one needs no more.
+
+    Raises:
+        ConfigError: a target for what takes none.
+    """
+    if command.target is None or command.plans == "explore":
+        return command
+    if command.plans != "exploit" or policy.config.baseline.method != "dt":
+        raise ConfigError(TARGET_RULE)
+    return replace(command, plans="explore")
+
+
+# What may differ between runs that intervals are made over: seeds, and what does not change what is learnt.
+_MAY_DIFFER = {
+    f"train.{name}"
+    for name in (
+        "seed", "device", "n_threads", "prefetch", "compile", "cuda_graph", "log_every", "eval_every",
+        "replay_episodes", "checkpoint_every", "keep_checkpoints",
+    )
+}  # fmt: skip
+
+
+def _check_alike(chosen: Sequence[_Chosen], command: Eval) -> str:
+    """The environment to evaluate in, if these are different runs of one method on one task.
+
+    Raises:
+        ConfigError: a run is named twice, two have one seed, or they differ in task, data or configuration.
+    """
+    from gac_fast import envs
+    from gac_fast.evaluate import same_task
+    from gac_fast.train.log import read_result
+
+    runs = [_run_of(path).path for path in command.runs]
+    for i, run in enumerate(runs):
+        if run in runs[:i]:
+            raise ConfigError(f"{command.runs[i]}: expected different runs, got one of them twice")
+    first = chosen[0]
+    seeds: dict[int, Path] = {}
+    for one in chosen:
+        seed = one.policy.config.train.seed
+        if seeds.setdefault(seed, one.run.path) != one.run.path:
+            raise ConfigError(f"{one.run.path}: expected another train.seed than {seeds[seed]} has, got {seed} too")
+        env_id = command.env or one.policy.env_id
+        if env_id is None:
+            raise ConfigError(f"--env: expected an environment id, as the data of {one.run.path} names none")
+        mine, its = (x.policy.env_id for x in (first, one))
+        if mine is not None and its is not None and not same_task(mine, its):
+            raise ConfigError(f"{one.run.path}: expected a run on {mine} as {first.run.path} is, got one on {its}")
+        ours, other = (read_result(x.run).get("data") for x in (first, one))
+        if isinstance(ours, str) and isinstance(other, str) and Path(ours).name != Path(other).name:
+            raise ConfigError(f"{one.run.path}: expected a run on {ours} as {first.run.path} is, got one on {other}")
+        its_config = one.policy.config.to_dict()
+        for section, fields in first.policy.config.to_dict().items():
+            for name, value in fields.items():
+                alike = its_config[section][name] == value or f"{section}.{name}" in _MAY_DIFFER
+                if not alike and one.run.path != first.run.path:
+                    raise ConfigError(
+                        f"{one.run.path}: expected {section}.{name} {value!r} as in {first.run.path}, got "
+                        f"{its_config[section][name]!r}: intervals are over seeds of one configuration"
+                    )
+    env_id = command.env or first.policy.env_id
+    assert env_id is not None
+    return envs.resolve_env_id(env_id)
 
 
 def _found(path: Path) -> str:
@@ -628,10 +773,11 @@ def _earlier_evaluations(run: RunDir) -> tuple[int, dict[str, Any]]:
     return number, evaluations
 
 
-def _report(run: RunDir, policy: Policy, command: Eval, result: EvalResult) -> str:
+def _report(one: _Chosen, command: Eval, result: EvalResult) -> str:
     """Print the evaluation, add it to ``result.json`` and draw it; returns the name of its entry."""
-    from gac_fast.train.log import merge_result
+    from gac_fast.train.log import merge_result, metric_rows
 
+    run, policy = one.run, one.policy
     number, evaluations = _earlier_evaluations(run)
     number += 1
     what = policy.describe(command.plans, command.target)
@@ -640,6 +786,8 @@ def _report(run: RunDir, policy: Policy, command: Eval, result: EvalResult) -> s
     # Behaviour cloning predicts nothing.
     predicts = math.isfinite(summary["predicted_mean"])
     plot = run.plots / f"predicted_vs_achieved_{_slug(result.env_id)}_{_slug(what)}.png" if predicts else None
+    if plot is not None and one.labels == ("best",):
+        plot = plot.with_name(f"{plot.stem}_best.png")
     if plot is not None:
         _plot(result, plot)
     entry = {
@@ -647,33 +795,122 @@ def _report(run: RunDir, policy: Policy, command: Eval, result: EvalResult) -> s
         "plans": command.plans,
         "target": command.target,
         "step": policy.step,
-        "checkpoint": "last" if _is_last(run, policy.step) else "chosen",
+        "checkpoint": one.labels[0],
+        "chosen_by": one.how if "best" in one.labels else None,
         **summary,
         "plot": None if plot is None else os.path.relpath(plot, run.path),
         "video": None,
     }
     merge_result(run, {"n_evaluations": number, "evaluations": {**evaluations, name: entry}})
+    rows = []
+    if command.csv is not None:
+        from gac_fast.results import append_rows
+
+        append_rows(command.csv, _csv_rows(one, what, result))
+        rows.append(("rows added to", command.csv))
 
     score = result.normalized_mean
+    replays = len(metric_rows(run.metrics, "replay/best_plans"))
     _print_rows(
         [
+            *([("run", run.path)] if len(command.runs) > 1 else []),
             ("environment", result.env_id),
-            ("plans", what),
-            ("checkpoint", f"step {policy.step:,} ({entry['checkpoint']})"),
+            ("plans", what + _baseline_note(policy, summary)),
+            ("checkpoint", one.text),
             ("episodes", f"{len(result.returns):,}, seed {result.seed}"),
             ("return mean", f"{result.mean:.2f}"),
             ("standard error", f"{result.standard_error:.2f}"),
             ("return median", f"{summary['return_median']:.2f}"),
+            (
+                "interquartile mean",
+                f"{summary['return_iqm']:.2f} {_ends(summary['return_iqm_interval'])} (95%)",
+            ),
             ("predicted mean", f"{summary['predicted_mean']:.2f}" if predicts else "none"),
+            *([("prediction error", _honesty(summary))] if predicts else []),
             ("normalised mean", "none: no reference scores" if score is None else f"{score:.2f}"),
             ("speed", f"{summary['steps_per_second']:,.0f} steps/s, planning included"),
             ("versions", ", ".join(f"{package} {version}" for package, version in result.versions.items())),
-            ("evaluations", f"{number} of this run so far"),
+            (
+                "evaluations",
+                f"{number} of this run so far" + (f", and {replays} replays in training" if replays else ""),
+            ),
+            *([("best checkpoint", one.how)] if one.how is not None and "best" not in one.labels else []),
             ("result", run.result),
+            *rows,
             *([] if plot is None else [("plot", plot)]),
         ]
     )
     return name
+
+
+def _baseline_note(policy: Policy, numbers: Mapping[str, Any]) -> str:
+    method = policy.config.baseline.method
+    if method == "none":
+        return ""
+    return " (behaviour cloning)" if method == "bc" else f" (dt, target {numbers['predicted_mean']:g})"
+
+
+def _ends(interval: Sequence[float]) -> str:
+    return f"[{interval[0]:.2f}, {interval[1]:.2f}]"
+
+
+def _honesty(numbers: Mapping[str, Any]) -> str:
+    return (
+        f"{numbers['prediction_bias']:+.2f} on average, rms {numbers['prediction_rmse']:.2f}, "
+        f"{100 * numbers['prediction_coverage']:.0f}% of episodes within one predicted std"
+    )
+
+
+def _csv_rows(one: _Chosen, what: str, result: EvalResult) -> list[Row]:
+    from gac_fast.results import BEST, Row
+    from gac_fast.train.log import machine, short_commit
+
+    predicted = float(result.predicted.mean())
+    kind = {"prior": "prior plans", "posterior-best": "best posterior plans"}.get(what, what)
+    return [
+        Row(
+            one.policy.step, result.mean, result.normalized_mean, one.policy.config.train.seed,
+            kind + (BEST if label == "best" else ""), predicted if math.isfinite(predicted) else None,
+            len(result.returns),
+            round(result.seconds, 1), short_commit(), machine(one.policy.device),
+        )
+        for label in one.labels
+    ]  # fmt: skip
+
+
+def _print_pooled(label: str, results: Sequence[EvalResult]) -> None:
+    from gac_fast.evaluate import pooled
+
+    numbers = pooled(results)
+    n = numbers["runs"]
+
+    def both(name: str) -> str:
+        score = numbers[f"normalized_{name}"]
+        scored = "" if score is None else f", normalised {_ends(score) if isinstance(score, list) else f'{score:.2f}'}"
+        value = numbers[f"return_{name}"]
+        return (_ends(value) if isinstance(value, list) else f"{value:.2f}") + scored
+
+    _print_rows(
+        [
+            ("all runs", f"{n} runs of {numbers['episodes'] // n:,} episodes, {label} checkpoints"),
+            ("return mean", both("mean")),
+            ("standard error", f"{numbers['return_standard_error']:.2f} over runs"),
+            ("  other seeds", f"{both('mean_interval')} (95%, Student's t over {n} runs)"),
+            ("return median", both("median")),
+            ("interquartile mean", both("iqm")),
+            ("  other episodes", f"{both('iqm_interval')} (95%, bootstrap of episodes within these runs)"),
+            ("  other seeds too", f"{both('iqm_interval_over_runs')} (95%, bootstrap of runs and episodes)"),
+            *(
+                [
+                    ("predicted mean", f"{numbers['predicted_mean']:.2f}"),
+                    ("prediction error", _honesty(numbers)),
+                ]
+                if math.isfinite(numbers["predicted_mean"])
+                else []
+            ),
+            ("speed", f"{numbers['steps_per_second']:,.0f} steps/s, planning included"),
+        ]
+    )
 
 
 def _is_last(run: RunDir, step: int) -> bool:

@@ -15,6 +15,7 @@ import torch
 
 from gac_fast.act import Actor
 from gac_fast.errors import EnvError
+from gac_fast.intervals import bootstrap, interquartile_mean, standard_error, t_interval
 from gac_fast.plan import Plans, predict
 from gac_fast.policy import Policy
 from gac_fast.rollout import Rollout, rollout
@@ -22,7 +23,7 @@ from gac_fast.rollout import Rollout, rollout
 if TYPE_CHECKING:
     from gymnasium.vector import VectorEnv
 
-__all__ = ["EvalResult", "check_fit", "evaluate"]
+__all__ = ["EvalResult", "check_fit", "evaluate", "pooled", "same_task"]
 
 MAX_ENVS = 256
 
@@ -74,15 +75,75 @@ class EvalResult:
             "return_std": self.std,
             "return_standard_error": self.standard_error,
             "return_median": float(np.median(self.returns)),
+            "return_iqm": float(interquartile_mean(self.returns)),
+            "return_iqm_interval": list(bootstrap([self.returns], interquartile_mean)),
             "length_mean": float(self.lengths.mean()),
             "predicted_mean": float(self.predicted.mean()),
             "predicted_std": float(self.predicted_std.mean()),
+            **_honesty([self]),
             "normalized_mean": self.normalized_mean,
             "seed": self.seed,
             "seconds": self.seconds,
             "steps_per_second": float(self.lengths.sum() / max(self.seconds, 1e-9)),
             "versions": self.versions,
         }
+
+
+def pooled(results: Sequence[EvalResult]) -> dict[str, Any]:
+    """JSON-ready numbers of several runs of one method, evaluated alike.
+
+    ``return_standard_error`` and ``return_mean_interval`` (Student's t, 95%) are over the means of the runs: they cover
+    other seeds of training. ``return_iqm_interval`` is the stratified bootstrap of Agarwal et al., the runs its strata:
+    it covers other episodes of these very runs. ``return_iqm_interval_over_runs`` draws the runs anew too, and is too
+    narrow for few. Keys that begin with ``normalized`` give the same as scores, None without reference scores.
+
+    Args:
+        results: at least two, of equal numbers of episodes in one environment.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if len(results) < 2 or len({(one.env_id, len(one.returns)) for one in results}) > 1:
+        got = [(one.env_id, len(one.returns)) for one in results]
+        raise ValueError(f"results: expected at least two, of one environment and number of episodes, got {got}")
+    returns = [one.returns for one in results]
+    means = np.array([one.mean for one in results])
+    every = np.concatenate(returns)
+    mean_interval = t_interval(means)
+    assert mean_interval is not None
+    numbers: dict[str, Any] = {
+        "mean": float(means.mean()),
+        "mean_interval": list(mean_interval),
+        "median": float(np.median(every)),
+        "iqm": float(interquartile_mean(every)),
+        "iqm_interval": list(bootstrap(returns, interquartile_mean)),
+        "iqm_interval_over_runs": list(bootstrap(returns, interquartile_mean, resample_runs=True)),
+    }
+    env_id = results[0].env_id
+    scored = {name: _normalized(env_id, np.asarray(value)) for name, value in numbers.items()}
+    return {
+        "env_id": env_id,
+        "runs": len(results),
+        "episodes": len(every),
+        **{f"return_{name}": value for name, value in numbers.items()},
+        "return_standard_error": standard_error(means),
+        **{f"normalized_{name}": value for name, value in scored.items()},
+        "predicted_mean": float(np.mean([one.predicted.mean() for one in results])),
+        **_honesty(results),
+        "steps_per_second": float(sum(x.lengths.sum() for x in results) / max(sum(x.seconds for x in results), 1e-9)),
+    }
+
+
+def _honesty(results: Sequence[EvalResult]) -> dict[str, float]:
+    """How predictions compare with what was achieved: mean and rms of predicted minus achieved return, and the share of
+    episodes within one predicted standard deviation (0.68 if calibrated)."""
+    gap = np.concatenate([one.predicted - one.returns for one in results])
+    std = np.concatenate([one.predicted_std for one in results])
+    return {
+        "prediction_bias": float(gap.mean()),
+        "prediction_rmse": float(np.sqrt(np.square(gap).mean())),
+        "prediction_coverage": float((np.abs(gap) <= std).mean()),
+    }
 
 
 def evaluate(
@@ -168,7 +229,7 @@ def evaluate(
                 envs.close_vector(vector)
     return EvalResult(
         env_id, result.returns, result.lengths, predicted, predicted_std, result, seed, seconds, _versions(),
-        _normalized(env_id, result.returns),
+        _normalized(env_id, result.returns.mean()),
     )  # fmt: skip
 
 
@@ -242,26 +303,32 @@ def _check_task(policy: Policy, env_id: str) -> None:
         )
 
 
+def same_task(env_id: str, other: str) -> bool:
+    """Whether two environment ids name one task, whatever the namespace and version."""
+    return _task(env_id) == _task(other)
+
+
 def _task(env_id: str) -> str:
     """An environment id without namespace and version; mazes have one name in every collection."""
     name = re.sub(r"-v\d+$", "", re.split("[:/]", env_id)[-1]).lower().replace("_", "-")
     return re.sub("^maze2d-", "pointmaze-", name)
 
 
-def _normalized(env_id: str, returns: np.ndarray) -> float | None:
+def _normalized(env_id: str, returns: np.ndarray) -> Any:
+    """Scores of returns, a number or a list as their shape asks; None where there are no reference scores."""
     from gac_fast.data import scores
     from gac_fast.errors import DataError
 
     try:
         # Without an engine in front, or the module that registers it.
-        return float(np.mean(scores.normalized_score(env_id.rpartition(":")[2], returns)))
+        return np.asarray(scores.normalized_score(env_id.rpartition(":")[2], returns)).tolist()
     except DataError:
         return None
 
 
 def _versions() -> dict[str, str]:
     found = {}
-    for name in ("gymnasium", "gymnasium-robotics", "mujoco", "torch"):
+    for name in ("gac-fast", "gymnasium", "gymnasium-robotics", "mujoco", "numpy", "torch"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

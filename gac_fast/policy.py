@@ -226,6 +226,7 @@ class ExploitActor(Actor):
         super().__init__(policy.model, policy.normalization, plans.z0, **options)
         self.policy, self.every, self.seed, self.overrides = policy, every, seed, overrides
         self.age = np.zeros(len(self), np.int64)
+        self._rests = np.zeros(len(self), np.bool_)
 
     def reset(
         self, mask: np.ndarray | Tensor | None = None, plans: np.ndarray | Tensor | HasSeeds | None = None
@@ -233,9 +234,15 @@ class ExploitActor(Actor):
         """As :meth:`Actor.reset`."""
         super().reset(mask, plans)
         self.age[np.ones(len(self), np.bool_) if mask is None else torch.as_tensor(mask).cpu().numpy()] = 0
+        self._rests[:] = False
+
+    def rest(self, mask: np.ndarray | Tensor) -> None:
+        """As :meth:`Actor.rest`; nothing is planned for these either."""
+        super().rest(mask)
+        self._rests |= torch.as_tensor(mask).cpu().numpy()
 
     def _act(self, obs: Array) -> Array:
-        due = np.flatnonzero((self.age > 0) & (self.age % self.every == 0))
+        due = np.flatnonzero((self.age > 0) & (self.age % self.every == 0) & ~self._rests)
         if len(due):
             rows = torch.from_numpy(due).to(self.device)
             states = torch.as_tensor(obs, device=self.device)[rows]
@@ -251,7 +258,8 @@ class ExploitActor(Actor):
         """As :meth:`Actor.split`."""
         parts: list[ExploitActor] = super().split(sizes)  # type: ignore[assignment]
         for part, start in zip(parts, np.cumsum(sizes) - sizes, strict=True):
-            part.age = self.age[start : start + len(part)].copy()
+            rows = slice(start, start + len(part))
+            part.age, part._rests = self.age[rows].copy(), self._rests[rows].copy()
         return parts
 
 

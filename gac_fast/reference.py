@@ -329,6 +329,11 @@ class StepWeights(NamedTuple):
     decoder: DecoderWeights
 
 
+def _read_rings(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """Attention of one query per row and head, q [P, H, d], to W keys, k and v [P, W, H, d]: [P, H, d]."""
+    return F.scaled_dot_product_attention(q[:, :, None], k.transpose(1, 2), v.transpose(1, 2), attn_mask=bias)[:, :, 0]
+
+
 def decode_token(
     weights: DecoderWeights,
     x: Tensor,
@@ -339,7 +344,8 @@ def decode_token(
     n_seen: Tensor,
     positions: Tensor,
     active: Tensor | None = None,
-) -> Tensor:
+    read: bool = True,
+) -> Tensor | None:
     """Feed one token per environment through all layers, keeping its keys and values in the rings.
 
     Args:
@@ -350,9 +356,10 @@ def decode_token(
         n_seen: int64 [P], tokens each environment has been fed before this one.
         positions: int64 [P], time step of the token.
         active: bool [P]; rows that are False leave their ring as it was (their output means nothing).
+        read: whether the mean action is wanted; without it the last layer has nothing to do but to keep its keys.
 
     Returns:
-        [P, act_dim], the tanh mean read at this token.
+        [P, act_dim], the tanh mean read at this token; None where it is not wanted.
     """
     n_rows, dim = x.shape
     heads, width = weights.n_heads, dim // weights.n_heads
@@ -360,7 +367,7 @@ def decode_token(
     rows = torch.arange(n_rows, device=x.device)
     slot = n_seen % window
     valid = torch.arange(window, device=x.device)[None, :] <= n_seen[:, None]  # [P, W]
-    bias = torch.zeros(valid.shape, dtype=x.dtype, device=x.device).masked_fill_(~valid, -math.inf)[:, None]
+    bias = torch.zeros(valid.shape, dtype=x.dtype, device=x.device).masked_fill_(~valid, -math.inf)[:, None, None]
     cos, sin = _rotary_table(positions, width, weights.rope_base, x.dtype)
     for i, w in enumerate(weights.layers):
         q, k, v = norm_linear(x, w.norm1_w, w.norm1_b, w.w_qkv, w.b_qkv).view(n_rows, 3, heads, width).unbind(1)
@@ -370,12 +377,12 @@ def decode_token(
             v = torch.where(active[:, None, None], v, ring_v[i, rows, slot])
         ring_k[i, rows, slot] = k.to(ring_k.dtype)
         ring_v[i, rows, slot] = v.to(ring_v.dtype)
-        score = torch.einsum("phd,pwhd->phw", q * width**-0.5, ring_k[i].to(x.dtype)) + bias
-        out = torch.einsum("phw,pwhd->phd", torch.softmax(score, dim=-1), ring_v[i].to(x.dtype))
+        if not read and i + 1 == len(weights.layers):
+            return None
+        out = _read_rings(q, ring_k[i].to(x.dtype), ring_v[i].to(x.dtype), bias)
         x = x + F.linear(out.reshape(n_rows, dim), w.w_o, w.b_o)
         q = norm_linear(x, w.norm2_w, w.norm2_b, w.w_plan_q, w.b_plan_q).view(n_rows, heads, width)
-        score = torch.einsum("phd,pzhd->phz", q * width**-0.5, plan_k[i])
-        out = torch.einsum("phz,pzhd->phd", torch.softmax(score, dim=-1), plan_v[i])
+        out = _read_rings(q, plan_k[i], plan_v[i], None)
         x = x + F.linear(out.reshape(n_rows, dim), w.w_plan_o, w.b_plan_o)
         x = mlp_residual(x, w.norm3_w, w.norm3_b, w.w_in, w.b_in, w.w_out, w.b_out)
     return torch.tanh(norm_linear(x, weights.norm_w, weights.norm_b, weights.w_head, weights.b_head))
@@ -403,15 +410,15 @@ def decode_step(
         [P, act_dim], the tanh mean.
     """
 
-    def feed(token: Tensor, n_seen: Tensor, positions: Tensor, active: Tensor | None) -> Tensor:
-        n_seen, positions = n_seen.clamp_min(0), positions.clamp_min(0)
-        return decode_token(weights.decoder, token, ring_k, ring_v, plan_k, plan_v, n_seen, positions, active)
-
+    decoder, places = weights.decoder, (ring_k, ring_v, plan_k, plan_v)
     c = 1 if weights.embed_action_w is None else 2
     if weights.embed_action_w is not None:
         token = F.linear(last_action, weights.embed_action_w, weights.embed_action_b)
-        feed(token, 2 * steps - 1, steps - 1, steps > 0)
-    mean = feed(F.linear(observations, weights.embed_state_w, weights.embed_state_b), c * steps, steps, None)
+        n_seen, positions = (2 * steps - 1).clamp_min(0), (steps - 1).clamp_min(0)
+        decode_token(decoder, token, *places, n_seen, positions, steps > 0, read=False)
+    token = F.linear(observations, weights.embed_state_w, weights.embed_state_b)
+    mean = decode_token(decoder, token, *places, c * steps, steps)
+    assert mean is not None
     last_action.copy_(mean)
     steps += 1
     return mean

@@ -47,11 +47,12 @@ FIRST_STEPS = 256
 class Acts(Protocol):
     """Whatever chooses the actions of a round: a :class:`gac_fast.act.Actor`, or anything else with this method.
 
-    Four more are used where they exist: ``z0``, the plan seeds [num_envs, n_z, D], which the rollout keeps beside the
-    episodes; ``device``, as observations for a GPU lie in pinned memory; ``rewarded(rewards)``, told before every
-    further ``act`` what the last actions earned, float64 [num_envs], 0 where the episode was over; and
-    ``split(sizes)``, which gives one actor for each of several groups of consecutive rows. These act in threads of
-    their own, one for every vector.
+    More is used where it exists: ``z0``, the plan seeds [num_envs, n_z, D], which the rollout keeps beside the
+    episodes; ``device``, as observations for a GPU lie in pinned memory; ``split(sizes)``, which gives one actor
+    for each of several groups of consecutive rows (these act in threads of their own, one for every vector);
+    ``rewarded(rewards)``, told before every further ``act`` what the last actions earned, float64 [num_envs], 0 where
+    the episode was over; and ``rest(mask)``, bool [num_envs], told of the rows that have finished, whose actions are of
+    no matter from then on.
     """
 
     def act(self, obs: np.ndarray, /) -> np.ndarray:
@@ -338,6 +339,8 @@ class _Part:
             self._limit = timeout + ASYNC_GRACE
         self._disabled = env.metadata.get("autoreset_mode") == AutoresetMode.DISABLED
         self._mask: npt.NDArray[np.bool_] | None = None
+        # Of an environment that can leave finished rows as they are, which is quicker than to step them.
+        self.park: Callable[[npt.NDArray[np.bool_] | None], None] | None = getattr(env.unwrapped, "park", None)
         self._call: Callable[[], Any] = lambda: None
 
     def reset(self, seed: int | None) -> None:
@@ -413,7 +416,9 @@ class _Part:
             base.step_async(actions)
             with self._answers():
                 result = base.step_wait(self._timeout)
-        if self._disabled:
+        if self.park is not None:
+            self.park(np.asarray(result[2], np.bool_) | np.asarray(result[3], np.bool_))
+        elif self._disabled:
             done = np.asarray(result[2], np.bool_) | np.asarray(result[3], np.bool_)
             self._mask = done if done.any() else None
         return result
@@ -525,6 +530,9 @@ class _Run:
         self.stopped = True
         for part in self.parts:
             part.close()
+            if part.park is not None and not part.hangs:
+                # The environment is the caller's again.
+                part.park(None)
 
     def round(self, make_actor: MakeActor, seed: int | None) -> None:
         """One episode in every environment, or in as many as are still wanted."""
@@ -561,6 +569,8 @@ class _Run:
         for part in self.parts:
             observations, _ = part.wait()
             self._observe(part, observations)
+            if part.park is not None:
+                part.park(~self.running[part.rows])
 
     def _play_all(self, actor: Acts) -> None:
         split = getattr(actor, "split", None)
@@ -610,15 +620,20 @@ class _Run:
     def _play(self, unit: _Unit) -> None:
         """Step the parts of a unit until all of their episodes have ended."""
         rewarded = getattr(unit.actor, "rewarded", None)
+        rest = getattr(unit.actor, "rest", None)
+        n_running = -1
         self._act(unit)
         while any(part.pending for part in unit.parts) and not self.stopped:
             for part in unit.parts:
                 if part.pending:
                     self._end(part)
-            if self.running[unit.rows].any():
+            running = self.running[unit.rows]
+            if running.any():
                 if rewarded is not None:
                     rewarded(self.rewards[unit.rows])
                     self.rewards[unit.rows] = 0.0
+                if rest is not None and n_running != (n_running := int(np.count_nonzero(running))):
+                    rest(~running)
                 self._act(unit)
 
     def _act(self, unit: _Unit) -> None:

@@ -465,3 +465,25 @@ def test_plans_change_in_the_middle_of_an_episode_and_the_history_stays(context)
     assert not torch.equal(out[MASK], before[MASK])
     # Neither the plan nor the steps before are lost on it.
     assert not torch.equal(out[MASK], new[MASK])
+
+
+@pytest.mark.parametrize("context", ["states", "states_actions"])
+@pytest.mark.parametrize("noise", [0.0, 0.3])
+def test_rows_that_rest_change_nothing_for_the_others_and_a_reset_wakes_them(context, noise):
+    whole, resting = (make_actor(context, action_noise=noise, noise_correlation=2.0) for _ in range(2))
+    for t, obs in enumerate(observations(12)):
+        awake = torch.tensor([True, t < 3, True, t < 6])
+        if t in (3, 6):
+            resting.rest(~awake)
+        if t == 8:
+            for actor in (whole, resting):
+                actor.change_plans(random_seeds(P, actor.model.config, seed=5))
+        found, expected = resting.act(obs.masked_fill(~awake[:, None], math.nan)), whole.act(obs)
+        torch.testing.assert_close(found[awake], expected[awake], rtol=0, atol=1e-5)
+        assert not found[~awake].any()
+    for actor in (whole, resting):
+        actor.reset(~awake)
+    for obs in observations(5, seed=1):
+        torch.testing.assert_close(resting.act(obs), whole.act(obs), rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match=r"mask: expected bool \[4\], got torch.bool \[3\]"):
+        resting.rest(np.zeros(3, bool))

@@ -24,6 +24,7 @@ from gac_fast import checkpoint, cli, ops
 from gac_fast.cli import main
 from gac_fast.config import PRESETS, Config, ModelConfig, PlanConfig, PosteriorConfig, TrainConfig
 from gac_fast.errors import BackendError, EnvError
+from gac_fast.results import read_rows
 
 UMAZE = "gac_fast/PointMaze-umaze-v0"
 HOPPER = ROOT / "tests" / "data" / "hopper-medium-cut.hdf5"
@@ -394,6 +395,109 @@ def test_eval_adds_to_the_result(run: Path, capsys: pytest.CaptureFixture[str]) 
     assert chosen["n_evaluations"] == 3
     assert len(chosen["evaluations"]) == 2
     assert chosen["evaluations"][f"{UMAZE}, exploit, step 2, 2 episodes, seed 0"]["checkpoint"] == "chosen"
+
+
+def reconfigured(run: Path, copy: Path, **sections: dict[str, Any]) -> None:
+    """A copy of a run as if it had been trained with other values."""
+    tensors, state = checkpoint.load(checkpoint.latest(run))
+    config = Config.from_dict(state["config"]).replace(**sections).to_dict()
+    checkpoint.save(checkpoint.checkpoint_path(copy, state["step"]), tensors, {**state, "config": config})
+    shutil.copy(run / "result.json", copy)
+
+
+def test_eval_of_several_runs_gives_intervals_over_them(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other, wide, table_csv = tmp_path / "other", tmp_path / "wide", tmp_path / "gac" / "pointmaze-umaze.csv"
+    reconfigured(run, other, train={"seed": 1})
+    reconfigured(run, wide, train={"seed": 2}, plan={"kappa": 2.0})
+    capsys.readouterr()
+    assert main(["eval", str(run), str(other), "--episodes", "3", "--csv", str(table_csv)]) == 0
+    *each, pooled = capsys.readouterr().out.split("\n\n")
+    entries = [next(iter(read(path / "result.json")["evaluations"].values())) for path in (run, other)]
+    for text, path, entry in zip(each, (run, other), entries, strict=True):
+        assert table(text)["run"] == str(path)
+        assert table(text)["return mean"] == f"{entry['return_mean']:.2f}"
+    means = [entry["return_mean"] for entry in entries]
+    rows = table(pooled)
+    assert rows["all runs"] == "2 runs of 3 episodes, last checkpoints"
+    assert rows["return mean"].startswith(f"{np.mean(means):.2f}, normalised ")
+    assert rows["standard error"] == f"{abs(means[0] - means[1]) / 2:.2f} over runs"
+    found = read_rows(table_csv)
+    assert [(row.step, row.seed, row.kind, row.episodes) for row in found] == [
+        (4, 0, "exploit", 3),
+        (4, 1, "exploit", 3),
+    ]
+    assert [row.mean for row in found] == means
+    # What is there stays, and what does not fit is refused, all before the work.
+    before = table_csv.read_bytes()
+    assert main(["eval", str(run), "--episodes", "1", "--plans", "prior", "--csv", str(table_csv)]) == 0
+    assert table_csv.read_bytes().startswith(before)
+    assert read_rows(table_csv)[2].kind == "prior plans"
+    torn = tmp_path / "torn.csv"
+    torn.write_bytes(table_csv.read_bytes()[:-3])
+    results = {path: (path / "result.json").read_text() for path in (run, other)}
+    for flags, message in (
+        ([], "RUN: expected the folder of at least one run, got none"),
+        ([run, tmp_path / "none"], "none: expected the folder of a run, found no such folder"),
+        ([run, other, run], f"{run}: expected different runs, got one of them twice"),
+        ([run, run / "checkpoints" / "step_00000002"], "expected different runs, got one of them twice"),
+        ([run, shutil.copytree(run, tmp_path / "copy")], f"expected another train.seed than {run} has, got 0 too"),
+        ([run, wide], f"{wide}: expected plan.kappa 1.0 as in {run}, got 2.0: intervals are over seeds of one"),
+        ([run, other, "--video", "a.gif"], "--video: expected a single RUN to film, got 2"),
+        ([run, "--csv", torn], "torn.csv, line 4: expected the end of a line, got the end of the file"),
+        ([run, "--csv", run / "metrics.csv"], "metrics.csv, line 1: expected the columns step,return,normalised,"),
+        ([run, "--checkpoint", "best"], f"expected {run} to have a best checkpoint, got nothing chose one"),
+    ):
+        assert message in error_of(["eval", *flags], capsys)
+    assert {path: (path / "result.json").read_text() for path in results} == results
+
+
+def test_eval_of_the_best_checkpoint_beside_the_last(
+    dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    replays = {2: 5.0, 4: 9.0, 6: 9.0, 8: 1.0}
+    monkeypatch.setattr(
+        "gac_fast.train.trainer.Trainer.replay", lambda trainer, env: {"replay/best_plans": replays[trainer.step]}
+    )
+    monkeypatch.setattr("gac_fast.train.offline._write_plots", lambda run: None)
+    run, rows_csv = tmp_path / "run", tmp_path / "rows.csv"
+    flags = [*TINY, "--env", "pointmaze-umaze", "--train.eval-every", "2", "--train.keep-checkpoints", "1"]
+    flags += ["--train.checkpoint-every", "100", "--train.held-out", "0", "--plan.n-best", "1"]
+    assert main(train_flags(dataset, run, *flags, "--train.n-updates", "6")) == 0
+    more = ["--env", "pointmaze-umaze", "--train.n-updates", "8"]
+    assert main(train_flags(dataset, run, "--resume", *more)) == 0
+    assert [path.name for path in checkpoint.list_checkpoints(run)] == ["step_00000004", "step_00000008"]
+    assert "best.z0" in checkpoint.load(checkpoint.checkpoint_path(run, 4))[0]
+    capsys.readouterr()
+    assert main(["eval", str(run), "--episodes", "2", "--csv", str(rows_csv)]) == 0
+    last, best = (table(text) for text in capsys.readouterr().out.split("\n\n"))
+    assert (last["checkpoint"], best["checkpoint"]) == ("step 8 (last)", "step 4 (best of 4 replays in training)")
+    assert best["evaluations"] == "2 of this run so far, and 4 replays in training"
+    entries = read(run / "result.json")["evaluations"].values()
+    assert [(entry["checkpoint"], entry["chosen_by"]) for entry in entries] == [
+        ("last", None), ("best", "best of 4 replays in training"),
+    ]  # fmt: skip
+    assert len({entry["plot"] for entry in entries}) == 2
+    assert [(row.step, row.kind) for row in read_rows(rows_csv)] == [(8, "exploit"), (4, "exploit, best")]
+    shutil.rmtree(checkpoint.checkpoint_path(run, 4))
+    message = error_of(["eval", run, "--checkpoint", "best"], capsys)
+    assert "got step 4, best of 4 replays in training, is not kept" in message
+
+
+def test_without_replays_earlier_evaluations_of_other_seeds_choose(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for step in ("2", "4"):
+        assert main(["eval", str(run), "--episodes", "2", "--seed", "1", "--step", step]) == 0
+    result = read(run / "result.json")
+    for entry in result["evaluations"].values():
+        entry["return_mean"] = {2: 50.0, 4: 20.0}[entry["step"]]
+    (run / "result.json").write_text(json.dumps(result))
+    # Its own episodes would flatter what they chose.
+    assert "nothing chose one" in error_of(["eval", run, "--seed", "1", "--checkpoint", "best"], capsys)
+    assert main(["eval", str(run), "--episodes", "1", "--checkpoint", "best"]) == 0
+    assert table(capsys.readouterr().out)["checkpoint"] == "step 2 (best of 2 steps evaluated before with other seeds)"
 
 
 @pytest.mark.parametrize("flags", [["prior"], ["posterior-best"], ["explore", "--target", "40"]], ids=lambda f: f[0])

@@ -185,6 +185,34 @@ def test_with_autoreset_disabled_the_caller_resets() -> None:
     assert n_ended >= 6
 
 
+@pytest.mark.parametrize("mode", [AutoresetMode.NEXT_STEP, AutoresetMode.DISABLED])
+def test_parked_rows_stay_as_they_are_and_the_others_do_not_notice(mode: AutoresetMode) -> None:
+    ours, other = (MujocoVectorEnv("Hopper-v5", 3, autoreset_mode=mode, max_episode_steps=30) for _ in range(2))
+    rng = np.random.default_rng(2)
+    running = np.ones(3, np.bool_)
+    for env in (ours, other):
+        env.reset(seed=1)
+    last = np.zeros((3, 11))
+    while running.any():
+        actions = rng.uniform(-1, 1, (3, 3)).astype(np.float32)
+        found, expected = ours.step(actions), other.step(actions)
+        for x, y in zip(found[:4], expected[:4], strict=True):
+            np.testing.assert_array_equal(x[running], y[running])
+            np.testing.assert_array_equal(x[~running], last[~running] if x.ndim == 2 else 0)
+        last, done = found[0], found[2] | found[3]
+        running &= ~done
+        ours.park(done)
+        if mode is AutoresetMode.DISABLED and (ended := expected[2] | expected[3]).any():
+            other.reset(options={"reset_mask": ended})
+    # Taken up again, a row begins its next episode; a reset takes up what it resets.
+    if mode is AutoresetMode.NEXT_STEP:
+        ours.park(None)
+        assert not np.array_equal(ours.step(np.zeros((3, 3), np.float32))[0], last)
+    np.testing.assert_array_equal(ours.reset(seed=5)[0], other.reset(seed=5)[0])
+    actions = rng.uniform(-1, 1, (3, 3)).astype(np.float32)
+    np.testing.assert_array_equal(ours.step(actions)[0], other.step(actions)[0])
+
+
 def test_results_are_fresh_arrays() -> None:
     env = MujocoVectorEnv("Hopper-v5", 2)
     first, _ = env.reset(seed=0)

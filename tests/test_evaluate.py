@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
+import itertools
 import json
 import warnings
 
@@ -18,6 +20,7 @@ from gymnasium.vector import SyncVectorEnv
 from gac_fast import evaluate
 from gac_fast.config import Config, PlanConfig
 from gac_fast.errors import EnvError
+from gac_fast.intervals import bootstrap, interquartile_mean, t_interval
 from gac_fast.plan import Plans, predict
 
 # gac_fast.evaluate is the function.
@@ -223,3 +226,56 @@ def test_parts_are_evaluated_as_one(monkeypatch):
 def test_progress_bar_reaches_the_end(capsys):
     evaluate(policy(), counting_vector([[2], [3]]), episodes=4, progress=True)
     assert "4/4" in capsys.readouterr().err
+
+
+def test_interquartile_mean_leaves_out_a_quarter_rounded_down_at_either_end():
+    x = np.array([[7.0, -50, 3, 4, 5, 900, 1], [1, 1, 1, 1, 1, 1, 99]])
+    assert interquartile_mean(x).tolist() == [(1 + 3 + 4 + 5 + 7) / 5, 1]
+    assert interquartile_mean([5.0, 1, 9]) == 5
+    assert interquartile_mean([1.0, 2, 4, 100]) == 3
+
+
+def test_bootstrap_intervals_are_those_of_all_resamples():
+    runs = [np.array([0.0, 1.0, 5.0]), np.array([10.0, 13.0, 14.0])]
+    draws = [[np.array(x) for x in itertools.product(run, repeat=3)] for run in runs]
+    within = [interquartile_mean(np.concatenate(pair)) for pair in itertools.product(*draws)]
+    over = [
+        interquartile_mean(np.concatenate(pair))
+        for i, j in itertools.product(range(2), repeat=2)
+        for pair in itertools.product(draws[i], draws[j])
+    ]
+    for resample_runs, every in ((False, within), (True, over)):
+        found = bootstrap(runs, interquartile_mean, level=0.8, n_resamples=40_000, resample_runs=resample_runs, seed=3)
+        np.testing.assert_allclose(found, np.percentile(every, (10, 90)), atol=0.02)
+    assert bootstrap(runs, interquartile_mean, seed=1) == bootstrap(runs, interquartile_mean, seed=1)
+    # Of large samples the interval is the normal one, and what lies between the runs is no part of it.
+    rng = np.random.default_rng(0)
+    large = [rng.normal(centre, 2, 4000) for centre in (0, 100)]
+    low, high = bootstrap(large, lambda x: x.mean(-1), n_resamples=4000)
+    assert high - low == pytest.approx(2 * 1.96 * 2 / 8000**0.5, rel=0.08)
+    with pytest.raises(ValueError, match=r"as many scores of every run to resample runs, got \[3, 4\]"):
+        bootstrap([runs[0], np.ones(4)], interquartile_mean, resample_runs=True)
+    # Tables of Student's t: 4.302653 for 2 degrees of freedom, 2.776445 for 4.
+    assert t_interval([1.0, 2.0, 3.0]) == pytest.approx((2 - 4.302653 / 3**0.5, 2 + 4.302653 / 3**0.5), abs=1e-6)
+    assert t_interval([0.0, 1, 2, 3, 4])[1] == pytest.approx(2 + 2.776445 * 0.5**0.5, abs=1e-6)
+    assert t_interval([1.0]) is None
+
+
+def test_pooled_numbers_of_runs():
+    p = policy()
+    one = evaluate(p, counting_vector([[1], [2], [3]]), episodes=3, plans=numbered_plans(p, 3))
+    shifted = [dataclasses.replace(one, env_id="Hopper-v5", returns=one.returns + shift) for shift in (0, 30, 90)]
+    found = json.loads(json.dumps(evaluation.pooled(shifted)))
+    means = [r.mean for r in shifted]
+    assert (found["runs"], found["episodes"]) == (3, 9)
+    assert found["return_mean"] == pytest.approx(np.mean(means))
+    assert found["return_standard_error"] == pytest.approx(np.std(means, ddof=1) / 3**0.5)
+    assert found["return_mean_interval"] == pytest.approx(t_interval(means))
+    assert found["return_iqm"] == pytest.approx(interquartile_mean(np.concatenate([r.returns for r in shifted])))
+    # Predicted: 0, 1, 2.
+    assert found["prediction_bias"] == pytest.approx(1 - np.mean(means))
+    assert found["normalized_mean"] == pytest.approx((np.mean(means) + 20.272305) / 32.54572305)
+    low, high = (np.array(found["return_iqm_interval"]) + 20.272305) / 32.54572305
+    assert found["normalized_iqm_interval"] == pytest.approx([low, high])
+    with pytest.raises(ValueError, match="of one environment and number of episodes"):
+        evaluation.pooled([one, shifted[0]])

@@ -23,7 +23,7 @@ FLOORS = [
     {"model", "data", "envs"},
     {"ops"},
     {"reference", "kernels", "_C"},
-    {"config", "errors", "files", "_version"},
+    {"config", "errors", "files", "intervals", "results", "_version"},
 ]
 # Neighbours on a floor that do not know each other. data may use envs: it makes episodes with them.
 STRANGERS = {

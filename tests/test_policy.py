@@ -224,5 +224,11 @@ def test_an_exploiting_actor_plans_anew_for_the_states_at_hand(monkeypatch):
     assert [len(one) for one in asked] == [3, 2, 1]
     np.testing.assert_array_equal(asked[0].numpy(), states[2])
     assert not np.array_equal(starts, states[2])
+    # Nothing is planned for what rests.
+    actor.rest(np.array([True, False, True]))
+    for state in states[:2]:
+        actor.act(state)
+    assert [len(one) for one in asked] == [3, 2, 1, 1]
+    actor.age[:] = [6, 3, 6]
     parts = actor.split([1, 2])
     assert [part.age.tolist() for part in parts] == [[6], [3, 6]]

@@ -105,6 +105,21 @@ class BatchVectorEnv(VectorEnv[Floats, Floats, npt.NDArray[Any]]):
         self._done = np.zeros(num_envs, np.bool_)
         self._started = np.zeros(num_envs, np.bool_)
         self._all_started = False
+        # Rows that are not stepped; None where there are none.
+        self._parked: npt.NDArray[np.bool_] | None = None
+
+    def park(self, mask: npt.NDArray[np.bool_] | None) -> None:
+        """Leave rows out of further steps until their next reset: nobody looks at them, so nobody should wait for them.
+
+        A parked row takes any action, stays as it is, earns 0 and does not end.
+
+        Args:
+            mask: bool [num_envs], added to the rows that are parked already; None takes all of them up again.
+        """
+        if mask is None:
+            self._parked = None
+        elif mask.any():
+            self._parked = mask.copy() if self._parked is None else self._parked | mask
 
     @abstractmethod
     def _start(self, ids: npt.NDArray[np.int64]) -> None:
@@ -169,9 +184,11 @@ class BatchVectorEnv(VectorEnv[Floats, Floats, npt.NDArray[Any]]):
         if not self._all_started:
             raise EnvError(f"environment {np.flatnonzero(~self._started)[0]} was stepped before its first reset")
         ids = finished = None
-        if self._done.any():
-            finished, ids = np.flatnonzero(self._done), np.flatnonzero(~self._done)
-            if self.metadata["autoreset_mode"] is AutoresetMode.DISABLED:
+        done, parked = self._done, self._parked
+        if done.any() or parked is not None:
+            rests = np.zeros_like(done) if parked is None else parked
+            finished, ids = np.flatnonzero(done & ~rests), np.flatnonzero(~(done | rests))
+            if len(finished) and self.metadata["autoreset_mode"] is AutoresetMode.DISABLED:
                 raise EnvError(
                     f"environment {finished[0]} was stepped after its episode ended; "
                     "with autoreset disabled, reset it first with options={'reset_mask': mask}"
@@ -187,7 +204,11 @@ class BatchVectorEnv(VectorEnv[Floats, Floats, npt.NDArray[Any]]):
         if finished is not None:
             rewards[finished], terminations[finished], self._elapsed[finished] = 0.0, False, 0
         truncations = self._elapsed >= self.max_episode_steps
-        np.logical_or(terminations, truncations, out=self._done)
+        if parked is not None:
+            rewards[parked], terminations[parked], truncations[parked] = 0.0, False, False
+            self._elapsed[parked] -= 1
+        ended = terminations | truncations
+        self._done = ended if parked is None else np.where(parked, done, ended)
         return self._observe(), rewards, terminations, truncations, {}
 
     def _restart(self, ids: npt.NDArray[np.int64]) -> None:
@@ -200,4 +221,7 @@ class BatchVectorEnv(VectorEnv[Floats, Floats, npt.NDArray[Any]]):
         self._elapsed[ids] = 0
         self._done[ids] = False
         self._started[ids] = True
+        if self._parked is not None:
+            self._parked[ids] = False
+            self._parked = self._parked if self._parked.any() else None
         self._all_started = bool(self._started.all())

@@ -15,6 +15,7 @@ from gac_fast.config import Config
 from gac_fast.data import Trajectories
 from gac_fast.errors import DataError
 from gac_fast.evaluate import evaluate
+from gac_fast.train.best import REPLAY
 from gac_fast.train.metrics import CHUNK
 from gac_fast.train.offline import OfflineTrainer
 
@@ -70,9 +71,9 @@ class BaselineTrainer(OfflineTrainer):
         )  # fmt: skip
 
     def replay(self, env: str) -> dict[str, float]:
-        """Mean return in ``env``."""
+        """Mean return in ``env``, under the name that it has for GAC: it chooses the best checkpoint."""
         result = evaluate(self.policy(), env, self.config.train.replay_episodes, seed=self.config.train.seed)
-        return {"replay/return": result.mean}
+        return {REPLAY: result.mean}
 
     def _tensors(self, settle: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return super()._tensors(settle=False)

@@ -26,6 +26,7 @@ from gac_fast.errors import ConfigError
 from gac_fast.files import read_json, replacing, write_json
 
 if TYPE_CHECKING:
+    import torch
     from torch.utils.tensorboard import SummaryWriter
     from tqdm import tqdm
 
@@ -38,8 +39,11 @@ __all__ = [
     "environment",
     "git_commit",
     "last_metrics",
+    "machine",
     "merge_result",
+    "metric_rows",
     "read_result",
+    "short_commit",
     "start_run",
     "write_json",
 ]
@@ -199,6 +203,22 @@ def environment() -> dict[str, Any]:
             name: value for name, value in os.environ.items() if name in _VARIABLES or name.startswith("GAC_FAST_")
         },
     }
+
+
+def short_commit() -> str:
+    """Of the checkout, for a table: twelve digits, and +dirty where tracked files differ; empty outside of one."""
+    git = git_commit()
+    return "" if git is None else git.commit[:12] + ("+dirty" if git.dirty else "")
+
+
+def machine(device: torch.device) -> str:
+    """What computes on a device, for a table."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.get_device_name(device)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{cores} cores {_cpu_name()}"
 
 
 def _version(distribution: str) -> str | None:
@@ -483,6 +503,15 @@ def last_metrics(metrics_csv: str | os.PathLike[str]) -> dict[str, float]:
         cells = zip(columns[1:], row[1:], strict=False)
         last |= {name: float(cell) for name, cell in cells if cell and math.isfinite(float(cell))}
     return last
+
+
+def metric_rows(metrics_csv: str | os.PathLike[str], name: str) -> list[tuple[int, float]]:
+    """(step, value) wherever column ``name`` of a metrics file holds a finite value; empty where there is none."""
+    columns, rows = _read_rows(Path(metrics_csv))
+    if name not in columns:
+        return []
+    i = columns.index(name)
+    return [(int(row[0]), float(row[i])) for row in rows if row[i] and math.isfinite(float(row[i]))]
 
 
 def read_result(run: RunDir) -> dict[str, Any]:

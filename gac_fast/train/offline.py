@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from gac_fast.evaluate import check_fit
 from gac_fast.model.normalization import Normalization
 from gac_fast.posterior import PosteriorState
 from gac_fast.train.batches import Batches
+from gac_fast.train.best import REPLAY, best_replay
 from gac_fast.train.log import Logger, Progress, RunDir, StopSignal, last_metrics, merge_result, start_run
 from gac_fast.train.trainer import (
     Trainer,
@@ -108,12 +110,17 @@ class OfflineTrainer(Trainer):
         """SHA-256 of the data set: every array of it, action bounds included."""
         return fingerprint(self.data)
 
-    def save(self, run_dir: Path) -> Path:
-        """Write the checkpoint of the present step and drop those beyond ``keep_checkpoints``."""
-        tensors, state = self._tensors(settle=self.step >= self.config.train.n_updates)
+    def save(self, run_dir: Path, settle: bool = False, keep: Collection[int] = ()) -> Path:
+        """Write the checkpoint of the present step and drop those beyond ``keep_checkpoints``.
+
+        Args:
+            settle: with settled seeds to plan from, as a finished run has them anyway.
+            keep: steps whose checkpoints stay all the same.
+        """
+        tensors, state = self._tensors(settle=settle or self.step >= self.config.train.n_updates)
         path = checkpoint.checkpoint_path(run_dir, self.step)
         checkpoint.save(path, tensors, {**state, "data_fingerprint": self.fingerprint})
-        checkpoint.prune(run_dir, keep_last=self.config.train.keep_checkpoints)
+        checkpoint.prune(run_dir, keep_last=self.config.train.keep_checkpoints, keep=keep)
         return path
 
     def restore(self, path: Path) -> None:
@@ -181,7 +188,8 @@ def train(
         config: of the run; default :class:`Config`. Where it names a baseline, that is trained in place of GAC, and
             the parts of its model that a baseline does not have are made as small as can be.
         run_dir: default ``runs/<environment>-s<seed>-<time>``.
-        env: environment id for the replay of good plans at every ``eval_every``; None leaves it out.
+        env: environment id for the replay of good plans at every ``eval_every``; None leaves it out. The checkpoint
+            of the best replay so far is kept beside the newest ones.
         resume: go on from the newest checkpoint of ``run_dir``.
         overwrite: replace a run that is there.
         progress: show a progress bar.
@@ -233,6 +241,7 @@ def _loop(
     t = trainer.config.train
     steps_since, clock, saved = 0, time.perf_counter(), -1
     values: dict[str, Tensor] = {}
+    best = best_replay(run)
     while trainer.step < t.n_updates and not stop.requested:
         values, n_steps = trainer.run_update()
         steps_since += n_steps
@@ -251,16 +260,20 @@ def _loop(
             row |= trainer.metrics()
             if env is not None:
                 row |= trainer.replay(env)
+                if best is None or row[REPLAY] > best[1]:
+                    best = step, row[REPLAY]
             clock, steps_since = time.perf_counter(), 0
         if row:
             logger.log(step, row)
-        if last or step % t.checkpoint_every == 0:
+        is_best = best is not None and best[0] == step
+        if last or is_best or step % t.checkpoint_every == 0:
             check_finite(values, step, run.checkpoints)
-            trainer.save(run.path)
+            # The best one as it was replayed, with settled seeds; it stays until a better one comes.
+            trainer.save(run.path, settle=is_best, keep=() if best is None else best[:1])
             saved = step
     if saved != trainer.step:
         check_finite(values, trainer.step, run.checkpoints)
-        trainer.save(run.path)
+        trainer.save(run.path, keep=() if best is None else best[:1])
 
 
 def _write_plots(run: RunDir) -> None:
