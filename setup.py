@@ -103,7 +103,7 @@ setup(
     # kernels/ at the top would collide with another project's `import kernels`, so it installs inside the package.
     packages=[*find_packages(include=["gac_fast", "gac_fast.*"]), "gac_fast.kernels"],
     package_dir={"gac_fast.kernels": "kernels"},
-    package_data={"gac_fast": ["py.typed", "*.pyi"]},
+    package_data={"gac_fast": ["py.typed", "*.pyi"], "gac_fast.data": ["published.csv"]},
     include_package_data=False,
     ext_modules=[CMakeExtension("gac_fast._C")] if with_cpp else [],
     cmdclass={"build_ext": CMakeBuild},

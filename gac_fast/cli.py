@@ -1,4 +1,4 @@
-"""The command line: ``gac-fast data | train | baseline | finetune | eval | info``.
+"""The command line: ``gac-fast data | train | baseline | finetune | eval | report | info``.
 
 Each command is a dataclass whose field docs are its help, and a function that runs it. Heavy imports are inside the
 functions, so that ``--help`` is quick.
@@ -201,6 +201,16 @@ class Eval:
 
 
 @dataclass(frozen=True)
+class Report:
+    """Make tables and pictures of learning results: scores beside published ones, learning curves, calibration."""
+
+    results: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="[RESULTS]")] = Path("benchmarks/results")
+    """Folder that holds <method>/<task>.csv, as eval --csv writes them."""
+    out: Path = Path("runs/report")
+    """Folder for report.md and its pictures; an earlier report there is replaced, other files never."""
+
+
+@dataclass(frozen=True)
 class Info:
     """Print versions, devices, the active engine of every op and why not another, which sizes of a model the engines
     take, and environment variables."""
@@ -209,7 +219,7 @@ class Info:
     """Preset, or folder of a run, whose sizes are looked at; default every preset."""
 
 
-_Command = PointMaze | Show | Train | Baseline | Finetune | Eval | Info
+_Command = PointMaze | Show | Train | Baseline | Finetune | Eval | Report | Info
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -242,6 +252,8 @@ def _run(command: _Command) -> None:
             _finetune(command)
         case Eval():
             _eval(command)
+        case Report():
+            _make_report(command)
         case Info():
             _info(command)
 
@@ -292,6 +304,7 @@ def _parse(arguments: list[str]) -> _Command:
         | Annotated[Baseline, tyro.conf.subcommand("baseline", default=plain)]
         | Annotated[Finetune, tyro.conf.subcommand("finetune", default=tune)]
         | Annotated[Eval, tyro.conf.subcommand("eval")]
+        | Annotated[Report, tyro.conf.subcommand("report")]
         | Annotated[Info, tyro.conf.subcommand("info")]
     )
     return parse(
@@ -970,6 +983,12 @@ def _film(policy: Policy, env_id: str, plans: Plans | None, seed: int, path: Pat
         record(frames(), path, fps=float(env.metadata.get("render_fps", 30)))
     finally:
         env.close()
+
+
+def _make_report(command: Report) -> None:
+    from gac_fast.report import report
+
+    _print_rows([("report", report(command.results, command.out))])
 
 
 def _info(command: Info) -> None:

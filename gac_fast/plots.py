@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -24,7 +24,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["METRIC_LABELS", "learning_curves", "maze_episodes", "online_curves", "predicted_vs_achieved"]
+__all__ = [
+    "METRIC_LABELS", "Curve", "learning_curves", "maze_episodes", "online_curves", "predicted_vs_achieved",
+    "result_calibration", "result_curves",
+]  # fmt: skip
 
 METRIC_LABELS: Mapping[str, str] = {
     "nll_per_step": "action NLL (nats per step)",
@@ -339,6 +342,91 @@ def _scatter_returns(axes: Axes, predictions: NDArray[np.float64], achievements:
     axes.scatter([mean_p], [mean_a], s=80, marker="D", color=_COLOURS[1], edgecolors="white", zorder=3, label=mean)
     axes.set(xlim=limits, ylim=limits, aspect="equal", xlabel="predicted return", ylabel="achieved return")
     axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), borderaxespad=0.2)
+
+
+class Curve(NamedTuple):
+    """A quantity over training, of several seeds."""
+
+    label: str
+    steps: ArrayLike
+    """[n], ascending."""
+    values: ArrayLike
+    """[seeds, n]"""
+
+
+def result_curves(
+    curves: Sequence[Curve], levels: Mapping[str, float], ylabel: str, title: str, path: str | os.PathLike[str]
+) -> None:
+    """Draw curves as the mean over seeds in a band from the lowest seed to the highest; a single step as a point.
+
+    Args:
+        curves: at least one.
+        levels: values to draw as horizontal lines, by name.
+        ylabel, title: of the picture.
+        path: picture to write.
+
+    Raises:
+        DataError: shapes that do not match, or a value that is not finite.
+    """
+    with _figure(path, 6.5, 3.8) as figure:
+        axes = figure.subplots()
+        for i, curve in enumerate(curves):
+            colour = _COLOURS[i % len(_COLOURS)]
+            steps = _array(f"steps of {curve.label}", curve.steps, (None,))
+            values = _array(f"values of {curve.label}", curve.values, (None, len(steps)))
+            mean, low, high = values.mean(axis=0), values.min(axis=0), values.max(axis=0)
+            seeds = f"{len(values)} seed{'s' if len(values) > 1 else ''}"
+            if len(steps) > 1:
+                axes.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
+                axes.plot(steps, mean, color=colour, marker="o" if len(steps) < 25 else None, markersize=3,
+                          label=f"{curve.label} ({seeds})")  # fmt: skip
+            else:
+                axes.errorbar(steps, mean, yerr=[mean - low, high - mean], color=colour, fmt="o", markersize=4,
+                              capsize=3, label=f"{curve.label} ({seeds})")  # fmt: skip
+        for i, (name, value) in enumerate(levels.items()):
+            style = (0, (4, 2 + 2 * i))
+            axes.axhline(value, color="0.5", linewidth=1, linestyle=style, label=f"{name}: {value:.4g}")
+        axes.set(xlabel="update", ylabel=ylabel)
+        axes.set_title(title, loc="left")
+        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.2)
+
+
+def result_calibration(
+    panels: Mapping[str, Mapping[str, tuple[ArrayLike, ArrayLike]]], path: str | os.PathLike[str]
+) -> None:
+    """Draw mean predicted against mean achieved returns of evaluations, a panel per task.
+
+    Args:
+        panels: by task and label (predicted [n], achieved [n]); at least one.
+        path: picture to write.
+
+    Raises:
+        DataError: shapes that do not match, or a value that is not finite.
+    """
+    labels = list(dict.fromkeys(label for panel in panels.values() for label in panel))
+    columns = min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    with _figure(path, 3.6 * columns + 1.6, 3.4 * rows) as figure:
+        grid = figure.subplots(rows, columns, squeeze=False).flat
+        for axes in grid:
+            axes.set_axis_off()
+        shown = {}
+        for axes, (task, panel) in zip(figure.axes, panels.items(), strict=False):
+            axes.set_axis_on()
+            every = []
+            for label, (predicted, achieved) in panel.items():
+                x = _array(f"predicted of {label}", predicted, (None,))
+                y = _array(f"achieved of {label}", achieved, (len(x),))
+                colour = _COLOURS[labels.index(label) % len(_COLOURS)]
+                shown[label] = axes.scatter(x, y, s=22, alpha=0.7, color=colour, linewidths=0)
+                every.append(np.concatenate((x, y)))
+            both = np.concatenate(every)
+            margin = 0.05 * float(both.max() - both.min()) or 1.0
+            limits = (float(both.min()) - margin, float(both.max()) + margin)
+            axes.plot(limits, limits, color="0.5", linewidth=1, linestyle=(0, (4, 3)))
+            axes.set(xlim=limits, ylim=limits, aspect="equal", xlabel="predicted return", ylabel="achieved return")
+            axes.set_title(task, loc="left")
+        figure.legend(shown.values(), shown.keys(), loc="outside right upper")
 
 
 def maze_episodes(

@@ -106,7 +106,7 @@ def test_wheel_holds_the_package_and_nothing_else(sdist_and_wheel):
     with zipfile.ZipFile(sdist_and_wheel[1]) as archive:
         names = archive.namelist()
     assert {name for name in names if name.endswith(".py")} == modules_of_the_tree()
-    assert {"gac_fast/py.typed", "gac_fast/_C.pyi"} <= set(names)
+    assert {"gac_fast/py.typed", "gac_fast/_C.pyi", "gac_fast/data/published.csv"} <= set(names)
     assert len([name for name in names if name.endswith(".so")]) == (0 if NO_CPP else 1)
     assert {name.split("/")[0] for name in names} == {"gac_fast", f"gac_fast-{__version__}.dist-info"}
 

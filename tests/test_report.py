@@ -1,0 +1,138 @@
+"""Reports: what the tables say of the rows, that nothing foreign is overwritten, and which file is wrong where."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gac_fast.cli import main
+from gac_fast.data import reference_scores
+from gac_fast.errors import DataError
+from gac_fast.intervals import t_interval
+from gac_fast.report import dataset_of, published_scores, report
+from gac_fast.results import COLUMNS, Row, append_rows, read_rows
+
+MACHINE = "2 cores of something, with | in it"
+
+
+def row(step: int, mean: float, seed: int, kind: str = "exploit", predicted: float | None = None) -> Row:
+    low, high = reference_scores("hopper")
+    score = 100 * (mean - low) / (high - low)
+    return Row(step, mean, score, seed, kind, predicted, 100, 2.5, "0123456789ab", MACHINE)
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    """GAC with three seeds, of which one was evaluated twice at its last step; a peer with one; a task of no known
+    scale; and a file that is none of these."""
+    folder = tmp_path / "results"
+    gac = [row(step, step + 100.0 * seed, seed, predicted=2000.0) for seed in (0, 1, 2) for step in (1000, 1500)]
+    append_rows(folder / "gac" / "hopper-medium.csv", [row(1500, 9999.0, 2), *gac])
+    others = [row(1000, 1900.0, 0, "exploit, best"), row(0, 1613.0, 0, "data")]
+    append_rows(folder / "gac" / "hopper-medium.csv", others)
+    append_rows(folder / "bc" / "hopper-medium.csv", [row(1500, 1580.0, 0, "bc")])
+    swimmer = [row(10, 35.0, seed, predicted=30.0)._replace(normalised=None) for seed in (0, 1)]
+    append_rows(folder / "gac" / "swimmer.csv", swimmer)
+    (folder / "speed.csv").write_text("op,p50_us\nblock,3\n")
+    return folder
+
+
+def table_rows(text: str, first: str) -> list[list[str]]:
+    """Cells of the rows that begin with this cell."""
+    lines = [line[2:-2].split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    return [cells for cells in lines if cells[0] == first]
+
+
+def test_the_tables_say_what_the_rows_say(results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert main(["report", str(results), "--out", str(out)]) == 0
+    assert capsys.readouterr().out.split() == ["report", str(out / "report.md")]
+    text = (out / "report.md").read_text()
+    means = [1500.0, 1600.0, 1700.0]
+    scores = [100 * (x + 20.272305) / (3234.3 + 20.272305) for x in means]
+    interval = t_interval(scores)
+    assert interval is not None
+    score, details, _ = table_rows(text, "gac, exploit")
+    (honest,) = table_rows(text, "hopper-medium")
+    expected = f"{np.mean(scores):.1f} [{interval.low:.1f}, {interval.high:.1f}] (3)"
+    assert score[1:] == [expected, "35.0 r [35.0, 35.0] (2)"]
+    assert details[1:4] == ["0, 1, 2", "1,500", "1600.0"]
+    assert details[5:8] == ["2000.0", "100", "2"]
+    assert details[8].endswith("with \\| in it")
+    assert honest == ["hopper-medium", "gac, exploit", "2000.0", "1600.0", "+400.0", "+25%"]
+    # One seed has no interval; the best checkpoint, the peer and the data have lines of their own.
+    assert table_rows(text, "gac, exploit, best")[0][1] == "59.0 (1)"
+    assert table_rows(text, "bc, bc")[0][1] == "49.2 (1)"
+    assert table_rows(text, "*data*")[0][1] == "50.2 (1)"
+    (published,) = table_rows(text, "LPT")
+    assert published[1] == "58.5 +- 1.9"
+    assert "hopper-medium-v2 (beside hopper-medium)" in text
+    assert "On D4RL's **own** data" in text
+    names = {path.name for path in out.iterdir()}
+    assert names == {"report.md", "calibration.png", "curves_hopper-medium.png", "curves_swimmer.png"}
+    assert {name for name in names if name != "report.md"} == set(re.findall(r"\]\((.*?)\)", text))
+    # The same files, the same report, in place of the earlier one.
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    report(results, out)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+@pytest.mark.parametrize("name", ["report.md", "calibration.png"])
+def test_a_foreign_file_is_never_replaced(name: str, results: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / name).write_text("mine")
+    with pytest.raises(DataError, match=f"{name}: expected a free name or a file of an earlier report, found another"):
+        report(results, out)
+    assert [path.name for path in out.iterdir()] == [name]
+    assert (out / name).read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("seed", "sed", r"line 1: expected a column 'seed', got step, return, normalised, sed, kind"),
+        ("\n1000,", "\n1e3,", r"line 3, column 'step': expected an integer of at least 0, got '1e3'"),
+        (",2000.0,", ",nan,", r"line 3, column 'predicted': expected a finite number, got 'nan'"),
+        ("exploit,2000.0", "exploit", r"line 3: expected 10 columns as in line 1, got 9"),
+        (",exploit,2000.0", ",,2000.0", r"line 3, column 'kind': expected a name, got nothing"),
+    ],
+)
+def test_a_file_that_is_not_as_it_should_be_is_named(
+    old: str, new: str, message: str, results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = results / "gac" / "hopper-medium.csv"
+    path.write_text(path.read_text().replace(old, new, 1))
+    with pytest.raises(DataError, match=f"{path}, {message}"):
+        report(results, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_columns_may_be_more_and_in_another_order(tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    append_rows(path, [row(5, 7.0, 1)])
+    header, cells = (line.split(",", 9) for line in path.read_text().splitlines())
+    assert tuple(header) == COLUMNS
+    path.write_text(",".join(["note", *header[::-1]]) + "\n" + ",".join(["hm", *cells[::-1]]) + "\n")
+    assert read_rows(path) == [row(5, 7.0, 1)]
+    with pytest.raises(DataError, match="line 1: expected the columns step,return,normalised"):
+        append_rows(path, [row(5, 7.0, 1)])
+
+
+def test_published_scores_name_their_source() -> None:
+    found = published_scores()
+    assert all(one.source and one.checkpoint in ("", "last", "best") for one in found)
+    tasks = {one.dataset for one in found}
+    assert len(tasks) == 9
+    gac = [one.score for one in found if one.method == "GAC"]
+    # Of the paper's nine tasks.
+    assert (len(gac), round(sum(gac) / 9, 1)) == (9, 65.4)
+    assert len({(one.dataset, one.method, one.checkpoint) for one in found}) == len(found)
+    for task, dataset in (
+        ("hopper-medium-replay", "hopper-medium-replay-v2"), ("pointmaze-umaze", "maze2d-umaze-v1"), ("swimmer", None),
+    ):  # fmt: skip
+        assert dataset_of(task) == dataset
+    assert {dataset_of(f"pointmaze-{size}") for size in ("umaze", "medium", "large")} < tasks
