@@ -417,8 +417,25 @@ class Config:
         return Config.from_dict(values)
 
 
+# Found on SAC data of hopper (docs/mujoco.md). These policies are functions of the state: one step of history (K = 1) is
+# enough to clone them, and any more would speak in the plan's place. Segments of 128 steps with the return from their
+# first step on, which that first state mostly explains; T_a is the variance of the policy's noise.
+_LOCOMOTION = Config(
+    model=ModelConfig(
+        dim=64, n_layers=2, window=1, n_z=2, context="states", return_ensemble=4, return_context="first_state"
+    ),
+    posterior=PosteriorConfig(action_temperature=0.05),
+    plan=PlanConfig(n_steps=40, kappa=0.0, radius=0.1, replan_every=128),
+    train=TrainConfig(
+        n_updates=1200, batch_size=64, segment=128, bf16="auto", eval_every=400, checkpoint_every=400
+    ),
+)  # fmt: skip
+
 PRESETS: dict[str, Config] = {
     "gym": Config(model=ModelConfig(return_ensemble=4)),
+    "hopper": _LOCOMOTION,
+    "halfcheetah": _LOCOMOTION,
+    "walker2d": _LOCOMOTION,
     # Tuned on umaze (docs/tuning.md): a short window and few plan vectors leave the plan something to say, and T_a is
     # the variance of the controller's own noise.
     "pointmaze-umaze": Config(
