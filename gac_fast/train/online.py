@@ -588,6 +588,10 @@ def finetune(
                 f"baseline.method: expected none, as a baseline has no plans to explore with, got "
                 f"{known.baseline.method!r}"
             )
+        if known.train.segment:
+            raise ConfigError(
+                f"train.segment: expected 0, as what comes in is learnt from in whole episodes, got {known.train.segment}"
+            )
     t, online = config.train, config.online
     config = config.replace(plan={"radius": online.radius})
     if t.n_threads:
