@@ -590,7 +590,8 @@ def finetune(
             )
         if known.train.segment:
             raise ConfigError(
-                f"train.segment: expected 0, as what comes in is learnt from in whole episodes, got {known.train.segment}"
+                "train.segment: expected 0, as what comes in is learnt from in whole episodes, got "
+                f"{known.train.segment}"
             )
     t, online = config.train, config.online
     config = config.replace(plan={"radius": online.radius})
