@@ -106,17 +106,19 @@ class BaselinePolicy(Policy):
 
     Args:
         first_observations: [B, model.obs_dim], as trained on.
-        model, normalization, config, env_id, returns, usable, step: as for :class:`Policy`.
+        model, normalization, config, env_id, returns, usable, step, opens: as for :class:`Policy`.
     """
 
     def __init__(
         self, model: GAC, normalization: Normalization, config: Config, env_id: str | None,
-        returns: Tensor, first_observations: Tensor, usable: Tensor, step: int = 0,
+        returns: Tensor, first_observations: Tensor, usable: Tensor, step: int = 0, opens: Tensor | None = None,
     ) -> None:  # fmt: skip
         z0 = first_observations.new_zeros(1, config.model.n_z, config.model.dim).expand(len(returns), -1, -1)
         self.method = config.baseline.method
         n = model.obs_dim - (self.method == "dt")
-        super().__init__(model, normalization, config, env_id, z0, returns, first_observations[:, :n], usable, step)
+        super().__init__(
+            model, normalization, config, env_id, z0, returns, first_observations[:, :n], usable, step, opens=opens
+        )
 
     def __repr__(self) -> str:
         return f"BaselinePolicy({self.method}, {self.env_id or 'unnamed environment'}, step {self.step})"

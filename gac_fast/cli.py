@@ -189,7 +189,7 @@ class Eval:
     greatest of its data."""
     checkpoint: Literal["both", "last", "best"] = "both"
     """The newest checkpoint, the one that earlier evaluations found best (replays in training with --env; else evals of
-    two or more --step with other seeds), or both, where there is such a one."""
+    two or more --step from other starts), or both, where there is such a one."""
     step: int | None = None
     """Evaluate this step's checkpoint instead."""
     csv: Path | None = None
@@ -665,7 +665,9 @@ def _choose(path: Path, command: Eval) -> list[_Chosen]:
         return [last]
     from gac_fast import envs
 
-    best = best_checkpoint(run, evaluations, envs.resolve_env_id(env_id), command.plans, command.target, command.seed)
+    best = best_checkpoint(
+        run, evaluations, envs.resolve_env_id(env_id), command.plans, command.target, command.seed, command.episodes
+    )
     none = "nothing chose one: train with --env, or evaluate two or more --step with another --seed"
     if best is not None and not best.kept and best.step != newest.step:
         none, best = f"step {best.step:,}, {best.how}, is not kept", None

@@ -382,6 +382,21 @@ class Config:
     online: OnlineConfig = field(default_factory=OnlineConfig)
     baseline: BaselineConfig = field(default_factory=BaselineConfig)
 
+    def __post_init__(self) -> None:
+        if self.baseline.method != "none":
+            return
+        _check(
+            self.train.segment == 0 or self.model.return_context == "first_state",
+            "train.segment",
+            "0 where model.return_context = 'none', as a segment's return depends on where in its episode it begins",
+            self.train.segment,
+        )
+        _check(
+            self.plan.replan_every == 0 or self.train.segment > 0,
+            "plan.replan_every", "0 where train.segment = 0, as only segments begin at any state",
+            self.plan.replan_every,
+        )  # fmt: skip
+
     def to_dict(self) -> dict[str, Any]:
         """Nested plain dict, JSON-ready."""
         return dataclasses.asdict(self)

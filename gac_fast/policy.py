@@ -38,6 +38,7 @@ class Policy:
         first_observations: [B, obs_dim], in environment units.
         usable: bool [B], episodes that were trained on, whose return is known and whose chain was moved at all.
         step: parameter updates made.
+        opens: bool [B], trajectories that an episode begins with: all, unless they are segments.
         candidates: int64 [n], trajectories whose seeds exploit starts from, best first: those given, then all other
             usable ones by return.
         source: folder of the checkpoint it was loaded from; None for one that was not.
@@ -48,7 +49,7 @@ class Policy:
     def __init__(
         self, model: GAC, normalization: Normalization, config: Config, env_id: str | None,
         z0: Tensor, returns: Tensor, first_observations: Tensor, usable: Tensor, step: int = 0,
-        candidates: Tensor | None = None,
+        candidates: Tensor | None = None, opens: Tensor | None = None,
     ) -> None:  # fmt: skip
         self.model = model.eval()
         self.normalization = normalization
@@ -56,8 +57,11 @@ class Policy:
         self.env_id = env_id
         self.z0, self.returns, self.first_observations, self.usable = z0, returns, first_observations, usable
         self.step = step
-        order = torch.where(usable, returns, -torch.inf).argsort(descending=True, stable=True)
-        self._best = order[: int(usable.sum())]
+        self.opens = torch.ones_like(usable) if opens is None else opens
+        found = usable & self.opens
+        found = found if bool(found.any()) else usable
+        order = torch.where(found, returns, -torch.inf).argsort(descending=True, stable=True)
+        self._best = order[: int(found.sum())]
         self.candidates = self._best
         if candidates is not None:
             self.candidates = torch.cat((candidates, self._best[~torch.isin(self._best, candidates)]))
@@ -94,8 +98,9 @@ class Policy:
         if obs is not None:
             return self.normalization.observations(x)[:, None]
         generator = torch.Generator().manual_seed(seed)
-        rows = torch.randperm(len(self.first_observations), generator=generator)[:N_STARTS]
-        return self.normalization.observations(self.first_observations[rows])
+        starts = self.first_observations if bool(self.opens.all()) else self.first_observations[self.opens]
+        rows = torch.randperm(len(starts), generator=generator)[:N_STARTS]
+        return self.normalization.observations(starts[rows])
 
     def exploit(self, n: int, obs: np.ndarray | Tensor | None = None, seed: int = 0, **overrides: Any) -> Plans:
         """Plans for high expected return, by ascent from the best trajectories' posterior seeds and prior samples.
@@ -332,6 +337,7 @@ def from_checkpoint(
             return BaselinePolicy(
                 model.to(device), Normalization(*fields).to(device), config, state["env_id"], returns.to(device),
                 tensors["data.first_observations"].to(device), tensors["data.usable"].to(device), state["step"],
+                tensors["data.opens"].to(device) if "data.opens" in tensors else None,
             )  # fmt: skip
         # Of an online run, whose episodes come and go; trajectory i of an offline one is row i.
         rows = tensors.get("data.rows", torch.arange(len(returns)))
@@ -347,6 +353,7 @@ def from_checkpoint(
             z0.to(device), returns.to(device),
             tensors["data.first_observations"].to(device), usable.to(device), state["step"],
             tensors["best.ids"].to(device) if "best.ids" in tensors else None,
+            tensors["data.opens"].to(device) if "data.opens" in tensors else None,
         )  # fmt: skip
     except KeyError as error:
         raise CheckpointError(f"{name}: expected {error.args[0]!r} in it, found no such entry") from None

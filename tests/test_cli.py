@@ -497,7 +497,7 @@ def test_without_replays_earlier_evaluations_of_other_seeds_choose(
     # Its own episodes would flatter what they chose.
     assert "nothing chose one" in error_of(["eval", run, "--seed", "1", "--checkpoint", "best"], capsys)
     assert main(["eval", str(run), "--episodes", "1", "--checkpoint", "best"]) == 0
-    assert table(capsys.readouterr().out)["checkpoint"] == "step 2 (best of 2 steps evaluated before with other seeds)"
+    assert table(capsys.readouterr().out)["checkpoint"] == "step 2 (best of 2 steps evaluated before from other starts)"
 
 
 @pytest.mark.parametrize("flags", [["prior"], ["posterior-best"], ["explore", "--target", "40"]], ids=lambda f: f[0])

@@ -580,8 +580,18 @@ def test_segments_of_one_episode_are_held_out_together_and_resume(tmp_path):
         expected = trainer.model.return_moments(z, start)[0].mean()
         y = trainer.normalization.returns(torch.tensor(parts.returns[i]))
         assert float(trainer.ranking()[i]) == pytest.approx(float((y - expected).detach()), abs=1e-5)
+    # Plans for no start in particular are for those of episodes.
+    policy = trainer.policy()
+    assert policy.opens.tolist() == [i == 0 or episode[i - 1] != episode[i] for i in range(len(parts))]
+    best = np.flatnonzero(policy.opens.numpy() & trainer.usable.numpy())
+    assert policy.best(3).tolist() == best[np.argsort(-parts.returns[best])][:3].tolist()
     trainer.batches.close()
     whole = run(tmp_path / "whole", conf, episodes)
+    # Whatever the step, it plans from what stands out, and knows the starts.
+    early = load(whole, step=4)
+    assert torch.equal(early.opens, policy.opens)
+    tensors, _ = checkpoint.load(checkpoint.checkpoint_path(whole, 4))
+    assert torch.equal(early.candidates[: len(tensors["best.ids"])], tensors["best.ids"])
     again = tmp_path / "again"
     shutil.copytree(whole, again)
     shutil.rmtree(checkpoint.latest(again))

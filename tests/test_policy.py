@@ -200,7 +200,8 @@ def test_weights_of_another_size_are_refused(run_dir):
 
 
 def test_an_exploiting_actor_plans_anew_for_the_states_at_hand(monkeypatch):
-    p = policy(return_context="first_state")
+    model = model_config(return_context="first_state")
+    p = make_policy(Config(model=model, plan=PLAN, train=TrainConfig(segment=4)))
     starts, plans = obs(3), p.exploit(3, obs(3))
     assert type(p.exploiting(plans)).__name__ == "Actor"
     asked = []

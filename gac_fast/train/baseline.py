@@ -18,6 +18,7 @@ from gac_fast.evaluate import evaluate
 from gac_fast.train.best import REPLAY
 from gac_fast.train.metrics import CHUNK
 from gac_fast.train.offline import OfflineTrainer
+from gac_fast.train.trainer import replay_seed
 
 __all__ = ["BaselineTrainer", "episodes_of"]
 
@@ -67,12 +68,12 @@ class BaselineTrainer(OfflineTrainer):
             self.model, self.batches.normalization, self.config, self.data.env_id,
             torch.from_numpy(self.data.returns).to(self.device),
             torch.from_numpy(self.data.observations[self.data.cu_seqlens[:-1]]).to(self.device),
-            self.usable.to(self.device), self.step,
+            self.usable.to(self.device), self.step, None if self.opens is None else self.opens.to(self.device),
         )  # fmt: skip
 
     def replay(self, env: str) -> dict[str, float]:
         """Mean return in ``env``, under the name that it has for GAC: it chooses the best checkpoint."""
-        result = evaluate(self.policy(), env, self.config.train.replay_episodes, seed=self.config.train.seed)
+        result = evaluate(self.policy(), env, self.config.train.replay_episodes, replay_seed(self.config))
         return {REPLAY: result.mean}
 
     def _tensors(self, settle: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:

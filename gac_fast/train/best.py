@@ -30,7 +30,13 @@ def best_replay(run: RunDir) -> tuple[int, float] | None:
 
 
 def best_checkpoint(
-    run: RunDir, evaluations: Mapping[str, Any], env_id: str, plans: str, target: float | None, seed: int
+    run: RunDir,
+    evaluations: Mapping[str, Any],
+    env_id: str,
+    plans: str,
+    target: float | None,
+    seed: int,
+    episodes: int,
 ) -> Best | None:
     """The best checkpoint by the replays of training; where there were none, by earlier evaluations.
 
@@ -38,8 +44,8 @@ def best_checkpoint(
         run: whose metrics and checkpoints count.
         evaluations: entries of its ``result.json``.
         env_id, plans, target: of the evaluation to come; earlier ones count if these are the same.
-        seed: of the evaluation to come. Earlier ones of this seed do not count: chosen by its own episodes, a
-            checkpoint would be reported by the luck that chose it.
+        seed, episodes: of the evaluation to come, whose episode i begins as seed + i says. Earlier ones that share a
+            start do not count: chosen by its own episodes, a checkpoint would be reported by the luck that chose it.
 
     Returns:
         None where fewer than two steps were compared: then nothing has chosen.
@@ -54,11 +60,12 @@ def best_checkpoint(
         same = isinstance(entry, Mapping) and all(
             entry.get(name) == value for name, value in (("env_id", env_id), ("plans", plans), ("target", target))
         )
-        if same and entry.get("seed") != seed and entry.get("return_mean") is not None:
+        apart = same and abs(entry["seed"] - seed) >= (entry["episodes"] if entry["seed"] < seed else episodes)
+        if apart and entry.get("return_mean") is not None:
             total, n = sums.get(entry["step"], (0.0, 0))
             sums[entry["step"]] = total + entry["return_mean"] * entry["episodes"], n + entry["episodes"]
     if len(sums) < 2:
         return None
     step = max(sums, key=lambda step: (sums[step][0] / sums[step][1], -step))
-    how = f"best of {len(sums)} steps evaluated before with other seeds"
+    how = f"best of {len(sums)} steps evaluated before from other starts"
     return Best(step, how, checkpoint.checkpoint_path(run.path, step) in there)

@@ -73,6 +73,7 @@ class OfflineTrainer(Trainer):
             of = torch.from_numpy(episode)
             self.held_out = torch.isin(of, self.held_out).nonzero().flatten()
             self.usable = self.usable[of]
+            self.opens = torch.cat((torch.ones(1, dtype=torch.bool), of[1:] != of[:-1]))
         self.data = data
         self.rows = torch.arange(len(data))
         self.normalization = Normalization.fit(data)
@@ -117,7 +118,9 @@ class OfflineTrainer(Trainer):
             settle: with settled seeds to plan from, as a finished run has them anyway.
             keep: steps whose checkpoints stay all the same.
         """
-        tensors, state = self._tensors(settle=settle or self.step >= self.config.train.n_updates)
+        # Without settled seeds planning begins at the greatest returns, which tell little of segments.
+        settle = settle or self.opens is not None or self.step >= self.config.train.n_updates
+        tensors, state = self._tensors(settle)
         path = checkpoint.checkpoint_path(run_dir, self.step)
         checkpoint.save(path, tensors, {**state, "data_fingerprint": self.fingerprint})
         checkpoint.prune(run_dir, keep_last=self.config.train.keep_checkpoints, keep=keep)

@@ -45,6 +45,7 @@ __all__ = [
     "fingerprint",
     "hold_out",
     "pick_device",
+    "replay_seed",
     "uses_bf16",
 ]
 
@@ -89,6 +90,7 @@ class Trainer:
         held_out: int64 [h], episodes never trained on.
         usable: bool [B], episodes trained on whose return is known.
         rows: int64 [B], each episode's trajectory in the posterior.
+        opens: bool [B], where trajectories are segments: which ones episodes begin with. None: all are episodes.
         step: updates made.
     """
 
@@ -96,6 +98,7 @@ class Trainer:
     held_out: Tensor
     usable: Tensor
     rows: Tensor
+    opens: Tensor | None = None
     normalization: Normalization
     batches: Batches
     model: GAC
@@ -207,14 +210,18 @@ class Trainer:
             torch.from_numpy(self.data.returns).to(self.device),
             torch.from_numpy(self.data.observations[self.data.cu_seqlens[:-1]]).to(self.device),
             usable, self.step, None if ids is None else ids.to(self.device),
+            None if self.opens is None else self.opens.to(self.device),
         )  # fmt: skip
 
     def replay(self, env: str) -> dict[str, float]:
-        """Replay of good plans: mean return in ``env`` under the posterior plans of the best training trajectories."""
+        """Replay of good plans: mean return in ``env`` under the posterior plans of the best training trajectories.
+
+        A plan of a segment says nothing of whole episodes: there it is exploit's plans, as they are made anew.
+        """
         n = self.config.train.replay_episodes
         policy = self.policy(settle=True)
-        plans = policy.posterior_best(n)
-        result = evaluate(policy, env, n, seed=self.config.train.seed, plans=plans)
+        plans = policy.posterior_best(n) if self.opens is None else None
+        result = evaluate(policy, env, n, replay_seed(self.config), plans=plans)
         data = self.data.returns[policy.best(n).cpu().numpy()]
         return {"replay/best_plans": result.mean, "replay/their_data": float(data.mean())}
 
@@ -230,6 +237,8 @@ class Trainer:
             "data.usable": self.usable,
             "rng.torch": torch.get_rng_state(),
         }
+        if self.opens is not None:
+            tensors["data.opens"] = self.opens
         if settle:
             tensors["best.ids"], tensors["best.z0"] = self.best_seeds()
         if self.device.type == "cuda":
@@ -267,6 +276,12 @@ class Trainer:
         if self._recorded is not None:
             self._recorded.forget()
         self.step = state["step"]
+
+
+def replay_seed(config: Config) -> int:
+    """Of the environments of replays: far from the small seeds that evaluations take, whose episodes would otherwise be
+    the very ones that chose the checkpoint."""
+    return 2**30 + config.train.seed * 8192 % 2**30
 
 
 def check_state(state: Mapping[str, Any], path: Path, names: set[str], device: torch.device | None) -> None:
