@@ -20,7 +20,16 @@ from gac_fast.model.normalization import Normalization
 from gac_fast.posterior import PosteriorState
 from gac_fast.train.batches import Batches
 from gac_fast.train.best import REPLAY, best_replay
-from gac_fast.train.log import Logger, Progress, RunDir, StopSignal, last_metrics, merge_result, start_run
+from gac_fast.train.log import (
+    Logger,
+    Progress,
+    RunDir,
+    StopSignal,
+    last_metrics,
+    merge_result,
+    read_result,
+    start_run,
+)
 from gac_fast.train.trainer import (
     Trainer,
     TrainingDivergedError,
@@ -178,6 +187,9 @@ def train(
     if resume:
         trainer.restore(checkpoint.latest(folder))
     run = start_run(folder, config.to_dict(), overwrite=overwrite, resume=resume)
+    # What a run that did not come to its end took is not known.
+    before, started = read_result(run).get("train_seconds") if resume else 0.0, time.perf_counter()
+    merge_result(run, {"train_seconds": None})
     with (
         contextlib.closing(trainer.batches),
         Logger(run.path, tensorboard=tensorboard) as logger,
@@ -187,7 +199,8 @@ def train(
         if resume:
             logger.truncate_after(trainer.step)
         _loop(trainer, run, logger, bar, stop, env)
-    merge_result(run, {} if source is None else {"data": source})
+    seconds = None if before is None else round(before + time.perf_counter() - started, 1)
+    merge_result(run, {"train_seconds": seconds, **({} if source is None else {"data": source})})
     merge_result(run, {"env_id": dataset.env_id, "step": trainer.step, "offline": last_metrics(run.metrics)})
     _write_plots(run)
     return run.path
