@@ -72,6 +72,7 @@ class OfflineTrainer(Trainer):
     def __init__(self, data: Trajectories, config: Config) -> None:
         super().__init__(config)
         self.data = data
+        self._settled: tuple[int, tuple[Tensor, Tensor]] | None = None
         self.held_out, self.usable = hold_out(data, config)
         self.rows = torch.arange(len(data))
         self.normalization = Normalization.fit(data)
@@ -84,6 +85,12 @@ class OfflineTrainer(Trainer):
 
     def learning_rate(self) -> float:
         return learning_rate(self.step, self.config.train)
+
+    def best_seeds(self) -> tuple[Tensor, Tensor]:
+        """As :meth:`Trainer.best_seeds`, once per step: a replay and the checkpoint of it need the same ones."""
+        if self._settled is None or self._settled[0] != self.step:
+            self._settled = self.step, super().best_seeds()
+        return self._settled[1]
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -126,6 +133,7 @@ class OfflineTrainer(Trainer):
         # Planning happens after training, and so does what is online.
         check_config(state, path, self.config, RESUME_MAY_CHANGE, free={"plan", "online"})
         self._restore_tensors(tensors, state, path)
+        self._settled = None
         self.batches.close()
         self.batches = Batches(self.data, self.normalization, self.held_out, self.config, self.device)
 
