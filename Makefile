@@ -9,10 +9,13 @@
 #   GPU_PYTHON=...         the Python of `make gpu`, which has torch and triton; default: python3
 #   GPU_OUT=...            folder of its records; the next `make gpu` goes on there
 #   GPU="..."              its options, for example GPU="--only decode_step"
+#   PEERS="..."            arguments of a script of `make peers`, which then runs it, for example
+#                          PEERS="hf_dt --data hopper-medium.hdf5"; without it the environment alone is made
 #   RESOURCES=...          CSV of what the kernels need, made by `make resources`
 #   GAC_FAST_DATA=...      folder of full D4RL files; tests that want them skip without it
 
 VENV := .venv
+PEERS_VENV := .venv-peers
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 PYTHON ?=
@@ -28,6 +31,7 @@ BENCH_CSV ?= benchmarks/results/speed.csv
 GPU_PYTHON ?= python3
 GPU_OUT ?= runs/gpu
 GPU ?=
+PEERS ?=
 RESOURCES ?= runs/kernels.csv
 
 NO_CPP := $(filter-out 0,$(GAC_FAST_NO_CPP))
@@ -42,7 +46,7 @@ SOURCES := setup.py pyproject.toml CMakeLists.txt gac_fast/_version.py $(wildcar
 export PIP_REQUIRE_VIRTUALENV := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo finetune-demo test test-all sanitize sanitize-short lint format bench gpu resources clean
+.PHONY: help demo finetune-demo test test-all sanitize sanitize-short lint format bench gpu peers resources clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -90,12 +94,15 @@ gpu: ## on a CUDA machine: kernel tests, repeats, sanitizer, speed against PyTor
 	  PIP_REQUIRE_VIRTUALENV=0 GAC_FAST_NO_CPP=1 $(GPU_PYTHON) -m pip install --no-deps --no-build-isolation -e .
 	$(GPU_PYTHON) -m benchmarks.gpu --out $(GPU_OUT) $(GPU)
 
+peers: $(PEERS_VENV)/.dependencies ## an environment with transformers and d3rlpy, and PEERS="..." in it (docs/baselines.md)
+	$(if $(PEERS),$(PEERS_VENV)/bin/python -m benchmarks.peers.$(PEERS))
+
 resources: $(INSTALLED) ## registers, spills and shared memory of every kernel, compiled for sm_80 and sm_90
 	@mkdir -p $(dir $(RESOURCES))
 	$(PY) -m benchmarks.resources --out $(RESOURCES) --markdown $(RESOURCES:.csv=.md) --jobs $$(nproc)
 
 clean: ## remove builds, caches and .venv; runs/ stays
-	rm -rf $(VENV) build dist *.egg-info gac_fast/_C*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) $(PEERS_VENV) build dist *.egg-info gac_fast/_C*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 FORCE:
@@ -106,18 +113,24 @@ CHECK_COMPILER = $(if $(NO_CPP),,@for cxx in $(CXX_CANDIDATES); do command -v "$
 	exit 1)
 
 # An environment that is there already is taken as it is.
-$(PY):
+$(PY) $(PEERS_VENV)/bin/python:
 	@found=; for python in $(if $(PYTHON),"$(PYTHON)",python3.12 python3.11 python3.13 python3 python); do \
 	  if "$$python" -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then \
 	    found="$$python"; break; fi; done; \
 	if [ -z "$$found" ]; then \
 	  echo "error: gac_fast needs Python >= 3.11 with its venv module and found none$(if $(PYTHON), in PYTHON=$(PYTHON)): install one, or name it as in 'make test PYTHON=/path/to/python3.12'." >&2; \
 	  exit 1; fi; \
-	echo "making $(VENV) with $$found"; "$$found" -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
+	echo "making $(@:/bin/python=) with $$found"; \
+	"$$found" -m venv $(@:/bin/python=) || { rm -rf $(@:/bin/python=); exit 1; }
 
 $(DEPENDENCIES): constraints.txt | $(PY)
 	$(CHECK_COMPILER)
 	$(PIP) install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r constraints.txt
+	@touch $@
+
+$(PEERS_VENV)/.dependencies: benchmarks/peers/requirements.txt | $(PEERS_VENV)/bin/python
+	$(PEERS_VENV)/bin/python -m pip --disable-pip-version-check install \
+	  $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r benchmarks/peers/requirements.txt
 	@touch $@
 
 $(INSTALLED): $(SOURCES) $(DEPENDENCIES) $(ENGINE_MISSING)

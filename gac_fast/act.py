@@ -194,19 +194,42 @@ class Actor:
             ValueError: a mask or seeds of another shape or type, or seeds that are not finite (checked on the CPU).
         """
         self._wake()
-        steps = self._state.steps
-        rows = torch.ones_like(steps, dtype=torch.bool)
-        if mask is not None:
-            rows = torch.as_tensor(mask, device=steps.device)
-            if rows.dtype != torch.bool or rows.shape != steps.shape:
-                raise ValueError(f"mask: expected bool [{len(self)}], got {rows.dtype} {list(rows.shape)}")
+        rows = self._rows(mask)
         if plans is not None:
-            given = plans if isinstance(plans, np.ndarray | Tensor) else plans.z0
-            z0 = self._seeds("plans", given, rows)
-            self.z0 = torch.where(rows[:, None, None], z0, self.z0)
-            self._set_plans(rows, z0)
+            self._change_plans(rows, plans)
         self._state.reset(None if mask is None else rows)
         self._noise[rows] = math.nan
+
+    def change_plans(self, plans: np.ndarray | Tensor | HasSeeds, mask: np.ndarray | Tensor | None = None) -> None:
+        """Go on with other plans in the middle of episodes, whose history stays.
+
+        Args:
+            plans: as for :meth:`reset`.
+            mask: bool [P], environments that get them; None for all.
+
+        Raises:
+            ValueError: as :meth:`reset`.
+        """
+        self._change_plans(self._rows(mask), plans)
+
+    def _rows(self, mask: np.ndarray | Tensor | None) -> Tensor:
+        """bool [P] on the device, all where there is no mask."""
+        steps = self._state.steps
+        if mask is None:
+            return torch.ones_like(steps, dtype=torch.bool)
+        rows = torch.as_tensor(mask, device=steps.device)
+        if rows.dtype != torch.bool or rows.shape != steps.shape:
+            raise ValueError(f"mask: expected bool [{len(self)}], got {rows.dtype} {list(rows.shape)}")
+        return rows
+
+    def _change_plans(self, rows: Tensor, plans: np.ndarray | Tensor | HasSeeds) -> None:
+        given = plans if isinstance(plans, np.ndarray | Tensor) else plans.z0
+        z0 = self._seeds("plans", given, rows)
+        self.z0 = torch.where(rows[:, None, None], z0, self.z0)
+        self._set_plans(rows, z0)
+        if self._awake is not None:
+            for name in ("plan_k", "plan_v"):
+                torch.index_select(getattr(self._state, name), 1, self._awake, out=getattr(self._awake_state, name))
 
     def act(self, obs: Array) -> Array:
         """Mean actions (plus noise, if any) for the current observations.

@@ -1,4 +1,4 @@
-"""The command line: ``gac-fast data | train | finetune | eval | report | info``.
+"""The command line: ``gac-fast data | train | baseline | finetune | eval | report | info``.
 
 Each command is a dataclass whose field docs are its help, and a function that runs it. Heavy imports are inside the
 functions, so that ``--help`` is quick.
@@ -14,7 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 __all__ = ["exit_status", "main", "parse"]
 
 DEFAULT_PRESET = "gym"
+TARGET_RULE = "--target: expected the wanted return with --plans explore, and only there or for a dt run"
 DEBUG_VARIABLE = "GAC_FAST_DEBUG"
 VARIABLES: Mapping[str, str] = {
     "GAC_FAST_BACKEND": "force every op onto reference, triton or cpp; an op that cannot run there raises",
@@ -110,6 +111,34 @@ class Train:
 
 
 @dataclass(frozen=True)
+class Baseline:
+    """Train behaviour cloning or a decision transformer on GAC's decoder, data and trainer; Ctrl-C saves and stops.
+
+    Everything but the idea is that of train: presets, flags, run folder, resuming; what concerns plans has no effect.
+    """
+
+    method: Annotated[tyro.conf.Positional[Literal["bc", "dt"]], tyro.conf.arg(metavar="{bc,dt}")]
+    """Behaviour cloning, or a decision transformer, which reads the return to go with the state."""
+    data: str
+    """HDF5 file in D4RL layout, or Minari dataset id."""
+    best: float | None = None
+    """Share of the episodes, the best by return, to learn from, such as 0.1; default all."""
+    preset: _PresetName = None
+    """Named values to start from; with --resume the default is the run's own configuration."""
+    run_dir: Path | None = None
+    """Folder of the run; default runs/<environment>-<method>-s<seed>-<time>."""
+    env: str | None = None
+    """Environment whose mean return is among the metrics; default: that metric is left out."""
+    resume: bool = False
+    """Go on from the newest checkpoint of --run-dir, as if it had never stopped."""
+    overwrite: bool = False
+    """Replace a run that is in --run-dir."""
+    tensorboard: bool = True
+    """Write TensorBoard files beside the CSV."""
+    config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
+
+
+@dataclass(frozen=True)
 class Finetune:
     """Improve a run by acting: explore, learn from what came of it, and go on; Ctrl-C saves and stops.
 
@@ -156,7 +185,8 @@ class Eval:
     plans: Literal["exploit", "prior", "posterior-best", "explore"] = "exploit"
     """Plans to act by: for high return, drawn from the prior, of the best training trajectories, or for --target."""
     target: float | None = None
-    """Return that explore asks for, in environment units."""
+    """Return that explore, or a decision transformer, is asked for, in environment units; default of the latter the
+    greatest of its data."""
     checkpoint: Literal["both", "last", "best"] = "both"
     """The newest checkpoint, the one that earlier evaluations found best (replays in training with --env; else evals of
     two or more --step with other seeds), or both, where there is such a one."""
@@ -189,7 +219,7 @@ class Info:
     """Preset, or folder of a run, whose sizes are looked at; default every preset."""
 
 
-_Command = PointMaze | Show | Train | Finetune | Eval | Report | Info
+_Command = PointMaze | Show | Train | Baseline | Finetune | Eval | Report | Info
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -216,6 +246,8 @@ def _run(command: _Command) -> None:
             _data_show(command)
         case Train():
             _train(command)
+        case Baseline():
+            _baseline(command)
         case Finetune():
             _finetune(command)
         case Eval():
@@ -257,6 +289,9 @@ def _parse(arguments: list[str]) -> _Command:
     train = Train(data=tyro.MISSING)
     if arguments[:1] == ["train"]:
         train = Train(data=tyro.MISSING, config=_base_config(arguments[1:]))
+    plain = Baseline(method=tyro.MISSING, data=tyro.MISSING)
+    if arguments[:1] == ["baseline"]:
+        plain = Baseline(method=tyro.MISSING, data=tyro.MISSING, config=_base_config(arguments[1:]))
     tune = Finetune()
     if arguments[:1] == ["finetune"]:
         tune = Finetune(config=_tuned_config(arguments[1:]))
@@ -266,6 +301,7 @@ def _parse(arguments: list[str]) -> _Command:
             tyro.conf.subcommand("data", description="Make a dataset, or look into one."),
         ]
         | Annotated[Train, tyro.conf.subcommand("train", default=train)]
+        | Annotated[Baseline, tyro.conf.subcommand("baseline", default=plain)]
         | Annotated[Finetune, tyro.conf.subcommand("finetune", default=tune)]
         | Annotated[Eval, tyro.conf.subcommand("eval")]
         | Annotated[Report, tyro.conf.subcommand("report")]
@@ -462,6 +498,19 @@ def _train(command: Train) -> None:
     )
 
 
+def _baseline(command: Baseline) -> None:
+    asked: dict[str, Any] = {"method": command.method}
+    if command.best is not None:
+        asked["best"] = command.best
+    _train(
+        Train(
+            data=command.data, preset=command.preset, run_dir=command.run_dir, env=command.env, resume=command.resume,
+            overwrite=command.overwrite, tensorboard=command.tensorboard,
+            config=command.config.replace(baseline=asked),
+        )
+    )  # fmt: skip
+
+
 def _finetune(command: Finetune) -> None:
     if command.resume and command.overwrite:
         raise ConfigError("--resume and --overwrite exclude each other: got both")
@@ -526,6 +575,7 @@ def _eval(command: Eval) -> None:
     # All of it before the work.
     chosen = [one for path in command.runs for one in _choose(path, command)]
     env_id = _check_alike(chosen, command)
+    command = _asked(chosen[0].policy, command)
     plans = [_make_plans(one.policy, command) for one in chosen]
     if len(command.runs) > 1:
         for one in chosen:
@@ -559,8 +609,8 @@ def _check_eval(command: Eval) -> None:
         raise ConfigError(f"--episodes: expected at least 1, got {command.episodes}")
     if not 0 <= command.seed < 2**32:
         raise ConfigError(f"--seed: expected a value in [0, 2^32), got {command.seed}")
-    if (command.plans == "explore") != (command.target is not None):
-        raise ConfigError("--target: expected the wanted return with --plans explore, and only there")
+    if command.plans == "explore" and command.target is None:
+        raise ConfigError(TARGET_RULE)
     if command.target is not None and not math.isfinite(command.target):
         raise ConfigError(f"--target: expected a finite return, got {command.target}")
     for path in command.runs:
@@ -604,6 +654,7 @@ def _choose(path: Path, command: Eval) -> list[_Chosen]:
     _, evaluations = _earlier_evaluations(run)
     device = pick_device(command.device)
     newest = load(path, step=command.step, device=device)
+    command = _asked(newest, command)
     step = f"step {newest.step:,}"
     if command.step is not None or path.resolve() != run.path:
         label = "last" if _is_last(run, newest.step) else "chosen"
@@ -628,6 +679,19 @@ def _choose(path: Path, command: Eval) -> list[_Chosen]:
     policy = load(path, step=best.step, device=device)
     found = _Chosen(run, policy, ("best",), best.how, f"step {best.step:,} ({best.how})")
     return [found] if command.checkpoint == "best" else [last, found]
+
+
+def _asked(policy: Policy, command: Eval) -> Eval:
+    """A decision transformer is always asked for a return: naming one needs no more.
+
+    Raises:
+        ConfigError: a target for what takes none.
+    """
+    if command.target is None or command.plans == "explore":
+        return command
+    if command.plans != "exploit" or policy.config.baseline.method != "dt":
+        raise ConfigError(TARGET_RULE)
+    return replace(command, plans="explore")
 
 
 # What may differ between runs that intervals are made over: seeds, and what does not change what is learnt.
@@ -729,13 +793,16 @@ def _report(one: _Chosen, command: Eval, result: EvalResult) -> str:
     run, policy = one.run, one.policy
     number, evaluations = _earlier_evaluations(run)
     number += 1
-    what = command.plans if command.target is None else f"{command.plans} {command.target:g}"
+    what = policy.describe(command.plans, command.target)
     name = f"{result.env_id}, {what}, step {policy.step}, {len(result.returns)} episodes, seed {result.seed}"
-    plot = run.plots / f"predicted_vs_achieved_{_slug(result.env_id)}_{_slug(what)}.png"
-    if one.labels == ("best",):
-        plot = plot.with_name(f"{plot.stem}_best.png")
-    _plot(result, plot)
     summary = result.summary()
+    # Behaviour cloning predicts nothing.
+    predicts = math.isfinite(summary["predicted_mean"])
+    plot = run.plots / f"predicted_vs_achieved_{_slug(result.env_id)}_{_slug(what)}.png" if predicts else None
+    if plot is not None and one.labels == ("best",):
+        plot = plot.with_name(f"{plot.stem}_best.png")
+    if plot is not None:
+        _plot(result, plot)
     entry = {
         "evaluation": number,
         "plans": command.plans,
@@ -744,7 +811,7 @@ def _report(one: _Chosen, command: Eval, result: EvalResult) -> str:
         "checkpoint": one.labels[0],
         "chosen_by": one.how if "best" in one.labels else None,
         **summary,
-        "plot": os.path.relpath(plot, run.path),
+        "plot": None if plot is None else os.path.relpath(plot, run.path),
         "video": None,
     }
     merge_result(run, {"n_evaluations": number, "evaluations": {**evaluations, name: entry}})
@@ -761,7 +828,7 @@ def _report(one: _Chosen, command: Eval, result: EvalResult) -> str:
         [
             *([("run", run.path)] if len(command.runs) > 1 else []),
             ("environment", result.env_id),
-            ("plans", what),
+            ("plans", what + _baseline_note(policy, summary)),
             ("checkpoint", one.text),
             ("episodes", f"{len(result.returns):,}, seed {result.seed}"),
             ("return mean", f"{result.mean:.2f}"),
@@ -771,8 +838,8 @@ def _report(one: _Chosen, command: Eval, result: EvalResult) -> str:
                 "interquartile mean",
                 f"{summary['return_iqm']:.2f} {_ends(summary['return_iqm_interval'])} (95%)",
             ),
-            ("predicted mean", f"{summary['predicted_mean']:.2f}"),
-            ("prediction error", _honesty(summary)),
+            ("predicted mean", f"{summary['predicted_mean']:.2f}" if predicts else "none"),
+            *([("prediction error", _honesty(summary))] if predicts else []),
             ("normalised mean", "none: no reference scores" if score is None else f"{score:.2f}"),
             ("speed", f"{summary['steps_per_second']:,.0f} steps/s, planning included"),
             ("versions", ", ".join(f"{package} {version}" for package, version in result.versions.items())),
@@ -783,10 +850,17 @@ def _report(one: _Chosen, command: Eval, result: EvalResult) -> str:
             *([("best checkpoint", one.how)] if one.how is not None and "best" not in one.labels else []),
             ("result", run.result),
             *rows,
-            ("plot", plot),
+            *([] if plot is None else [("plot", plot)]),
         ]
     )
     return name
+
+
+def _baseline_note(policy: Policy, numbers: Mapping[str, Any]) -> str:
+    method = policy.config.baseline.method
+    if method == "none":
+        return ""
+    return " (behaviour cloning)" if method == "bc" else f" (dt, target {numbers['predicted_mean']:g})"
 
 
 def _ends(interval: Sequence[float]) -> str:
@@ -807,12 +881,13 @@ def _csv_rows(one: _Chosen, what: str, result: EvalResult) -> list[Row]:
     made = read_result(one.run)
     trained = made.get("train_seconds") if made.get("step") == one.policy.step else None
     seconds = None if trained is None else round(trained + result.seconds, 1)
+    predicted = float(result.predicted.mean())
     kind = {"prior": "prior plans", "posterior-best": "best posterior plans"}.get(what, what)
     return [
         Row(
             one.policy.step, result.mean, result.normalized_mean, one.policy.config.train.seed,
-            kind + (BEST if label == "best" else ""), float(result.predicted.mean()), len(result.returns),
-            seconds, short_commit(), machine(one.policy.device),
+            kind + (BEST if label == "best" else ""), predicted if math.isfinite(predicted) else None,
+            len(result.returns), seconds, short_commit(), machine(one.policy.device),
         )
         for label in one.labels
     ]  # fmt: skip
@@ -840,8 +915,14 @@ def _print_pooled(label: str, results: Sequence[EvalResult]) -> None:
             ("interquartile mean", both("iqm")),
             ("  other episodes", f"{both('iqm_interval')} (95%, bootstrap of episodes within these runs)"),
             ("  other seeds too", f"{both('iqm_interval_over_runs')} (95%, bootstrap of runs and episodes)"),
-            ("predicted mean", f"{numbers['predicted_mean']:.2f}"),
-            ("prediction error", _honesty(numbers)),
+            *(
+                [
+                    ("predicted mean", f"{numbers['predicted_mean']:.2f}"),
+                    ("prediction error", _honesty(numbers)),
+                ]
+                if math.isfinite(numbers["predicted_mean"])
+                else []
+            ),
             ("speed", f"{numbers['steps_per_second']:,.0f} steps/s, planning included"),
         ]
     )
@@ -878,6 +959,8 @@ def _plot(result: EvalResult, path: Path) -> None:
 
 def _film(policy: Policy, env_id: str, plans: Plans | None, seed: int, path: Path) -> None:
     """One episode of the first plan."""
+    import numpy as np
+
     from gac_fast import envs
     from gac_fast.video import record
 
@@ -886,11 +969,16 @@ def _film(policy: Policy, env_id: str, plans: Plans | None, seed: int, path: Pat
 
         def frames() -> Iterator[np.ndarray]:
             obs, _ = env.reset(seed=seed)
-            actor = policy.actor(plans[:1] if plans is not None else policy.exploit(1, obs[None], seed=seed))
+            if plans is None:
+                actor = policy.exploiting(policy.exploit(1, obs[None], seed=seed), seed)
+            else:
+                actor = policy.actor(plans[:1])
             done = False
             while not done:
                 yield env.render()  # type: ignore[misc]
-                obs, _, terminated, truncated, _ = env.step(actor.act(obs[None])[0])
+                obs, reward, terminated, truncated, _ = env.step(actor.act(obs[None])[0])
+                if (rewarded := getattr(actor, "rewarded", None)) is not None:
+                    rewarded(np.array([reward], np.float64))
                 done = terminated or truncated
             yield env.render()  # type: ignore[misc]
 

@@ -10,7 +10,10 @@ from typing import Any, Literal, get_type_hints
 
 from gac_fast.errors import ConfigError
 
-__all__ = ["PRESETS", "Config", "ModelConfig", "OnlineConfig", "PlanConfig", "PosteriorConfig", "TrainConfig", "preset"]
+__all__ = [
+    "PRESETS", "BaselineConfig", "Config", "ModelConfig", "OnlineConfig", "PlanConfig", "PosteriorConfig",
+    "TrainConfig", "preset",
+]  # fmt: skip
 
 
 def _check(condition: bool, name: str, expected: str, value: object) -> None:
@@ -164,6 +167,9 @@ class PlanConfig:
     """Distinct plans that exploit returns when no starts are given; asked for more, it repeats them."""
     n_refine: int = 4
     """Candidates raised for each start, the most promising ones, when starts are given."""
+    replan_every: int = 0
+    """Time steps after which exploit plans anew, from the state then at hand; 0 keeps one plan for the whole episode.
+    For models of segments (train.segment), which know what comes of a plan from every state."""
     explore_step_size: float = 0.3
     """Langevin step of explore."""
     explore_sharpness: float = 1.0
@@ -175,7 +181,8 @@ class PlanConfig:
 
     def __post_init__(self) -> None:
         _check(self.bf16 in ("off", "on"), "plan.bf16", "off or on", self.bf16)
-        _check(self.n_steps >= 0, "plan.n_steps", "at least 0", self.n_steps)
+        for name in ("n_steps", "replan_every"):
+            _check(getattr(self, name) >= 0, f"plan.{name}", "at least 0", getattr(self, name))
         for name in ("step_size", "radius", "max_norm", "explore_step_size", "explore_sharpness"):
             _check(getattr(self, name) > 0, f"plan.{name}", "greater than 0", getattr(self, name))
         for name in ("kappa", "prior_weight"):
@@ -232,6 +239,9 @@ class TrainConfig:
     """Torch device; auto takes CUDA where there is one."""
     sampling: Literal["length", "uniform"] = "length"
     """Draw trajectories with probability proportional to their length, or all alike."""
+    segment: int = 0
+    """Time steps of a training trajectory: episodes are cut into parts of about so many, each with the return from its
+    first step to the end of the episode, which needs rewards. 0 takes whole episodes."""
     n_threads: int = 0
     """Torch CPU threads; 0 leaves torch's own choice."""
     prefetch: int = 2
@@ -244,7 +254,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("n_updates", "batch_size", "log_every", "checkpoint_every", "keep_checkpoints", "replay_episodes"):
             _check(getattr(self, name) >= 1, f"train.{name}", "at least 1", getattr(self, name))
-        for name in ("warmup", "weight_decay", "return_weight", "eval_every", "n_threads", "prefetch"):
+        for name in ("warmup", "weight_decay", "return_weight", "eval_every", "segment", "n_threads", "prefetch"):
             _check(getattr(self, name) >= 0, f"train.{name}", "at least 0", getattr(self, name))
         for name in ("learning_rate", "grad_clip"):
             _check(getattr(self, name) > 0, f"train.{name}", "greater than 0", getattr(self, name))
@@ -343,6 +353,25 @@ class OnlineConfig:
 
 
 @dataclass(frozen=True)
+class BaselineConfig:
+    """What the same decoder is trained as in place of GAC, to compare with it."""
+
+    method: Literal["none", "bc", "dt"] = "none"
+    """none: GAC; bc: behaviour cloning, the plan held at zero; dt: a decision transformer, which reads the return to go
+    with the state."""
+    best: float = 1.0
+    """Share of the episodes, the best by return, that a baseline learns from; 1 takes all."""
+
+    def __post_init__(self) -> None:
+        _check(self.method in ("none", "bc", "dt"), "baseline.method", "none, bc or dt", self.method)
+        _check(0 < self.best <= 1, "baseline.best", "in (0, 1]", self.best)
+        _check(
+            self.best == 1 or self.method != "none",
+            "baseline.best", "1 where baseline.method = 'none'", self.best,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
 class Config:
     """All of a run."""
 
@@ -351,6 +380,7 @@ class Config:
     plan: PlanConfig = field(default_factory=PlanConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     online: OnlineConfig = field(default_factory=OnlineConfig)
+    baseline: BaselineConfig = field(default_factory=BaselineConfig)
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain dict, JSON-ready."""
@@ -387,8 +417,25 @@ class Config:
         return Config.from_dict(values)
 
 
+# Found on SAC data of hopper (docs/mujoco.md). These policies are functions of the state: one step of history (K = 1)
+# is enough to clone them, and any more would speak in the plan's place. Segments of 128 steps with the return from
+# their first step on, which that first state mostly explains; T_a is the variance of the policy's noise.
+_LOCOMOTION = Config(
+    model=ModelConfig(
+        dim=64, n_layers=2, window=1, n_z=2, context="states", return_ensemble=4, return_context="first_state"
+    ),
+    posterior=PosteriorConfig(action_temperature=0.05),
+    plan=PlanConfig(n_steps=40, kappa=0.0, radius=0.1, replan_every=128),
+    train=TrainConfig(
+        n_updates=1200, batch_size=64, segment=128, bf16="auto", eval_every=400, checkpoint_every=400
+    ),
+)  # fmt: skip
+
 PRESETS: dict[str, Config] = {
     "gym": Config(model=ModelConfig(return_ensemble=4)),
+    "hopper": _LOCOMOTION,
+    "halfcheetah": _LOCOMOTION,
+    "walker2d": _LOCOMOTION,
     # Tuned on umaze (docs/tuning.md): a short window and few plan vectors leave the plan something to say, and T_a is
     # the variance of the controller's own noise.
     "pointmaze-umaze": Config(

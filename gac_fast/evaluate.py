@@ -204,7 +204,7 @@ def evaluate(
             wanted = rows.stop - rows.start
             predicted[rows] = chosen.return_mean[:wanted].cpu().numpy()
             predicted_std[rows] = chosen.return_std[:wanted].cpu().numpy()
-            return policy.actor(chosen)
+            return policy.exploiting(chosen, seed) if plans is None else policy.actor(chosen)
 
         started = time.perf_counter()
         bar = _bar(episodes) if progress else None
@@ -264,7 +264,7 @@ def _check_spaces(policy: Policy, vector: VectorEnv[Any, Any, Any], env_id: str)
     trained_on = policy.env_id or "unnamed data"
     space = vector.single_action_space
     obs_shape, act_shape = vector.single_observation_space.shape, space.shape
-    expected = ((policy.model.obs_dim,), (policy.model.act_dim,))
+    expected = ((policy.obs_dim,), (policy.model.act_dim,))
     if (obs_shape, act_shape) != expected:
         raise EnvError(
             f"{env_id}: the policy was trained on {trained_on} with observations {list(expected[0])} and actions "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,14 +12,14 @@ from torch import Tensor
 
 from gac_fast import checkpoint
 from gac_fast import plan as planning
-from gac_fast.act import Actor
+from gac_fast.act import Actor, Array, HasSeeds
 from gac_fast.config import Config, PlanConfig
 from gac_fast.errors import CheckpointError, ConfigError
 from gac_fast.model import GAC
 from gac_fast.model.normalization import Normalization
 from gac_fast.plan import Plans
 
-__all__ = ["Policy", "load"]
+__all__ = ["ExploitActor", "Policy", "load"]
 
 # Starts over which plans for unknown first states are averaged.
 N_STARTS = 16
@@ -67,6 +68,15 @@ class Policy:
     @property
     def device(self) -> torch.device:
         return self.normalization.obs_mean.device
+
+    @property
+    def obs_dim(self) -> int:
+        """Of the environment's observations."""
+        return self.model.obs_dim
+
+    def describe(self, plans: str, target: float | None) -> str:
+        """A name for how it acted: the kind of ``plans``, with the return asked for where there was one."""
+        return plans if target is None else f"{plans} {target:g}"
 
     def _plan_config(self, overrides: dict[str, Any]) -> PlanConfig:
         return self.config.replace(plan=overrides).plan
@@ -177,6 +187,81 @@ class Policy:
         z0 = plans.z0 if isinstance(plans, Plans) else plans
         return Actor(self.model, self.normalization, z0, action_noise, seed, bf16, cuda_graph, noise_correlation)
 
+    def exploiting(self, plans: Plans, seed: int = 0, overrides: dict[str, Any] | None = None, **options: Any) -> Actor:
+        """An actor that begins with ``plans`` of :meth:`exploit`, and plans anew as ``plan.replan_every`` says.
+
+        Args:
+            plans: one per environment.
+            seed: of planning.
+            overrides: fields of :class:`PlanConfig`.
+            options: as for :meth:`actor`.
+        """
+        overrides = overrides or {}
+        every = self._plan_config(overrides).replan_every
+        if every == 0:
+            return self.actor(plans, **options)
+        return ExploitActor(self, plans, every, seed, overrides, **options)
+
+
+class ExploitActor(Actor):
+    """An :class:`Actor` that exploits: every so many steps of an episode it plans anew, for the state at hand.
+
+    Args:
+        policy: plans, and gives model and units.
+        plans: of the first steps, one per environment.
+        every: time steps that a plan is followed for, at least 1.
+        seed: of planning.
+        overrides: fields of :class:`PlanConfig`.
+        **options: as for :class:`Actor`.
+
+    Attributes:
+        age: int64 [P], time steps of the present episode so far.
+    """
+
+    def __init__(
+        self, policy: Policy, plans: Plans, every: int, seed: int, overrides: dict[str, Any], **options: Any
+    ) -> None:
+        if every < 1:
+            raise ValueError(f"every: expected at least 1 time step, got {every}")
+        super().__init__(policy.model, policy.normalization, plans.z0, **options)
+        self.policy, self.every, self.seed, self.overrides = policy, every, seed, overrides
+        self.age = np.zeros(len(self), np.int64)
+        self._rests = np.zeros(len(self), np.bool_)
+
+    def reset(
+        self, mask: np.ndarray | Tensor | None = None, plans: np.ndarray | Tensor | HasSeeds | None = None
+    ) -> None:
+        """As :meth:`Actor.reset`."""
+        super().reset(mask, plans)
+        self.age[np.ones(len(self), np.bool_) if mask is None else torch.as_tensor(mask).cpu().numpy()] = 0
+        self._rests[:] = False
+
+    def rest(self, mask: np.ndarray | Tensor) -> None:
+        """As :meth:`Actor.rest`; nothing is planned for these either."""
+        super().rest(mask)
+        self._rests |= torch.as_tensor(mask).cpu().numpy()
+
+    def _act(self, obs: Array) -> Array:
+        due = np.flatnonzero((self.age > 0) & (self.age % self.every == 0) & ~self._rests)
+        if len(due):
+            rows = torch.from_numpy(due).to(self.device)
+            states = torch.as_tensor(obs, device=self.device)[rows]
+            z0 = self.z0.clone()
+            z0[rows] = self.policy.exploit(len(due), states, self.seed, **self.overrides).z0
+            mask = torch.zeros(len(self), dtype=torch.bool, device=self.device)
+            mask[rows] = True
+            self.change_plans(z0, mask)
+        self.age += 1
+        return super()._act(obs)
+
+    def split(self, sizes: Sequence[int]) -> list[ExploitActor]:  # type: ignore[override]
+        """As :meth:`Actor.split`."""
+        parts: list[ExploitActor] = super().split(sizes)  # type: ignore[assignment]
+        for part, start in zip(parts, np.cumsum(sizes) - sizes, strict=True):
+            rows = slice(start, start + len(part))
+            part.age, part._rests = self.age[rows].copy(), self._rests[rows].copy()
+        return parts
+
 
 def _check_count(n: int) -> None:
     if n < 1:
@@ -184,7 +269,8 @@ def _check_count(n: int) -> None:
 
 
 def load(run_dir: str | Path, step: int | None = None, device: str | torch.device = "cpu") -> Policy:
-    """The policy of a run, or of one checkpoint folder.
+    """The policy of a run, or of one checkpoint folder; a :class:`gac_fast.baseline.BaselinePolicy` where the run
+    trained a baseline.
 
     Args:
         run_dir: folder of a run (its newest checkpoint is taken), or of a checkpoint.
@@ -240,6 +326,13 @@ def from_checkpoint(
         model.bf16 = bool(state.get("bf16", False))
         fields = [tensors[f"normalization.{field}"] for field in Normalization._fields]
         returns = tensors["data.returns"]
+        if config.baseline.method != "none":
+            from gac_fast.baseline import BaselinePolicy
+
+            return BaselinePolicy(
+                model.to(device), Normalization(*fields).to(device), config, state["env_id"], returns.to(device),
+                tensors["data.first_observations"].to(device), tensors["data.usable"].to(device), state["step"],
+            )  # fmt: skip
         # Of an online run, whose episodes come and go; trajectory i of an offline one is row i.
         rows = tensors.get("data.rows", torch.arange(len(returns)))
         z0, usable = plan_seeds(

@@ -49,8 +49,10 @@ class Acts(Protocol):
 
     More is used where it exists: ``z0``, the plan seeds [num_envs, n_z, D], which the rollout keeps beside the
     episodes; ``device``, as observations for a GPU lie in pinned memory; ``split(sizes)``, which gives one actor
-    for each of several groups of consecutive rows (these act in threads of their own, one for every vector); and
-    ``rest(mask)``, bool [num_envs], told of the rows that have finished, whose actions are of no matter from then on.
+    for each of several groups of consecutive rows (these act in threads of their own, one for every vector);
+    ``rewarded(rewards)``, told before every further ``act`` what the last actions earned, float64 [num_envs], 0 where
+    the episode was over; and ``rest(mask)``, bool [num_envs], told of the rows that have finished, whose actions are of
+    no matter from then on.
     """
 
     def act(self, obs: np.ndarray, /) -> np.ndarray:
@@ -539,6 +541,7 @@ class _Run:
         self.wanted = min(n, self.episodes - start)
         self.running = np.arange(n) < self.wanted
         self.total, self.length = np.zeros(n), np.zeros(n, np.int64)
+        self.rewards = np.zeros(n)
         self.terminated = np.zeros(n, np.bool_)
         self.n_keep = max(0, min(self.wanted, self.keep - start))
         self.steps = [_Steps(part.rows, self.n_keep, self.obs_dim, self.act_dim) for part in self.parts]
@@ -617,6 +620,7 @@ class _Run:
 
     def _play(self, unit: _Unit) -> None:
         """Step the parts of a unit until all of their episodes have ended."""
+        rewarded = getattr(unit.actor, "rewarded", None)
         rest = getattr(unit.actor, "rest", None)
         n_running = -1
         self._act(unit)
@@ -626,6 +630,9 @@ class _Run:
                     self._end(part)
             running = self.running[unit.rows]
             if running.any():
+                if rewarded is not None:
+                    rewarded(self.rewards[unit.rows])
+                    self.rewards[unit.rows] = 0.0
                 if rest is not None and n_running != (n_running := int(np.count_nonzero(running))):
                     rest(~running)
                 self._act(unit)
@@ -659,6 +666,7 @@ class _Run:
         n_running = int(np.count_nonzero(running))
         total = self.total[rows]
         np.add(total, reward, out=total, where=running)
+        self.rewards[rows] = np.where(running, reward, 0.0)
         self.length[rows] += running
         termination = np.asarray(termination, np.bool_)
         self.terminated[rows] |= running & termination

@@ -448,6 +448,26 @@ def test_bad_sizes_of_parts(sizes):
 
 
 @pytest.mark.parametrize("context", ["states", "states_actions"])
+def test_plans_change_in_the_middle_of_an_episode_and_the_history_stays(context):
+    changed, kept = make_actor(context), make_actor(context)
+    other = random_seeds(P, changed.model.config, seed=5)
+    fresh = make_actor(context, seed=5)
+    for obs in observations(2):
+        changed.act(obs)
+        kept.act(obs)
+    changed.change_plans(kept.z0)
+    changed.change_plans(other, MASK)
+    assert torch.equal(changed.z0[MASK], other[MASK])
+    assert torch.equal(changed.z0[~MASK], kept.z0[~MASK])
+    obs = observations(1, seed=1)[0]
+    out, before, new = changed.act(obs), kept.act(obs), fresh.act(obs)
+    assert torch.equal(out[~MASK], before[~MASK])
+    assert not torch.equal(out[MASK], before[MASK])
+    # Neither the plan nor the steps before are lost on it.
+    assert not torch.equal(out[MASK], new[MASK])
+
+
+@pytest.mark.parametrize("context", ["states", "states_actions"])
 @pytest.mark.parametrize("noise", [0.0, 0.3])
 def test_rows_that_rest_change_nothing_for_the_others_and_a_reset_wakes_them(context, noise):
     whole, resting = (make_actor(context, action_noise=noise, noise_correlation=2.0) for _ in range(2))
@@ -455,6 +475,9 @@ def test_rows_that_rest_change_nothing_for_the_others_and_a_reset_wakes_them(con
         awake = torch.tensor([True, t < 3, True, t < 6])
         if t in (3, 6):
             resting.rest(~awake)
+        if t == 8:
+            for actor in (whole, resting):
+                actor.change_plans(random_seeds(P, actor.model.config, seed=5))
         found, expected = resting.act(obs.masked_fill(~awake[:, None], math.nan)), whole.act(obs)
         torch.testing.assert_close(found[awake], expected[awake], rtol=0, atol=1e-5)
         assert not found[~awake].any()

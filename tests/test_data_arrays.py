@@ -22,7 +22,8 @@ def test_from_arrays_cuts_at_terminals_and_timeouts() -> None:
     data["terminals"][6] = False
     data["timeouts"][6] = True
     data["terminals"][8] = False
-    trajectories = from_arrays(**data, env_id="Hopper-v5")
+    trajectories = from_arrays(**data, env_id="Hopper-v5", keep_rewards=True)
+    np.testing.assert_array_equal(trajectories.rewards, data["rewards"])
     np.testing.assert_array_equal(trajectories.cu_seqlens, [0, 3, 7, 9])
     np.testing.assert_array_equal(trajectories.complete, [True, True, False])
     np.testing.assert_array_equal(trajectories.observations, data["observations"])
@@ -177,6 +178,8 @@ def test_from_episodes_with_rewards_or_only_returns() -> None:
     assert trajectories.returns[1] == 7.5
     np.testing.assert_array_equal(trajectories.complete, [True, False, True])
     np.testing.assert_array_equal(trajectories.episode(2).observations, _episode(4)["observations"])
+    with pytest.raises(DataError, match=r"episode 1: expected 'rewards', which are to be kept, got .*'episode_return'"):
+        from_episodes([first, without_rewards], keep_rewards=True)
 
 
 def _without(name: str) -> dict[str, Any]:

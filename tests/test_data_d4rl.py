@@ -160,6 +160,29 @@ def test_maze2d_is_cut_at_the_horizon_and_its_rewards_moved(tmp_path: Path, capl
     assert "1 of 3 episodes were cut" in caplog.text
 
 
+def test_rewards_of_steps_are_kept_where_asked_for_and_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the same rules as the returns: each the first return to go of its episode, Maze2D's moved up by one."""
+    monkeypatch.setattr("gac_fast.data.d4rl.BLOCK_ROWS", 7)
+    maze = maze2d_run(651)
+    for path, rewards in (
+        (write_d4rl(tmp_path / "maze2d-umaze-sparse-v1.hdf5", maze), maze["rewards"][1:]),
+        (CUTS / "hopper-medium-replay-cut.hdf5", None),
+    ):
+        assert load(path).rewards is None
+        kept = load(path, keep_rewards=True)
+        assert kept.rewards is not None
+        if rewards is not None:
+            np.testing.assert_array_equal(kept.rewards, rewards)
+        to_go = kept.returns_to_go()
+        np.testing.assert_allclose(to_go[kept.cu_seqlens[:-1]], kept.returns, rtol=1e-12)
+        np.testing.assert_array_equal(to_go[kept.cu_seqlens[1:] - 1], kept.rewards[kept.cu_seqlens[1:] - 1])
+        picked = kept.subset([1, 0])
+        np.testing.assert_array_equal(picked.returns_to_go()[: picked.lengths[0]], to_go[slice(*kept.cu_seqlens[1:3])])
+        joined = kept.concatenate([kept, picked])
+        np.testing.assert_array_equal(joined.returns_to_go()[-len(picked.returns_to_go()) :], picked.returns_to_go())
+        assert kept.concatenate([kept, load(path)]).rewards is None
+
+
 @pytest.mark.parametrize(
     ("file", "attributes", "options", "lengths"),
     [

@@ -59,7 +59,7 @@ def test_episodes_come_through(caplog: pytest.LogCaptureFixture) -> None:
         buffer(2, seed=3, terminations=cut),
     ]
     with caplog.at_level(logging.WARNING):
-        trajectories = load(create("mixed-v0", buffers))
+        trajectories = load(create("mixed-v0", buffers), keep_rewards=True)
     np.testing.assert_array_equal(trajectories.lengths, [4, 3, 2])
     np.testing.assert_array_equal(trajectories.complete, [True, True, False])
     assert "1 of 3 episodes were cut" in caplog.text
@@ -67,6 +67,10 @@ def test_episodes_come_through(caplog: pytest.LogCaptureFixture) -> None:
         np.testing.assert_array_equal(episode.observations, np.float32(source.observations)[:-1])
         np.testing.assert_array_equal(episode.actions, source.actions)
         assert episode.episode_return == sum(source.rewards)
+    np.testing.assert_array_equal(
+        trajectories.rewards, np.float32(np.concatenate([source.rewards for source in buffers]))
+    )
+    assert load("mixed-v0").rewards is None
     assert trajectories.env_id is None
 
 

@@ -139,6 +139,10 @@ def test_concatenate() -> None:
         ({"cu_seqlens": np.array([0, 6])}, r"cu_seqlens: expected shape \(4,\)"),
         ({"returns": np.zeros((3, 1))}, "returns: expected a 1-dimensional float64 array"),
         ({"complete": np.ones(2, np.bool_)}, r"complete: expected shape \(3,\).* got \(2,\)"),
+        (
+            {"rewards": np.zeros((6, 1), np.float32)},
+            r"rewards: expected a float32 array of shape \(6,\), got .*\(6, 1\)",
+        ),
         ({"action_low": np.zeros(3, np.float32)}, r"action_low: expected shape \(2,\).* got \(3,\)"),
     ],
 )
@@ -152,3 +156,22 @@ def test_repr_tells_what_was_cut() -> None:
     assert "2 episodes, 5 steps" in text
     assert "1 cut" in text
     assert "Hopper-v5" in text
+
+
+def test_segments_have_the_returns_from_their_first_step() -> None:
+    rewards = np.arange(13, dtype=np.float32) + 1
+    data = make([7, 1, 5], rewards=rewards, complete=np.array([True, True, False]))
+    parts, episode = data.segments(3)
+    # 7 steps make 2 parts of 3 and 4, 5 steps round(5 / 3) = 2 of 2 and 3.
+    assert parts.cu_seqlens.tolist() == [0, 3, 7, 8, 10, 13]
+    assert episode.tolist() == [0, 0, 1, 2, 2]
+    assert parts.returns.tolist() == [rewards[:7].sum(), rewards[3:7].sum(), 8, rewards[8:].sum(), rewards[10:].sum()]
+    assert parts.complete.tolist() == [True, True, True, False, False]
+    assert np.shares_memory(parts.observations, data.observations)
+    # All of an episode's reward at its end: every part has all of it.
+    late = make([7], rewards=np.array([0, 0, 0, 0, 0, 0, 5], np.float32))
+    assert late.segments(3)[0].returns.tolist() == [5, 5]
+    with pytest.raises(DataError, match="at least 1 step, got 0"):
+        data.segments(0)
+    with pytest.raises(DataError, match="keep_rewards=True"):
+        make([7]).segments(3)

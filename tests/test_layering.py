@@ -18,7 +18,7 @@ FLOORS = [
     {"cli", "demo", "finetune_demo", "__main__"},
     {"train"},
     {"evaluate", "report"},
-    {"policy", "rollout"},
+    {"policy", "baseline", "rollout"},
     {"checkpoint", "plan", "act", "posterior", "plots", "video"},
     {"model", "data", "envs"},
     {"ops"},

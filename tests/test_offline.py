@@ -559,3 +559,33 @@ def test_recorded_on_a_device(tmp_path):
     rows = metrics(folder)
     assert len(rows) == 20
     assert np.isfinite([float(row["loss"]) for row in rows]).all()
+
+
+def test_segments_of_one_episode_are_held_out_together_and_resume(tmp_path):
+    rewards = np.random.default_rng(0).normal(size=sum(LENGTHS)).astype(np.float32)
+    episodes = dataclasses.replace(data(), rewards=rewards)
+    conf = config(segment=2)
+    trainer = OfflineTrainer(episodes, conf)
+    parts, episode = episodes.segments(2)
+    assert len(trainer.data) == len(parts) > len(episodes)
+    np.testing.assert_array_equal(trainer.data.returns, parts.returns)
+    out = np.isin(np.arange(len(parts)), trainer.held_out)
+    assert 0 < out.sum() < len(parts)
+    assert not set(episode[out]) & set(episode[~out])
+    assert not trainer.usable[torch.from_numpy(out)].any()
+    # The best of them are those above what plans from their starts are expected to bring, not the longest way to go.
+    z = trainer.model.prior(torch.randn(offline.N_COMPARED, 2, 16, generator=torch.Generator().manual_seed(0)))
+    for i in (0, 5):
+        start = trainer.batches.of(torch.tensor([i])).first_states.expand(len(z), -1)
+        expected = trainer.model.return_moments(z, start)[0].mean()
+        y = trainer.normalization.returns(torch.tensor(parts.returns[i]))
+        assert float(trainer.ranking()[i]) == pytest.approx(float((y - expected).detach()), abs=1e-5)
+    trainer.batches.close()
+    whole = run(tmp_path / "whole", conf, episodes)
+    again = tmp_path / "again"
+    shutil.copytree(whole, again)
+    shutil.rmtree(checkpoint.latest(again))
+    run(again, conf, episodes, resume=True)
+    assert_same_run(whole, again)
+    with pytest.raises(DataError, match="keep_rewards=True"):
+        OfflineTrainer(data(), conf)

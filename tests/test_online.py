@@ -465,6 +465,8 @@ def test_a_run_is_resumed_with_its_own_configuration_and_data_only(offline_run, 
         tune(None, folder, data=data(seed=1), resume=True)
     with pytest.raises(CheckpointError, match="expected 'online' in its state"):
         tune(None, offline_run, resume=True)
+    with pytest.raises(ConfigError, match=r"^train\.segment: expected 0, .* got 8$"):
+        finetune(None, seeded_vector(4), config(train={"segment": 8}))
     with pytest.raises(ConfigError, match=r"^resume: expected run_dir"):
         finetune(None, seeded_vector(4), resume=True)
 

@@ -46,6 +46,7 @@ def from_arrays(
     *,
     action_bounds: Bounds | None = None,
     env_id: str | None = None,
+    keep_rewards: bool = False,
 ) -> Trajectories:
     """Cut flat transitions in time order into episodes and check every value.
 
@@ -62,6 +63,7 @@ def from_arrays(
         timeouts: [N], true where a time limit did.
         action_bounds: (low, high), scalars or [act_dim]; default those of ``env_id``, or else -1 and 1.
         env_id: gymnasium id of the environment, where known.
+        keep_rewards: keep the reward of every step too, which nothing but a return to go needs.
 
     Raises:
         DataError: a field has the wrong shape, a value that is not finite, or an action outside the bounds.
@@ -93,7 +95,8 @@ def from_arrays(
     )
     cu_seqlens, returns, complete = split.finish()
     warn_of_cuts(complete, where)
-    return Trajectories(packed_observations, packed_actions, cu_seqlens, returns, complete, low, high, env_id)
+    kept = flat["rewards"].astype(np.float32) if keep_rewards else None
+    return Trajectories(packed_observations, packed_actions, cu_seqlens, returns, complete, low, high, env_id, kept)
 
 
 def from_episodes(
@@ -101,6 +104,7 @@ def from_episodes(
     *,
     action_bounds: Bounds | None = None,
     env_id: str | None = None,
+    keep_rewards: bool = False,
 ) -> Trajectories:
     """Pack a list of episodes and check every value.
 
@@ -113,6 +117,7 @@ def from_episodes(
             - ``complete`` (optional, default True): False where the episode was cut, so that its return is too small.
         action_bounds: (low, high), scalars or [act_dim]; default those of ``env_id``, or else -1 and 1.
         env_id: gymnasium id of the environment, where known.
+        keep_rewards: keep the reward of every step too, which every episode must then have.
 
     Raises:
         DataError: an episode is empty, lacks a field, or has wrong shapes or values.
@@ -150,6 +155,8 @@ def from_episodes(
                 f"{where}: episode {i}: expected (obs_dim, act_dim) = {dims} as in episode 0, "
                 f"got {(obs_shape[1], act_shape[1])}"
             )
+        if keep_rewards and "rewards" not in episode:
+            raise DataError(f"{where}: episode {i}: expected 'rewards', which are to be kept, got {_names(episode)}")
         if "rewards" in episode and np.shape(episode["rewards"]) != (lengths[i],):
             raise DataError(
                 f"{where}: episode {i}: rewards: expected shape ({lengths[i]},), got {np.shape(episode['rewards'])}"
@@ -161,6 +168,7 @@ def from_episodes(
     observations = np.empty((cu_seqlens[-1], dims[0]), np.float32)
     actions = np.empty((cu_seqlens[-1], dims[1]), np.float32)
     returns = np.empty(len(episodes))
+    rewards = np.empty(cu_seqlens[-1], np.float32) if keep_rewards else None
     for i, episode in enumerate(episodes):
         rows = slice(cu_seqlens[i], cu_seqlens[i + 1])
         observations[rows] = episode["observations"][: lengths[i]]
@@ -170,12 +178,14 @@ def from_episodes(
         if "rewards" in episode:
             check_finite(np.asarray(episode["rewards"]), f"{where}: episode {i}: rewards")
             returns[i] = sum_in_order(np.asarray(episode["rewards"]))
+            if rewards is not None:
+                rewards[rows] = episode["rewards"]
         else:
             returns[i] = float(episode["episode_return"])
             if not np.isfinite(returns[i]):
                 raise DataError(f"{where}: episode {i}: episode_return: expected a finite number, got {returns[i]}")
     complete = np.array([bool(episode.get("complete", True)) for episode in episodes])
-    return Trajectories(observations, actions, cu_seqlens, returns, complete, low, high, env_id)
+    return Trajectories(observations, actions, cu_seqlens, returns, complete, low, high, env_id, rewards)
 
 
 class EpisodeSplit:

@@ -47,6 +47,7 @@ def load_d4rl(
     horizon: int | None = None,
     action_bounds: Bounds | None = None,
     env_id: str | None = None,
+    keep_rewards: bool = False,
 ) -> Trajectories:
     """Read a file in D4RL layout.
 
@@ -61,6 +62,7 @@ def load_d4rl(
             reach it, which files without timeouts need.
         action_bounds: (low, high), scalars or [act_dim]; default those of the environment, or else -1 and 1.
         env_id: overrides the file's.
+        keep_rewards: keep the reward of every step too, which nothing but a return to go needs.
 
     Raises:
         DataError: the file is missing, damaged, or not in this layout, or holds values that are not finite or actions
@@ -77,7 +79,7 @@ def load_d4rl(
         raise DataError(f"{path}: expected an HDF5 file, found {'a folder' if path.is_dir() else 'no such file'}")
     try:
         with h5py.File(path, "r", rdcc_nbytes=_CHUNK_CACHE) as file:
-            return _Reader(path, file, layout, horizon, action_bounds, env_id).read()
+            return _Reader(path, file, layout, horizon, action_bounds, env_id, keep_rewards).read()
     # h5py reports damage as any of these, at opening or at the first read of a damaged block.
     except (OSError, RuntimeError, KeyError) as error:
         raise DataError(f"{path}: expected an intact HDF5 file, but it cannot be read: {_reason(error)}") from error
@@ -92,6 +94,7 @@ class _Reader:
         horizon: int | None,
         action_bounds: Bounds | None,
         env_id: str | None,
+        keep_rewards: bool,
     ) -> None:
         self._path = path
         self._file = file
@@ -113,6 +116,8 @@ class _Reader:
             attribute = attribute.decode()
         self._env_id = env_id or attribute or _env_id_from_name(path.stem)
         self._bounds = action_bounds
+        self._keep_rewards = keep_rewards
+        self._kept: npt.NDArray[np.float32] | None = None
         self._maze2d = layout == "maze2d" or (layout == "auto" and self._looks_like_maze2d())
         self._horizon = self._maze2d_horizon(horizon) if self._maze2d else horizon
 
@@ -127,13 +132,16 @@ class _Reader:
         check_finite(observations, f"{self._path}: observations")
         actions = self._read_float32(self._actions, n_steps)
         check_actions(actions, low, high, f"{self._path}: actions")
-        trajectories = Trajectories(observations, actions, cu_seqlens, returns, complete, low, high, self._env_id)
+        trajectories = Trajectories(
+            observations, actions, cu_seqlens, returns, complete, low, high, self._env_id, self._kept
+        )
         warn_of_cuts(complete, str(self._path))
         return trajectories
 
     def _split(self, n_steps: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
         split = EpisodeSplit()
         shift = 1 if self._maze2d else 0
+        self._kept = np.empty(n_steps, np.float32) if self._keep_rewards else None
         age = 0
         for start in range(0, n_steps, BLOCK_ROWS):
             stop = min(start + BLOCK_ROWS, n_steps)
@@ -149,6 +157,8 @@ class _Reader:
             if self._horizon is not None:
                 timeouts, age = _add_time_limit(terminals, timeouts, self._horizon, age)
             split.add(rewards, terminals, timeouts)
+            if self._kept is not None:
+                self._kept[start:stop] = rewards
         return split.finish()
 
     def _field(self, name: str, ndim: int) -> Any:

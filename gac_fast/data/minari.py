@@ -21,6 +21,7 @@ def load_minari(
     observation_key: str | None = None,
     action_bounds: Bounds | None = None,
     download: bool = True,
+    keep_rewards: bool = False,
 ) -> Trajectories:
     """Read a Minari dataset, episode by episode.
 
@@ -31,6 +32,7 @@ def load_minari(
         observation_key: which entry to take of dictionary observations, for example 'observation'.
         action_bounds: (low, high), scalars or [act_dim]; default those of the dataset's action space.
         download: fetch the dataset when it is not installed.
+        keep_rewards: keep the reward of every step too, which nothing but a return to go needs.
 
     Raises:
         DataError: the id is unknown here and cannot be downloaded, its spaces are not flat and continuous, or its
@@ -51,6 +53,7 @@ def load_minari(
     actions = np.empty((n_steps, act_dim), np.float32)
     cu_seqlens = np.zeros(n_episodes + 1, np.int64)
     returns = np.empty(n_episodes)
+    rewards = np.empty(n_steps, np.float32) if keep_rewards else None
     complete = np.empty(n_episodes, np.bool_)
     try:
         # The storage iterates with its file open; the dataset's own iterator opens it anew for every episode.
@@ -76,6 +79,8 @@ def load_minari(
             check_finite(episode["rewards"], f"{where}: rewards")
             cu_seqlens[i + 1] = stop
             returns[i] = sum_in_order(episode["rewards"])
+            if rewards is not None:
+                rewards[start:stop] = episode["rewards"]
             complete[i] = bool(episode["terminations"][-1] or episode["truncations"][-1])
     except (OSError, RuntimeError, KeyError) as error:
         raise DataError(f"{what} is damaged and cannot be read: {error}") from error
@@ -85,7 +90,7 @@ def load_minari(
     warn_of_cuts(complete, what, "neither terminated nor truncated")
     spec = dataset.env_spec
     env_id = spec.id if spec is not None else None
-    return Trajectories(observations, actions, cu_seqlens, returns, complete, low, high, env_id)
+    return Trajectories(observations, actions, cu_seqlens, returns, complete, low, high, env_id, rewards)
 
 
 def _open(dataset_id: str, download: bool) -> Any:

@@ -1,7 +1,8 @@
-"""Packed storage of whole episodes: no padding, no per-step rewards, float32 on the CPU."""
+"""Packed storage of whole episodes: no padding, rewards of steps only where asked for, float32 on the CPU."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -69,6 +70,8 @@ class Trajectories:
     """[act_dim]"""
     env_id: str | None = None
     """Environment the episodes come from, where known"""
+    rewards: npt.NDArray[np.float32] | None = None
+    """[N], of each step, where the loader was told to keep them: the method itself needs returns alone"""
 
     def __post_init__(self) -> None:
         n_episodes = len(self.returns) if np.ndim(self.returns) == 1 else -1
@@ -100,6 +103,13 @@ class Trajectories:
                     f"Trajectories.{name}: expected shape {expected} to fit {n_episodes} episodes with "
                     f"{n_steps} steps of {act_dim} action dimensions, got {getattr(self, name).shape}"
                 )
+        rewards: Any = self.rewards
+        if rewards is not None and (
+            not isinstance(rewards, np.ndarray) or rewards.shape != (n_steps,) or rewards.dtype != np.float32
+        ):
+            raise DataError(
+                f"Trajectories.rewards: expected a float32 array of shape ({n_steps},), got {_describe(rewards)}"
+            )
         if n_episodes < 1:
             raise DataError("Trajectories: expected at least one episode, got none")
         if self.cu_seqlens[0] != 0 or self.cu_seqlens[-1] != n_steps:
@@ -160,6 +170,50 @@ class Trajectories:
         rows = slice(int(self.cu_seqlens[i]), int(self.cu_seqlens[i + 1]))
         return Episode(self.observations[rows], self.actions[rows], float(self.returns[i]), bool(self.complete[i]))
 
+    def returns_to_go(self) -> npt.NDArray[np.float64]:
+        """[N], the sum of rewards from each step to the end of its episode, that step's included.
+
+        Raises:
+            DataError: the rewards of steps were not kept.
+        """
+        if self.rewards is None:
+            raise DataError(
+                "returns to go: expected the reward of every step, these episodes hold their returns alone: "
+                "load them with keep_rewards=True"
+            )
+        # Added from the end of each episode, where they have to be 0: a difference of sums would lose digits.
+        out = np.empty(self.num_steps, np.float64)
+        for start, stop in zip(self.cu_seqlens[:-1], self.cu_seqlens[1:], strict=True):
+            np.cumsum(self.rewards[start:stop][::-1], dtype=np.float64, out=out[start:stop][::-1])
+        return out
+
+    def segments(self, length: int) -> tuple[Trajectories, npt.NDArray[np.int64]]:
+        """Parts of the episodes, each with the return from its first step to the end of its episode.
+
+        An episode of H steps is cut into max(1, round(H / length)) parts whose lengths differ by at most one step.
+        Where the rewards come only at the end, every part has the episode's return.
+
+        Args:
+            length: of a part, in time steps.
+
+        Returns:
+            the parts, in order, whose arrays of steps are those of the episodes, not copies; and the episode of each
+            part, int64 [parts].
+
+        Raises:
+            DataError: the length is below 1, or the rewards of steps were not kept.
+        """
+        if length < 1:
+            raise DataError(f"segments: expected a length of at least 1 step, got {length}")
+        to_go = self.returns_to_go()
+        counts = np.maximum(1, np.rint(self.lengths / length).astype(np.int64))
+        episode = np.repeat(np.arange(len(self)), counts)
+        number = np.arange(len(episode)) - np.repeat(np.cumsum(counts) - counts, counts)
+        first = self.cu_seqlens[episode] + self.lengths[episode] * number // counts[episode]
+        cu_seqlens = np.append(first, self.num_steps)
+        parts = dataclasses.replace(self, cu_seqlens=cu_seqlens, returns=to_go[first], complete=self.complete[episode])
+        return parts, episode
+
     def subset(self, indices: npt.ArrayLike) -> Trajectories:
         """The episodes ``indices`` (integers, or a boolean mask [B]) in that order, copied."""
         index = np.asarray(indices)
@@ -180,10 +234,13 @@ class Trajectories:
         np.cumsum(self.lengths[index], out=cu_seqlens[1:])
         observations = np.empty((cu_seqlens[-1], self.obs_dim), np.float32)
         actions = np.empty((cu_seqlens[-1], self.act_dim), np.float32)
+        rewards = None if self.rewards is None else np.empty(cu_seqlens[-1], np.float32)
         for source, start, stop in zip(index, cu_seqlens[:-1], cu_seqlens[1:], strict=True):
             rows = slice(self.cu_seqlens[source], self.cu_seqlens[source + 1])
             observations[start:stop] = self.observations[rows]
             actions[start:stop] = self.actions[rows]
+            if rewards is not None and self.rewards is not None:
+                rewards[start:stop] = self.rewards[rows]
         return Trajectories(
             observations=observations,
             actions=actions,
@@ -193,6 +250,7 @@ class Trajectories:
             action_low=self.action_low.copy(),
             action_high=self.action_high.copy(),
             env_id=self.env_id,
+            rewards=rewards,
         )
 
     def split(self, fraction: float, seed: int) -> tuple[Trajectories, Trajectories]:
@@ -237,7 +295,10 @@ class Trajectories:
 
     @classmethod
     def concatenate(cls, parts: Sequence[Trajectories]) -> Trajectories:
-        """All episodes of ``parts`` in order; the parts must agree in dimensions and action bounds."""
+        """All episodes of ``parts`` in order; the parts must agree in dimensions and action bounds.
+
+        Rewards of steps are kept where all parts have them.
+        """
         if not parts:
             raise DataError("concatenate: expected at least one Trajectories, got none")
         first = parts[0]
@@ -253,6 +314,7 @@ class Trajectories:
             ):
                 raise DataError(f"concatenate: expected equal action bounds in every part, part {number} differs")
         lengths = np.concatenate([part.lengths for part in parts])
+        rewards = [part.rewards for part in parts if part.rewards is not None]
         return cls(
             observations=np.concatenate([part.observations for part in parts]),
             actions=np.concatenate([part.actions for part in parts]),
@@ -262,6 +324,7 @@ class Trajectories:
             action_low=first.action_low.copy(),
             action_high=first.action_high.copy(),
             env_id=first.env_id,
+            rewards=np.concatenate(rewards) if len(rewards) == len(parts) else None,
         )
 
     def _observation_blocks(self) -> Iterator[npt.NDArray[np.float64]]:

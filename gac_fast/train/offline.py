@@ -43,7 +43,7 @@ from gac_fast.train.trainer import (
 )
 from gac_fast.train.update import learning_rate
 
-__all__ = ["OfflineTrainer", "TrainingDivergedError", "pick_device", "train", "uses_bf16"]
+__all__ = ["OfflineTrainer", "TrainingDivergedError", "make_trainer", "pick_device", "train", "uses_bf16"]
 
 # What may differ between a run and its resumption beside all of plan. None of it changes what an update means: the
 # learning rate falls over n_updates; n_threads, compile and cuda_graph may change the order of sums, hence last bits.
@@ -61,6 +61,10 @@ RESUME_MAY_CHANGE = {
 }
 
 
+# Plans from the prior over which the expected return of a start is averaged.
+N_COMPARED = 32
+
+
 class OfflineTrainer(Trainer):
     """Training on a fixed set of episodes.
 
@@ -71,15 +75,22 @@ class OfflineTrainer(Trainer):
 
     def __init__(self, data: Trajectories, config: Config) -> None:
         super().__init__(config)
-        self.data = data
         self._settled: tuple[int, tuple[Tensor, Tensor]] | None = None
         self.held_out, self.usable = hold_out(data, config)
+        if config.train.segment:
+            data, episode = data.segments(config.train.segment)
+            # Parts of one episode share what became of it: they are held out together.
+            of = torch.from_numpy(episode)
+            self.held_out = torch.isin(of, self.held_out).nonzero().flatten()
+            self.usable = self.usable[of]
+        self.data = data
         self.rows = torch.arange(len(data))
         self.normalization = Normalization.fit(data)
         self.batches = Batches(data, self.normalization, self.held_out, config, self.device)
         self._make_model(data.obs_dim, data.act_dim)
+        n_chains = len(data) if config.baseline.method == "none" else 0
         self.posterior = PosteriorState(
-            config.posterior, len(data), config.model.n_z, config.model.dim, config.train.seed, self.device
+            config.posterior, n_chains, config.model.n_z, config.model.dim, config.train.seed, self.device
         )
         self._make_update()
 
@@ -91,6 +102,24 @@ class OfflineTrainer(Trainer):
         if self._settled is None or self._settled[0] != self.step:
             self._settled = self.step, super().best_seeds()
         return self._settled[1]
+
+    def ranking(self) -> Tensor:
+        """float64 [B], by which the trajectories are picked that exploit starts from.
+
+        Their returns; of segments, whose starts lie anywhere in an episode, how far these are above what the model
+        expects of plans from that start (where it takes the first state).
+        """
+        returns = torch.from_numpy(self.data.returns)
+        if not self.config.train.segment or not self.model.returns.uses_first_state:
+            return returns
+        model, units, data = self.config.model, self.batches.normalization, self.data
+        generator = torch.Generator().manual_seed(self.config.train.seed)
+        z0 = torch.randn(N_COMPARED, model.n_z, model.dim, generator=generator).to(self.device)
+        starts = units.observations(torch.from_numpy(data.observations[data.cu_seqlens[:-1]]).to(self.device))
+        with torch.no_grad():
+            expected, _ = self.model.return_moments_of_pairs(self.model.prior(z0), starts)
+        above = units.returns(returns.to(self.device, torch.float32)) - expected.mean(dim=1)
+        return above.double().cpu()
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -138,9 +167,20 @@ class OfflineTrainer(Trainer):
         self.batches = Batches(self.data, self.normalization, self.held_out, self.config, self.device)
 
 
+def make_trainer(data: Trajectories, config: Config) -> OfflineTrainer:
+    """Of GAC, or of the baseline that ``config`` names."""
+    if config.baseline.method == "none":
+        return OfflineTrainer(data, config)
+    from gac_fast.train.baseline import BaselineTrainer
+
+    return BaselineTrainer(data, config)
+
+
 def default_run_dir(data: Trajectories, config: Config) -> Path:
-    """``runs/<environment>-s<seed>-<time>``."""
+    """``runs/<environment>-s<seed>-<time>``, a baseline's method before the seed."""
     name = (data.env_id or "data").split("/")[-1].lower()
+    if config.baseline.method != "none":
+        name += f"-{config.baseline.method}"
     return Path("runs") / f"{name}-s{config.train.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
@@ -162,7 +202,8 @@ def train(
 
     Args:
         dataset: episodes, or what :func:`gac_fast.data.load` takes (an HDF5 file, a Minari id).
-        config: of the run; default :class:`Config`.
+        config: of the run; default :class:`Config`. Where it names a baseline, that is trained in place of GAC, and
+            the parts of its model that a baseline does not have are made as small as can be.
         run_dir: default ``runs/<environment>-s<seed>-<time>``.
         env: environment id for the replay of good plans at every ``eval_every``; None leaves it out. The checkpoint
             of the best replay so far is kept beside the newest ones.
@@ -178,16 +219,17 @@ def train(
     from gac_fast import data as data_module
 
     source = None if isinstance(dataset, Trajectories) else str(dataset)
-    if not isinstance(dataset, Trajectories):
-        dataset = data_module.load(dataset)
     config = config or Config()
+    if not isinstance(dataset, Trajectories):
+        dataset = data_module.load(dataset, keep_rewards=config.baseline.method == "dt" or config.train.segment > 0)
     t = config.train
     if resume and run_dir is None:
         raise ConfigError("resume: expected run_dir to name the run to resume, got None")
     if t.n_threads:
         torch.set_num_threads(t.n_threads)
     ops.keep_freed_memory()
-    trainer = OfflineTrainer(dataset, config)
+    trainer = make_trainer(dataset, config)
+    dataset, config = trainer.data, trainer.config
     if env is not None:
         # Now, not at the first replay, many updates later.
         check_fit(trainer.policy(), env)

@@ -582,6 +582,17 @@ def finetune(
         policy = load(policy)
     if config is None:
         config = policy.config if policy is not None else Config()
+    for known in (config, config if policy is None else policy.config):
+        if known.baseline.method != "none":
+            raise ConfigError(
+                f"baseline.method: expected none, as a baseline has no plans to explore with, got "
+                f"{known.baseline.method!r}"
+            )
+        if known.train.segment:
+            raise ConfigError(
+                "train.segment: expected 0, as what comes in is learnt from in whole episodes, got "
+                f"{known.train.segment}"
+            )
     t, online = config.train, config.online
     config = config.replace(plan={"radius": online.radius})
     if t.n_threads:

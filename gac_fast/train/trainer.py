@@ -121,9 +121,8 @@ class Trainer:
         parts = parts_of(self.model, self.config)
         if self.config.train.compile == "on":
             parts = compiled(parts)
-        self._update = functools.partial(
-            update, self.model, self.optimizer, self.posterior, config=self.config, parts=parts
-        )
+        posterior = self.posterior if self.config.baseline.method == "none" else None
+        self._update = functools.partial(update, self.model, self.optimizer, posterior, config=self.config, parts=parts)
         self._recorded = RecordedUpdate(self._update) if self.config.train.cuda_graph == "on" else None
 
     def learning_rate(self) -> float:
@@ -138,9 +137,14 @@ class Trainer:
         self.step += 1
         return values, self.batches.n_steps
 
+    def measured(self) -> Tensor:
+        """int64 [at most 64], held-out trajectories that metrics are of, spread evenly over all."""
+        n = min(len(self.held_out), MAX_HELD_OUT_MEASURED)
+        return self.held_out[torch.arange(n) * len(self.held_out) // max(1, n)]
+
     def metrics(self) -> dict[str, float]:
         """Offline metrics of the held-out episodes, ``held_out/<name>``; empty if none are held out."""
-        ids = self.held_out[:MAX_HELD_OUT_MEASURED]
+        ids = self.measured()
         if len(ids) < 2:
             return {}
         values = held_out_metrics(self.model, self.batches, ids, self.config, seed=self.config.train.seed)

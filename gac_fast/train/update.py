@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from gac_fast import ops
 from gac_fast.config import Config, TrainConfig
 from gac_fast.model import GAC, Batch
-from gac_fast.posterior import PosteriorState, refine
+from gac_fast.posterior import PosteriorState, PosteriorStats, refine
 
 __all__ = [
     "Losses",
@@ -128,6 +129,8 @@ class Parts(NamedTuple):
 def parts_of(model: GAC, config: Config) -> Parts:
     """Those of a model."""
     t, p = config.train, config.posterior
+    if config.baseline.method != "none":
+        return Parts(model.trunk, _no_energy, functools.partial(_action_losses, model))
 
     def energy(z0: Tensor, batch: Batch, trunk: Tensor) -> Tensor:
         return model.energy(z0, batch, p.action_temperature, p.return_temperature, trunk)
@@ -156,6 +159,18 @@ def parts_of(model: GAC, config: Config) -> Parts:
     return Parts(model.trunk, energy, losses)
 
 
+def _no_energy(z0: Tensor, batch: Batch, trunk: Tensor) -> Tensor:
+    raise AssertionError("a baseline has no posterior")
+
+
+def _action_losses(model: GAC, z0: Tensor, batch: Batch, trunk: Tensor) -> Losses:
+    """Those of a baseline: the likelihood of the actions, weighted as in GAC's loss."""
+    errors = model.action_errors(batch, model.prior(z0), trunk)
+    action_loss = batch.mean_of_steps(errors)
+    action_nll = -batch.mean_of_steps(model.action_log_likelihood(errors.detach()))
+    return Losses(action_loss + VARIANCE_WEIGHT * action_nll, action_loss, action_loss.new_zeros(()), action_nll)
+
+
 def compiled(parts: Parts, backend: str = "inductor", mode: str | None = None) -> Parts:
     """The same through ``torch.compile``, each part as one graph, specialised to every size of batch it meets."""
     import torch._dynamo
@@ -172,7 +187,7 @@ def compiled(parts: Parts, backend: str = "inductor", mode: str | None = None) -
 def update(
     model: GAC,
     optimizer: torch.optim.Optimizer,
-    posterior: PosteriorState,
+    posterior: PosteriorState | None,
     batch: Batch,
     rows: Tensor,
     config: Config,
@@ -183,6 +198,7 @@ def update(
     Nothing is read back from the device, and no state of Python changes: a CUDA graph may record it.
 
     Args:
+        posterior: chains; None for a baseline, whose plan is held at zero.
         batch: trajectories in the order of ``rows``; ``has_return`` False where the chain must not see the return.
         rows: int64 [b], rows of the posterior state, distinct where ``batch.is_real``, 2 * B elsewhere.
         parts: those of ``model`` under ``config``, compiled for example; None takes them as they are.
@@ -202,7 +218,7 @@ def update(
 def _gradients(
     model: GAC,
     optimizer: torch.optim.Optimizer,
-    posterior: PosteriorState,
+    posterior: PosteriorState | None,
     batch: Batch,
     rows: Tensor,
     parts: Parts,
@@ -210,20 +226,28 @@ def _gradients(
     """The chains moved, the gradients of the parameters left in them; diagnostics."""
     trunk = parts.trunk(batch)
     known = trunk.detach()
-    with frozen(model):
-        z0, stats = refine(posterior, rows, lambda z0: parts.energy(z0, batch, known), is_real=batch.is_real)
+    stats: PosteriorStats | None = None
+    if posterior is None:
+        z0 = batch.observations.new_zeros(batch.n_trajectories, model.config.n_z, model.config.dim)
+    else:
+        with frozen(model):
+            z0, stats = refine(posterior, rows, lambda z0: parts.energy(z0, batch, known), is_real=batch.is_real)
 
     losses = parts.losses(z0, batch, trunk)
     optimizer.zero_grad(set_to_none=True)
     losses.loss.backward()
     with torch.no_grad():
-        return {
-            "loss": losses.loss.detach(),
-            "action_error": losses.action_error.detach(),
-            "return_error": losses.return_error.detach(),
+        values = {"loss": losses.loss.detach(), "action_error": losses.action_error.detach()}
+        if stats is not None:
+            values["return_error"] = losses.return_error.detach()
+        values |= {
             "nll_per_step": losses.action_nll.detach(),
             "sigma_a": model.decoder.log_sigma_a.exp().mean(),
-            "drift_ratio": stats.drift_ratio,
-            "langevin_step": stats.step_size,
-            "seed_norm": stats.seed_norm,
         }
+        if stats is not None:
+            values |= {
+                "drift_ratio": stats.drift_ratio,
+                "langevin_step": stats.step_size,
+                "seed_norm": stats.seed_norm,
+            }
+        return values
