@@ -289,11 +289,12 @@ class Actor:
         if n == 0 or n > COMPACT * len(before):
             return
         whole = self._awake_state if self._awake is not None else self._state
-        if whole.steps.any():
+        begun = bool(whole.steps.any())
+        if begun:
             whole.clear_stale(self.model.config.tokens_per_step)
         state = self._new_state(n, whole.last_action.dtype, self.device, whole.bf16, whole.cuda_graph)
         chosen = keep.nonzero()[:, 0]
-        for name in ("plan_k", "plan_v", "ring_k", "ring_v"):
+        for name in ("plan_k", "plan_v", *(("ring_k", "ring_v") if begun else ())):
             torch.index_select(getattr(whole, name), 1, chosen, out=getattr(state, name))
         for name in ("steps", "last_action"):
             torch.index_select(getattr(whole, name), 0, chosen, out=getattr(state, name))

@@ -878,16 +878,18 @@ def _honesty(numbers: Mapping[str, Any]) -> str:
 
 def _csv_rows(one: _Chosen, what: str, result: EvalResult) -> list[Row]:
     from gac_fast.results import BEST, Row
-    from gac_fast.train.log import machine, short_commit
+    from gac_fast.train.log import machine, read_result, short_commit
 
+    made = read_result(one.run)
+    trained = made.get("train_seconds") if made.get("step") == one.policy.step else None
+    seconds = None if trained is None else round(trained + result.seconds, 1)
     predicted = float(result.predicted.mean())
     kind = {"prior": "prior plans", "posterior-best": "best posterior plans"}.get(what, what)
     return [
         Row(
             one.policy.step, result.mean, result.normalized_mean, one.policy.config.train.seed,
             kind + (BEST if label == "best" else ""), predicted if math.isfinite(predicted) else None,
-            len(result.returns),
-            round(result.seconds, 1), short_commit(), machine(one.policy.device),
+            len(result.returns), seconds, short_commit(), machine(one.policy.device),
         )
         for label in one.labels
     ]  # fmt: skip

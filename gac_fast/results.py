@@ -40,7 +40,7 @@ class Row(NamedTuple):
     """Mean return that was predicted."""
     episodes: int
     seconds: float | None
-    """What it took: of ``gac-fast eval`` the evaluation alone, planning included."""
+    """Of training, up to the last step, and evaluation together; None where that is not known."""
     commit: str
     """Twelve digits, and +dirty where files had changed."""
     machine: str

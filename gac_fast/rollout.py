@@ -145,7 +145,8 @@ def rollout(
     """Run ``episodes`` whole episodes in rounds of one episode per environment.
 
     A round ends when its last episode does; what an environment that finished earlier does meanwhile is discarded, so
-    that short episodes are not over-represented. Any autoreset mode will do.
+    that short episodes are not over-represented. (The own environments are not stepped then: see ``park`` of
+    :class:`gac_fast.envs.batch.BatchVectorEnv`.) Any autoreset mode will do.
 
     Several vectors are run as one: their rows are numbered through, and plans and actors are made for all of them at
     once. Each vector has a thread that acts and steps by turns without waiting for the others, so one is stepped while

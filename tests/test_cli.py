@@ -429,6 +429,8 @@ def test_eval_of_several_runs_gives_intervals_over_them(
         (4, 1, "exploit", 3),
     ]
     assert [row.mean for row in found] == means
+    took = [read(run / "result.json")["train_seconds"] + entry["seconds"] for entry in entries]
+    assert [row.seconds for row in found] == pytest.approx(took, abs=0.1)
     # What is there stays, and what does not fit is refused, all before the work.
     before = table_csv.read_bytes()
     assert main(["eval", str(run), "--episodes", "1", "--plans", "prior", "--csv", str(table_csv)]) == 0
@@ -479,7 +481,11 @@ def test_eval_of_the_best_checkpoint_beside_the_last(
         ("last", None), ("best", "best of 4 replays in training"),
     ]  # fmt: skip
     assert len({entry["plot"] for entry in entries}) == 2
-    assert [(row.step, row.kind) for row in read_rows(rows_csv)] == [(8, "exploit"), (4, "exploit, best")]
+    final, chosen = read_rows(rows_csv)
+    assert [row[:1] + row[4:5] for row in (final, chosen)] == [(8, "exploit"), (4, "exploit, best")]
+    assert final.seconds is not None
+    assert final.seconds > 0
+    assert chosen.seconds is None
     shutil.rmtree(checkpoint.checkpoint_path(run, 4))
     message = error_of(["eval", run, "--checkpoint", "best"], capsys)
     assert "got step 4, best of 4 replays in training, is not kept" in message

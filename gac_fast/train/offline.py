@@ -20,7 +20,16 @@ from gac_fast.model.normalization import Normalization
 from gac_fast.posterior import PosteriorState
 from gac_fast.train.batches import Batches
 from gac_fast.train.best import REPLAY, best_replay
-from gac_fast.train.log import Logger, Progress, RunDir, StopSignal, last_metrics, merge_result, start_run
+from gac_fast.train.log import (
+    Logger,
+    Progress,
+    RunDir,
+    StopSignal,
+    last_metrics,
+    merge_result,
+    read_result,
+    start_run,
+)
 from gac_fast.train.trainer import (
     Trainer,
     TrainingDivergedError,
@@ -66,6 +75,7 @@ class OfflineTrainer(Trainer):
 
     def __init__(self, data: Trajectories, config: Config) -> None:
         super().__init__(config)
+        self._settled: tuple[int, tuple[Tensor, Tensor]] | None = None
         self.held_out, self.usable = hold_out(data, config)
         if config.train.segment:
             data, episode = data.segments(config.train.segment)
@@ -87,6 +97,12 @@ class OfflineTrainer(Trainer):
 
     def learning_rate(self) -> float:
         return learning_rate(self.step, self.config.train)
+
+    def best_seeds(self) -> tuple[Tensor, Tensor]:
+        """As :meth:`Trainer.best_seeds`, once per step: a replay and the checkpoint of it need the same ones."""
+        if self._settled is None or self._settled[0] != self.step:
+            self._settled = self.step, super().best_seeds()
+        return self._settled[1]
 
     def ranking(self) -> Tensor:
         """float64 [B], by which the trajectories are picked that exploit starts from.
@@ -149,6 +165,7 @@ class OfflineTrainer(Trainer):
         # Planning happens after training, and so does what is online.
         check_config(state, path, self.config, RESUME_MAY_CHANGE, free={"plan", "online"})
         self._restore_tensors(tensors, state, path)
+        self._settled = None
         self.batches.close()
         self.batches = Batches(self.data, self.normalization, self.held_out, self.config, self.device)
 
@@ -223,6 +240,9 @@ def train(
     if resume:
         trainer.restore(checkpoint.latest(folder))
     run = start_run(folder, config.to_dict(), overwrite=overwrite, resume=resume)
+    # What a run that did not come to its end took is not known.
+    before, started = read_result(run).get("train_seconds") if resume else 0.0, time.perf_counter()
+    merge_result(run, {"train_seconds": None})
     with (
         contextlib.closing(trainer.batches),
         Logger(run.path, tensorboard=tensorboard) as logger,
@@ -232,7 +252,8 @@ def train(
         if resume:
             logger.truncate_after(trainer.step)
         _loop(trainer, run, logger, bar, stop, env)
-    merge_result(run, {} if source is None else {"data": source})
+    seconds = None if before is None else round(before + time.perf_counter() - started, 1)
+    merge_result(run, {"train_seconds": seconds, **({} if source is None else {"data": source})})
     merge_result(run, {"env_id": dataset.env_id, "step": trainer.step, "offline": last_metrics(run.metrics)})
     _write_plots(run)
     return run.path
