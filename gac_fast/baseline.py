@@ -184,7 +184,9 @@ class BaselinePolicy(Policy):
         """Raises :class:`ConfigError`: a baseline has no prior."""
         raise ConfigError(f"plans: expected exploit, or explore for dt, as a {self.method} run has no prior")
 
-    def exploiting(self, plans: Plans, seed: int = 0, overrides: dict[str, Any] | None = None, **options: Any) -> Actor:
+    def exploiting(
+        self, plans: Plans, plan_seed: int = 0, overrides: dict[str, Any] | None = None, **options: Any
+    ) -> Actor:
         """As :meth:`actor`: there is nothing to plan anew."""
         return self.actor(plans, **options)
 

@@ -192,12 +192,14 @@ class Policy:
         z0 = plans.z0 if isinstance(plans, Plans) else plans
         return Actor(self.model, self.normalization, z0, action_noise, seed, bf16, cuda_graph, noise_correlation)
 
-    def exploiting(self, plans: Plans, seed: int = 0, overrides: dict[str, Any] | None = None, **options: Any) -> Actor:
+    def exploiting(
+        self, plans: Plans, plan_seed: int = 0, overrides: dict[str, Any] | None = None, **options: Any
+    ) -> Actor:
         """An actor that begins with ``plans`` of :meth:`exploit`, and plans anew as ``plan.replan_every`` says.
 
         Args:
             plans: one per environment.
-            seed: of planning.
+            plan_seed: of planning.
             overrides: fields of :class:`PlanConfig`.
             options: as for :meth:`actor`.
         """
@@ -205,7 +207,7 @@ class Policy:
         every = self._plan_config(overrides).replan_every
         if every == 0:
             return self.actor(plans, **options)
-        return ExploitActor(self, plans, every, seed, overrides, **options)
+        return ExploitActor(self, plans, every, plan_seed, overrides, **options)
 
 
 class ExploitActor(Actor):
@@ -215,7 +217,7 @@ class ExploitActor(Actor):
         policy: plans, and gives model and units.
         plans: of the first steps, one per environment.
         every: time steps that a plan is followed for, at least 1.
-        seed: of planning.
+        plan_seed: of planning.
         overrides: fields of :class:`PlanConfig`.
         **options: as for :class:`Actor`.
 
@@ -224,21 +226,23 @@ class ExploitActor(Actor):
     """
 
     def __init__(
-        self, policy: Policy, plans: Plans, every: int, seed: int, overrides: dict[str, Any], **options: Any
+        self, policy: Policy, plans: Plans, every: int, plan_seed: int, overrides: dict[str, Any], **options: Any
     ) -> None:
         if every < 1:
             raise ValueError(f"every: expected at least 1 time step, got {every}")
         super().__init__(policy.model, policy.normalization, plans.z0, **options)
-        self.policy, self.every, self.seed, self.overrides = policy, every, seed, overrides
+        self.policy, self.every, self.plan_seed, self.overrides = policy, every, plan_seed, overrides
         self.age = np.zeros(len(self), np.int64)
+        self._planned = np.ones(len(self), np.bool_)
         self._rests = np.zeros(len(self), np.bool_)
 
     def reset(
         self, mask: np.ndarray | Tensor | None = None, plans: np.ndarray | Tensor | HasSeeds | None = None
     ) -> None:
-        """As :meth:`Actor.reset`."""
+        """As :meth:`Actor.reset`; without ``plans`` the next step plans for the start that it is shown."""
         super().reset(mask, plans)
-        self.age[np.ones(len(self), np.bool_) if mask is None else torch.as_tensor(mask).cpu().numpy()] = 0
+        rows = np.ones(len(self), np.bool_) if mask is None else torch.as_tensor(mask).cpu().numpy()
+        self.age[rows], self._planned[rows] = 0, plans is not None
         self._rests[:] = False
 
     def rest(self, mask: np.ndarray | Tensor) -> None:
@@ -247,17 +251,19 @@ class ExploitActor(Actor):
         self._rests |= torch.as_tensor(mask).cpu().numpy()
 
     def _act(self, obs: Array) -> Array:
-        due = np.flatnonzero((self.age > 0) & (self.age % self.every == 0) & ~self._rests)
+        due = np.flatnonzero((((self.age > 0) & (self.age % self.every == 0)) | ~self._planned) & ~self._rests)
         if len(due):
             rows = torch.from_numpy(due).to(self.device)
             states = torch.as_tensor(obs, device=self.device)[rows]
             z0 = self.z0.clone()
-            z0[rows] = self.policy.exploit(len(due), states, self.seed, **self.overrides).z0
+            z0[rows] = self.policy.exploit(len(due), states, self.plan_seed, **self.overrides).z0
             mask = torch.zeros(len(self), dtype=torch.bool, device=self.device)
             mask[rows] = True
             self.change_plans(z0, mask)
+            self._planned[due] = True
+        actions = super()._act(obs)
         self.age += 1
-        return super()._act(obs)
+        return actions
 
     def split(self, sizes: Sequence[int]) -> list[ExploitActor]:  # type: ignore[override]
         """As :meth:`Actor.split`."""
@@ -265,6 +271,7 @@ class ExploitActor(Actor):
         for part, start in zip(parts, np.cumsum(sizes) - sizes, strict=True):
             rows = slice(start, start + len(part))
             part.age, part._rests = self.age[rows].copy(), self._rests[rows].copy()
+            part._planned = self._planned[rows].copy()
         return parts
 
 

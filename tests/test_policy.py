@@ -207,29 +207,29 @@ def test_an_exploiting_actor_plans_anew_for_the_states_at_hand(monkeypatch):
     asked = []
     exploit = p.exploit
     monkeypatch.setattr(p, "exploit", lambda n, obs, seed, **how: asked.append(obs) or exploit(n, obs, seed, **how))
-    actor = p.exploiting(plans, seed=4, overrides={"replan_every": 2})
+    actor = p.exploiting(plans, 4, overrides={"replan_every": 2})
     by_hand = p.actor(plans)
     states = np.random.default_rng(1).normal(size=(6, 3, OBS_DIM)).astype(np.float32)
     for step, state in enumerate(states):
         if step == 3:
-            # Environment 1 begins anew: its plan is kept, and its steps are counted from here.
+            # Environment 1 begins anew: it gets a plan for its new start, and its steps are counted from here.
             for one in (actor, by_hand):
                 one.reset(np.array([False, True, False]))
-        due = {2: [0, 1, 2], 4: [0, 2], 5: [1]}.get(step)
+        due = {2: [0, 1, 2], 3: [1], 4: [0, 2], 5: [1]}.get(step)
         if due:
             z0 = by_hand.z0.clone()
             z0[due] = exploit(len(due), state[due], 4).z0
             assert not torch.equal(z0, by_hand.z0)
             by_hand.change_plans(z0)
         np.testing.assert_array_equal(actor.act(state), by_hand.act(state))
-    assert [len(one) for one in asked] == [3, 2, 1]
+    assert [len(one) for one in asked] == [3, 1, 2, 1]
     np.testing.assert_array_equal(asked[0].numpy(), states[2])
     assert not np.array_equal(starts, states[2])
     # Nothing is planned for what rests.
     actor.rest(np.array([True, False, True]))
     for state in states[:2]:
         actor.act(state)
-    assert [len(one) for one in asked] == [3, 2, 1, 1]
+    assert [len(one) for one in asked] == [3, 1, 2, 1, 1]
     actor.age[:] = [6, 3, 6]
     parts = actor.split([1, 2])
     assert [part.age.tolist() for part in parts] == [[6], [3, 6]]
