@@ -33,6 +33,7 @@ METRIC_LABELS: Mapping[str, str] = {
     "nll_per_step": "action NLL (nats per step)",
     "steering": "steering (rms action difference)",
     "tau_only_corr": "tau-only corr(y, r)",
+    "plan_corr": "the same beyond what the start says",
     "action_error": "action error (mean squared)",
     "return_error": "return error (mean squared, standardised)",
     "return_rmse": "return error (rms, standardised)",

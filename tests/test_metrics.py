@@ -65,7 +65,10 @@ def test_the_spread_of_actions_is_fitted(trained):
 
 
 def test_the_metrics_are_their_formulas():
-    t = trainer(make_trajectories([5, 8, 3, 6, 7, 4, 9, 5, 6, 7, 5, 4], complete=[True] * 10 + [False, True]))
+    t = trainer(
+        make_trajectories([5, 8, 3, 6, 7, 4, 9, 5, 6, 7, 5, 4], complete=[True] * 10 + [False, True]),
+        return_context="first_state",
+    )
     ids = torch.tensor([1, 10, 4, 6])
     found = held_out_metrics(t.model, t.batches, ids, t.config, seed=3)
     batch = t.batches.of(ids)
@@ -83,6 +86,11 @@ def test_the_metrics_are_their_formulas():
     known = [0, 2, 3]
     mean, std, y = mean[known], std[known], batch.returns.double().numpy()[known]
     assert found["tau_only_corr"] == pytest.approx(np.corrcoef(mean, y)[0, 1], rel=1e-4)
+    plans = t.model.prior(torch.randn(32, 2, 16, generator=torch.Generator().manual_seed(3)))
+    with torch.no_grad():
+        promised = [t.model.return_moments(plans, s.expand(32, -1))[0].mean() for s in batch.first_states[known]]
+    left = np.corrcoef(mean - np.array(promised), y - np.array(promised))[0, 1]
+    assert found["plan_corr"] == pytest.approx(left, rel=1e-3)
     assert found["return_rmse"] == pytest.approx(np.sqrt(np.mean((y - mean) ** 2)), rel=1e-5)
     assert found["return_coverage"] == pytest.approx(np.mean(np.abs(y - mean) <= std))
     density = -0.5 * ((y - mean) / std) ** 2 - np.log(std) - 0.5 * np.log(2 * np.pi)

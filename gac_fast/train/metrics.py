@@ -13,10 +13,13 @@ from gac_fast.posterior import langevin
 from gac_fast.train.batches import Batches
 from gac_fast.train.update import frozen
 
-__all__ = ["held_out_metrics", "infer_from_trajectory"]
+__all__ = ["N_COMPARED", "held_out_metrics", "infer_from_trajectory"]
 
 INFERENCE_STEPS = 40
 CHUNK = 32
+
+# Plans from the prior over which the expected return of a start is averaged.
+N_COMPARED = 32
 
 
 def infer_from_trajectory(model: GAC, batch: Batch, ids: Tensor, config: Config, seed: int) -> Tensor:
@@ -51,6 +54,8 @@ def held_out_metrics(model: GAC, batches: Batches, ids: Tensor, config: Config, 
         - ``nll_other_plan``: the same under the plan of another trajectory;
         - ``steering``: rms difference of the mean actions (within [-1, 1]) under own and other plan, same states;
         - ``tau_only_corr``: correlation of y and r(z), z from tau alone;
+        - ``plan_corr``, where the return model takes the first state: the same of y and r(z, s_1), each less the mean of
+          r(z, s_1) over plans of the prior: what the plan adds to what the start says;
         - ``return_rmse``: of r(z), in units of the return's standard deviation;
         - ``return_coverage``: share of returns within one predicted standard deviation (0.68 if calibrated);
         - ``return_nll``: Gaussian NLL of the standardised return.
@@ -58,7 +63,9 @@ def held_out_metrics(model: GAC, batches: Batches, ids: Tensor, config: Config, 
     if len(ids) < 2:
         raise ValueError(f"ids: expected at least 2 trajectories, got {len(ids)}")
     sums = torch.zeros(4, dtype=torch.float64)
-    means, stds, ys = [], [], []
+    means, stds, ys, starts = [], [], [], []
+    shape = (N_COMPARED, config.model.n_z, config.model.dim)
+    compared = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(batches.device)
     # Chunks of at least two, so that everyone has another's plan to be compared with.
     for chunk in ids.tensor_split(max(1, len(ids) // CHUNK)):
         batch = batches.of(chunk)
@@ -77,6 +84,9 @@ def held_out_metrics(model: GAC, batches: Batches, ids: Tensor, config: Config, 
             means.append(mean[labelled].cpu())
             stds.append(std[labelled].cpu())
             ys.append(batch.returns[labelled].cpu())
+            if model.returns.uses_first_state:
+                expected, _ = model.return_moments_of_pairs(model.prior(compared), batch.first_states[labelled])
+                starts.append(expected.mean(dim=1).cpu())
     n = float(sums[3])
     out = {
         "nll_per_step": float(sums[0]) / n,
@@ -85,13 +95,19 @@ def held_out_metrics(model: GAC, batches: Batches, ids: Tensor, config: Config, 
     }
     mean, std, y = (torch.cat(parts).double() for parts in (means, stds, ys))
     if len(y) >= 2:
-        centred = torch.stack((mean - mean.mean(), y - y.mean()))
-        scale = centred.square().sum(1).sqrt().prod().clamp_min(1e-12)
         z_score = (y - mean) / std
         out |= {
-            "tau_only_corr": float(centred.prod(0).sum() / scale),
+            "tau_only_corr": _correlation(mean, y),
             "return_rmse": float((y - mean).square().mean().sqrt()),
             "return_coverage": float((z_score.abs() <= 1).double().mean()),
             "return_nll": float((0.5 * z_score.square() + std.log()).mean()) + 0.5 * LOG_2PI,
         }
+        if starts:
+            expected = torch.cat(starts).double()
+            out["plan_corr"] = _correlation(mean - expected, y - expected)
     return out
+
+
+def _correlation(x: Tensor, y: Tensor) -> float:
+    centred = torch.stack((x - x.mean(), y - y.mean()))
+    return float(centred.prod(0).sum() / centred.square().sum(1).sqrt().prod().clamp_min(1e-12))

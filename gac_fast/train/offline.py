@@ -30,6 +30,7 @@ from gac_fast.train.log import (
     read_result,
     start_run,
 )
+from gac_fast.train.metrics import N_COMPARED
 from gac_fast.train.trainer import (
     Trainer,
     TrainingDivergedError,
@@ -59,10 +60,6 @@ RESUME_MAY_CHANGE = {
     "train.compile",
     "train.cuda_graph",
 }
-
-
-# Plans from the prior over which the expected return of a start is averaged.
-N_COMPARED = 32
 
 
 class OfflineTrainer(Trainer):
