@@ -54,8 +54,8 @@ def held_out_metrics(model: GAC, batches: Batches, ids: Tensor, config: Config, 
         - ``nll_other_plan``: the same under the plan of another trajectory;
         - ``steering``: rms difference of the mean actions (within [-1, 1]) under own and other plan, same states;
         - ``tau_only_corr``: correlation of y and r(z), z from tau alone;
-        - ``plan_corr``, where the return model takes the first state: the same of y and r(z, s_1), each less the mean of
-          r(z, s_1) over plans of the prior: what the plan adds to what the start says;
+        - ``plan_corr``, where the return model takes the first state: the same of y and r(z, s_1), each less the mean
+          of r(z, s_1) over plans of the prior: what the plan adds to what the start says;
         - ``return_rmse``: of r(z), in units of the return's standard deviation;
         - ``return_coverage``: share of returns within one predicted standard deviation (0.68 if calibrated);
         - ``return_nll``: Gaussian NLL of the standardised return.
