@@ -39,6 +39,9 @@ REFERENCE = ("reference", "float32")
 MATMUL_SIZE = 1536  # 512 to 2048 differ by 3% in float32; two threads are slow on bfloat16 below 1536
 COPY_BYTES = 256 * 2**20  # far beyond L2
 MAX_FLOOR_ROUNDS = 10
+# After an operation of torch on several threads, OpenMP's go on spinning for about 16 ms, on the very core that the next
+# provider's second thread needs. No provider is measured beside the threads of the one before.
+SETTLE_SECONDS = 0.02
 MAX_STRETCH = 8  # of the seconds per case, for the sake of the least number of rounds
 
 Provider = tuple[str, str]
@@ -108,6 +111,9 @@ def alternate(
         estimate[name] = _timed(run)
     # Runs in between leave the caches cold: short calls are repeated unmeasured before the measured one.
     n_warm = {name: min(20, max(3, math.ceil(1e-3 / t))) if t < 2e-2 else 0 for name, t in estimate.items()}
+    settles = torch.get_num_threads() > 1 and settings.seconds > 0
+    if settles:
+        n_warm = {name: max(n, math.ceil(SETTLE_SECONDS / estimate[name])) if n else 0 for name, n in n_warm.items()}
     per_round = sum(estimate[name] * (1 + n_warm[name]) for name in runs)
     rounds = max(settings.min_rounds, min(settings.max_rounds, int(settings.seconds / per_round)))
     # A busy machine can stretch a round a hundredfold, most of all on two threads.
@@ -119,6 +125,8 @@ def alternate(
     def others() -> None:
         nonlocal done
         for name, run in {**(sometimes if done % stride == 0 else {}), **runs}.items():
+            if settles and not n_warm[name]:
+                time.sleep(SETTLE_SECONDS)
             for _ in range(n_warm[name]):
                 run()
             if name != main:
