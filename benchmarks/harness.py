@@ -39,8 +39,8 @@ REFERENCE = ("reference", "float32")
 MATMUL_SIZE = 1536  # 512 to 2048 differ by 3% in float32; two threads are slow on bfloat16 below 1536
 COPY_BYTES = 256 * 2**20  # far beyond L2
 MAX_FLOOR_ROUNDS = 10
-# After an operation of torch on several threads, OpenMP's go on spinning for about 16 ms, on the very core that the next
-# provider's second thread needs. No provider is measured beside the threads of the one before.
+# After an operation of torch on several threads, OpenMP's go on spinning for about 16 ms, on the very core that the
+# next provider's second thread needs. No provider is measured beside the threads of the one before.
 SETTLE_SECONDS = 0.02
 MAX_STRETCH = 8  # of the seconds per case, for the sake of the least number of rounds
 

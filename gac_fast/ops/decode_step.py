@@ -204,8 +204,8 @@ def decode_step(weights: StepWeights, state: DecodeState, observations: Array, u
         ValueError: wrong shape.
         FloatingPointError: an observation is NaN or infinite (checked in NumPy arrays and on the CPU); nothing was fed.
     """
-    # Most steps are like the one before. Nothing here stays in the near caches beside the engine's weights and rings, so
-    # that each question costs more than it seems.
+    # Most steps are like the one before. Beside the engine's weights and rings nothing of Python stays in the near
+    # caches, and each question costs more than it seems.
     if (
         weights is state._weights
         and units is state._units
@@ -228,7 +228,7 @@ def decode_step(weights: StepWeights, state: DecodeState, observations: Array, u
         if weights is not state._weights or state._unsure or state._packed.stale():
             _pack(weights, state)
         if state._memory is None or units is not state._units:
-            _bind(state, units)
+            _bind(state, units, shape[1])
         return _step_cpp(state, observations)
     if backend == "triton":
         return _decode_step_triton(weights, state, observations, units)
@@ -312,13 +312,13 @@ def _pack(weights: StepWeights, state: DecodeState) -> None:
     state._weights, state._unsure = weights, False
 
 
-def _bind(state: DecodeState, units: Units | None) -> None:
+def _bind(state: DecodeState, units: Units | None, n_inputs: int) -> None:
     bits = [ring.view(torch.int16) if state.bf16 else ring for ring in (state.ring_k, state.ring_v)]
     tensors = (*bits, state.plan_k, state.plan_v, state.steps, state.last_action)
     arrays = [] if units is None else [x.contiguous().numpy() for x in units]
     state._memory = _dispatch.cpp_engine()._DecodeState(*(x.numpy() for x in tensors), arrays)
     state._units = units
-    state._shape = (state.steps.shape[0], state._weights.embed_state_w.shape[1])
+    state._shape = (state.steps.shape[0], n_inputs)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
