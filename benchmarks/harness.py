@@ -97,12 +97,13 @@ def alternate(
 
     Args:
         runs: what to time; none of them prepares anything.
-        main: the one of them that pytest-benchmark times itself, last in each round.
+        main: the one of them that pytest-benchmark times too, last in each round. For its own record alone: what it does
+            before is time enough for the engine's threads to fall asleep.
         pedantic: ``benchmark.pedantic``.
         sometimes: timed in at most ``MAX_FLOOR_ROUNDS`` of the rounds.
 
     Returns:
-        seconds per round of all but ``main``, and the number of rounds.
+        seconds per round, and the number of rounds.
     """
     sometimes = sometimes or {}
     estimate = {}
@@ -119,7 +120,7 @@ def alternate(
     # A busy machine can stretch a round a hundredfold, most of all on two threads.
     rounds = min(rounds, max(1, int(MAX_STRETCH * settings.seconds / per_round)))
     stride = math.ceil(rounds / MAX_FLOOR_ROUNDS)
-    times: dict[Any, list[float]] = {name: [] for name in estimate if name != main}
+    times: dict[Any, list[float]] = {name: [] for name in estimate}
     done = 0
 
     def others() -> None:
@@ -129,8 +130,7 @@ def alternate(
                 time.sleep(SETTLE_SECONDS)
             for _ in range(n_warm[name]):
                 run()
-            if name != main:
-                times[name].append(_timed(run))
+            times[name].append(_timed(run))
         done += 1
 
     # The main one has to come last.
@@ -356,7 +356,6 @@ class Recorder:
         times, rounds = alternate(runs, self.settings, main, benchmark.pedantic, floor_runs(self.tiny))
         if benchmark.stats is None:  # --benchmark-disable
             return
-        times[main] = list(benchmark.stats.stats.data)
         assert all(len(times[provider]) == rounds for provider in runs)
         floors = Floors.of(times, self.tiny)
         reference = times.get(REFERENCE, [])
