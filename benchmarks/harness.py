@@ -97,8 +97,8 @@ def alternate(
 
     Args:
         runs: what to time; none of them prepares anything.
-        main: the one of them that pytest-benchmark times too, last in each round. For its own record alone: what it does
-            before is time enough for the engine's threads to fall asleep.
+        main: the one of them that pytest-benchmark times too, last in each round. For its own record alone: what it
+            does before takes so long that the engine's threads may fall asleep.
         pedantic: ``benchmark.pedantic``.
         sometimes: timed in at most ``MAX_FLOOR_ROUNDS`` of the rounds.
 

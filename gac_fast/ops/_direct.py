@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-__all__ = ["function", "unseen"]
+__all__ = ["function", "unseen", "unseen_backward"]
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -26,6 +25,11 @@ def unseen(x: Tensor) -> bool:
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._are_functorch_transforms_active()
     )
+
+
+def unseen_backward(gradient: Tensor) -> bool:
+    """The same for a backward op. Where that is to be differentiated in turn, the registered op says that it cannot."""
+    return not torch.is_grad_enabled() and unseen(gradient)
 
 
 def function(
@@ -47,7 +51,6 @@ def function(
             return output
 
         @staticmethod
-        @once_differentiable
         def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
             return differentiate(ctx, *grads)
 

@@ -325,7 +325,7 @@ def _backward(ctx: Any, dx_out: Tensor | None, dy: Tensor | None, *_: None) -> t
     if dx_out is None and dy is None:
         return (None,) * 5 + ([None] * len(weights), *(None,) * 5)
     seen = dy if dy is not None else dx_out
-    run = _run_backward if seen is not None and _direct.unseen(seen) else torch.ops.gac_fast.block_backward
+    run = _run_backward if seen is not None and _direct.unseen_backward(seen) else torch.ops.gac_fast.block_backward
     dplan_k, dplan_v, *rest = run(
         dx_out, dy, saved, attended, plan_k, plan_v, cu_seqlens, weights, ctx.bf16, ctx.wants_dx, ctx.wants_weights,
         ctx.every,

@@ -120,7 +120,7 @@ def _differentiate(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None
         return (None,) * 7
     x, operand, rstd, norm_w, norm_b, w = ctx.saved_tensors
     wants_dx, wants_weights = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:5])
-    run = _run_backward if _direct.unseen(dy) else torch.ops.gac_fast.norm_linear_backward
+    run = _run_backward if _direct.unseen_backward(dy) else torch.ops.gac_fast.norm_linear_backward
     grads = run(dy, x, operand, rstd, norm_w, norm_b, w, ctx.bf16, wants_dx, wants_weights)
     dx = grads.pop(0) if wants_dx else None
     if not wants_weights:

@@ -53,7 +53,7 @@ def _register(
         tensors, rest = ctx.saved_tensors[: ctx.n_tensors], ctx.saved_tensors[ctx.n_tensors :]
         cu_seqlens, positions, *read_again = rest
         q, k, v = tensors if ctx.n_tensors == 3 else tensors[0].unbind(1)
-        run = run_backward if run_backward is not None and _direct.unseen(d_out) else backward
+        run = run_backward if run_backward is not None and _direct.unseen_backward(d_out) else backward
         grads = run(d_out, q, k, v, cu_seqlens, ctx.window, positions, ctx.rope_base, *read_again)
         return *(grads.unbind(1) if ctx.n_tensors == 3 else (grads,)), *(None,) * 4
 
