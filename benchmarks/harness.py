@@ -39,6 +39,9 @@ REFERENCE = ("reference", "float32")
 MATMUL_SIZE = 1536  # 512 to 2048 differ by 3% in float32; two threads are slow on bfloat16 below 1536
 COPY_BYTES = 256 * 2**20  # far beyond L2
 MAX_FLOOR_ROUNDS = 10
+# After an operation of torch on several threads, OpenMP's go on spinning for about 16 ms, on the very core that the
+# next provider's second thread needs. No provider is measured beside the threads of the one before.
+SETTLE_SECONDS = 0.02
 MAX_STRETCH = 8  # of the seconds per case, for the sake of the least number of rounds
 
 Provider = tuple[str, str]
@@ -94,12 +97,13 @@ def alternate(
 
     Args:
         runs: what to time; none of them prepares anything.
-        main: the one of them that pytest-benchmark times itself, last in each round.
+        main: the one of them that pytest-benchmark times too, last in each round. For its own record alone: what it
+            does before takes so long that the engine's threads may fall asleep.
         pedantic: ``benchmark.pedantic``.
         sometimes: timed in at most ``MAX_FLOOR_ROUNDS`` of the rounds.
 
     Returns:
-        seconds per round of all but ``main``, and the number of rounds.
+        seconds per round, and the number of rounds.
     """
     sometimes = sometimes or {}
     estimate = {}
@@ -108,21 +112,25 @@ def alternate(
         estimate[name] = _timed(run)
     # Runs in between leave the caches cold: short calls are repeated unmeasured before the measured one.
     n_warm = {name: min(20, max(3, math.ceil(1e-3 / t))) if t < 2e-2 else 0 for name, t in estimate.items()}
+    settles = torch.get_num_threads() > 1 and settings.seconds > 0
+    if settles:
+        n_warm = {name: max(n, math.ceil(SETTLE_SECONDS / estimate[name])) if n else 0 for name, n in n_warm.items()}
     per_round = sum(estimate[name] * (1 + n_warm[name]) for name in runs)
     rounds = max(settings.min_rounds, min(settings.max_rounds, int(settings.seconds / per_round)))
     # A busy machine can stretch a round a hundredfold, most of all on two threads.
     rounds = min(rounds, max(1, int(MAX_STRETCH * settings.seconds / per_round)))
     stride = math.ceil(rounds / MAX_FLOOR_ROUNDS)
-    times: dict[Any, list[float]] = {name: [] for name in estimate if name != main}
+    times: dict[Any, list[float]] = {name: [] for name in estimate}
     done = 0
 
     def others() -> None:
         nonlocal done
         for name, run in {**(sometimes if done % stride == 0 else {}), **runs}.items():
+            if settles and not n_warm[name]:
+                time.sleep(SETTLE_SECONDS)
             for _ in range(n_warm[name]):
                 run()
-            if name != main:
-                times[name].append(_timed(run))
+            times[name].append(_timed(run))
         done += 1
 
     # The main one has to come last.
@@ -348,7 +356,6 @@ class Recorder:
         times, rounds = alternate(runs, self.settings, main, benchmark.pedantic, floor_runs(self.tiny))
         if benchmark.stats is None:  # --benchmark-disable
             return
-        times[main] = list(benchmark.stats.stats.data)
         assert all(len(times[provider]) == rounds for provider in runs)
         floors = Floors.of(times, self.tiny)
         reference = times.get(REFERENCE, [])

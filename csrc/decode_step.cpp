@@ -687,15 +687,40 @@ void step_tile(const DecodeStepArgs& a, std::int64_t first, std::int64_t n) {
 template <typename T>
 constexpr std::int64_t kMostEnvironments = 64;
 
-// And at least, about 200 us of work: waking another thread takes a quarter of that, and with 8 environments in all two
-// threads were slower than one.
+// What one more environment adds to a step, in microseconds: products and rings at the rates of one core.
 template <typename T>
-constexpr std::int64_t kFewestEnvironments = sizeof(T) == sizeof(float) ? 8 : 16;
+double cost_of_environment(const DecodeStepArgs& a) {
+    const DecodeSizes& s = a.weights->sizes;
+    const double tokens = s.reads_actions ? 2.0 : 1.0;
+    const auto weights = static_cast<double>(s.n_layers * s.dim * (6 * s.dim + 2 * s.hidden));
+    const auto rings = static_cast<double>(2 * s.n_layers * a.window * s.dim);
+#if defined(__AMX_BF16__)
+    constexpr double kFlops = sizeof(T) == sizeof(float) ? 150e3 : 1000e3;
+#else
+    constexpr double kFlops = 150e3;
+#endif
+    constexpr double kBytes = 15e3;
+    return 2.0 * tokens * weights / kFlops + rings * static_cast<double>(sizeof(T)) / kBytes;
+}
+
+// What a task must be worth. Where steps follow each other at once, workers are awake, or will be the next time. Where
+// they have slept meanwhile, two tasks of 150 us were no faster than one of 300.
+constexpr double kWorthTaking = 15.0;
+constexpr double kWorthWaking = 150.0;
+
+template <typename T>
+std::int64_t tiles_of(const DecodeStepArgs& a) {
+    const std::int64_t at_least = (a.n_rows + kMostEnvironments<T> - 1) / kMostEnvironments<T>;
+    if (at_least >= a.n_threads) return round_up(at_least, max_of(a.n_threads, 1));
+    const double worth = a.soon_after ? kWorthTaking : kWorthWaking;
+    const double tasks = static_cast<double>(a.n_rows) * cost_of_environment<T>(a) / worth;
+    const std::int64_t at_most = min_of(a.n_threads, a.n_rows);
+    return tasks < static_cast<double>(at_most) ? max_of(at_least, static_cast<std::int64_t>(tasks)) : at_most;
+}
 
 template <typename T>
 void step_all(const DecodeStepArgs& a) {
-    const std::int64_t at_least = (a.n_rows + kMostEnvironments<T> - 1) / kMostEnvironments<T>;
-    const std::int64_t n_tiles = max_of(1, max_of(at_least, min_of(a.n_threads, a.n_rows / kFewestEnvironments<T>)));
+    const std::int64_t n_tiles = tiles_of<T>(a);
     parallel_for(n_tiles, a.n_threads, [&](std::int64_t i) {
         const std::int64_t first = a.n_rows * i / n_tiles;
         step_tile<T>(a, first, a.n_rows * (i + 1) / n_tiles - first);

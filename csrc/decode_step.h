@@ -74,6 +74,7 @@ struct DecodeStepArgs {
     const float* action_half;
     float* out;  // [P, act_dim]
     int n_threads;
+    bool soon_after;  // the last step, whichever it was, has just ended: threads that took part in it are awake
 };
 
 // Bytes that decode_step_pack() writes into `memory`, which lies on a boundary of 64; null counts them alone.

@@ -5,6 +5,9 @@
 
 namespace gac_fast {
 
+// How long a worker without work stays awake, in microseconds.
+constexpr std::int64_t kWorkersSpin = 200;
+
 // Calls task(context, i) for every i in [0, n), by at most n_threads threads, the calling one among them. Which thread
 // takes which i is left open: a result must not depend on it. The first exception of a task comes back to the caller
 // (tasks not yet begun are then skipped). Several threads may call at once; inside a task, and in the child of a fork

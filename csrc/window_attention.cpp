@@ -705,19 +705,38 @@ void backward_any(const WindowAttentionBackward& call, const QueryChunk& chunk, 
     backward_at<T, 256>(call, chunk, head);
 }
 
+// attend(chunk, head) for all of them. Rows of the heads of a token lie side by side: two threads at the same chunk
+// would write to neighbouring cache lines, which are fetched in pairs, and one thread is best off with all heads of a
+// chunk. Where there are too few of those, as many chunks as threads are shared out at a time, head by head,
+// neighbouring tasks at different ones.
+template <typename F>
+void for_each_head(const WindowAttention& in, F&& attend) {
+    constexpr std::int64_t kChunksPerThread = 4;
+    const std::int64_t n_heads = in.n_heads, n_chunks = in.n_chunks;
+    if (in.n_threads <= 1 || n_chunks >= kChunksPerThread * in.n_threads) {
+        return parallel_for(n_chunks, in.n_threads, [&](std::int64_t i) {
+            for (std::int64_t h = 0; h < n_heads; ++h) attend(in.chunks[i], h);
+        });
+    }
+    const std::int64_t n_tasks = in.n_threads * n_heads;
+    parallel_for(n_chunks * n_heads, in.n_threads, [&](std::int64_t i) {
+        const std::int64_t first = i / n_tasks * in.n_threads;
+        const std::int64_t n_at_once = min_of(in.n_threads, n_chunks - first);
+        attend(in.chunks[first + i % n_tasks % n_at_once], i % n_tasks / n_at_once);
+    });
+}
+
 }  // namespace
 
 void window_attention(const WindowAttentionForward& op) {
-    const std::int64_t n_heads = op.in.n_heads;
-    parallel_for(op.in.n_chunks * n_heads, op.in.n_threads, [&op, n_heads](std::int64_t i) {
-        (op.in.bf16 ? forward_any<Bf16> : forward_any<float>)(op, op.in.chunks[i / n_heads], i % n_heads);
+    for_each_head(op.in, [&op](const QueryChunk& chunk, std::int64_t head) {
+        (op.in.bf16 ? forward_any<Bf16> : forward_any<float>)(op, chunk, head);
     });
 }
 
 void window_attention_backward(const WindowAttentionBackward& op) {
-    const std::int64_t n_heads = op.in.n_heads;
-    parallel_for(op.in.n_chunks * n_heads, op.in.n_threads, [&op, n_heads](std::int64_t i) {
-        (op.in.bf16 ? backward_any<Bf16> : backward_any<float>)(op, op.in.chunks[i / n_heads], i % n_heads);
+    for_each_head(op.in, [&op](const QueryChunk& chunk, std::int64_t head) {
+        (op.in.bf16 ? backward_any<Bf16> : backward_any<float>)(op, chunk, head);
     });
 }
 

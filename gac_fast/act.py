@@ -246,7 +246,8 @@ class Actor:
         """
         if not isinstance(obs, np.ndarray | Tensor):
             obs = torch.as_tensor(obs)
-        if self._weights.decoder is not self.model.decoder:
+        # A module's own way to its parts is a function of Python, at every step.
+        if self._weights.decoder is not self.model._modules["decoder"]:
             self._weights = ops.WeightsOf(self.model.decoder)
         if self._n_threads == 0:
             return self._act(obs)

@@ -571,7 +571,9 @@ TARGETS: dict[str, Target] = {
     "ops.decode_step": Target(decode_op, kept=frozenset({"weights", "state", "units"}), parts=("obs",)),
 }  # fmt: skip
 # No input to speak of.
-WITHOUT_TARGET = {"_build_info", "_keep_freed_memory", "_isa", "_isa_reason", "_isa_problems", "_use_isa"}
+WITHOUT_TARGET = {
+    "_build_info", "_has_variable", "_keep_freed_memory", "_isa", "_isa_reason", "_isa_problems", "_use_isa",
+}  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Damage

@@ -394,6 +394,30 @@ def test_weights_are_packed_once(cpp_engine):
     assert state._packed is not packed
 
 
+def test_a_step_like_the_one_before_still_goes_where_it_is_sent(cpp_engine, monkeypatch):
+    model = make_model()
+    state, weights = make_state(model, random_seeds(2, model.config)), model.decoder.step_weights()
+    obs = torch.randn(2, OBS_DIM)
+
+    def step() -> None:
+        ops.decode_step(weights, state, obs)
+
+    step()
+    step()
+    assert ops.dispatch_counts() == {("decode_step", "cpp"): 2}
+    with ops.backend("reference"):
+        step()
+    monkeypatch.setenv("GAC_FAST_BACKEND", "reference")
+    step()
+    with ops.backend("cpp"):
+        step()
+    monkeypatch.setenv("GAC_FAST_BACKEND", "")
+    step()
+    assert ops.dispatch_counts() == {("decode_step", "cpp"): 4, ("decode_step", "reference"): 2}
+    with pytest.raises(ValueError, match=r"obs: expected shape \[2, \d+\], got \[1, \d+\]"):
+        ops.decode_step(weights, state, obs[:1])
+
+
 def test_inference_tensors_are_watched_byte_by_byte(cpp_engine):
     with torch.inference_mode():
         model = make_model()

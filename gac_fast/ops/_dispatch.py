@@ -203,6 +203,23 @@ def choose(op: str, device: torch.device, refused: str | None = None) -> str:
 choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def again(op: str, name: str) -> bool:
+    """Whether a call goes to backend ``name`` like the one before, then counted; False where it is not certain.
+
+    Args:
+        name: what :func:`choose` said of a call with the same arguments but for their values.
+    """
+    forced = _forced.get()
+    if forced is None:
+        engine, _ = _load_cpp_engine()
+        if engine is None or engine._has_variable(ENVIRONMENT_VARIABLE):
+            return False
+    elif forced != name:
+        return False
+    _counts[op, name] += 1
+    return True
+
+
 def active(op: str, device: torch.device) -> str:
     """The backend that :func:`choose` would give, not counted.
 

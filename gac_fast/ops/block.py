@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gac_fast import reference
-from gac_fast.ops import _block_triton, _check, _dispatch, _threads
+from gac_fast.ops import _block_triton, _check, _direct, _dispatch, _threads
 from gac_fast.ops._arrays import array as _array
 from gac_fast.ops._arrays import padded as _padded
 from gac_fast.ops._arrays import rows as _rows
@@ -147,8 +147,7 @@ def _outputs(
     )  # fmt: skip
 
 
-@torch.library.custom_op("gac_fast::block", mutates_args=())
-def _block(
+def _run(
     x: Tensor,
     attended: Tensor | None,
     plan_k: Tensor,
@@ -176,6 +175,9 @@ def _block(
     return outputs
 
 
+_block = torch.library.custom_op("gac_fast::block", mutates_args=())(_run)
+
+
 @_block.register_fake
 def _(
     x: Tensor, attended: Tensor | None, plan_k: Tensor, plan_v: Tensor, cu_seqlens: Tensor, weights: Sequence[Tensor],
@@ -201,8 +203,7 @@ def _gradients(
     return grads
 
 
-@torch.library.custom_op("gac_fast::block_backward", mutates_args=())
-def _block_backward(
+def _run_backward(
     dx_out: Tensor | None,
     dy: Tensor | None,
     saved: Sequence[Tensor],
@@ -295,6 +296,9 @@ def _weight_gradients(
     ]  # fmt: skip
 
 
+_block_backward = torch.library.custom_op("gac_fast::block_backward", mutates_args=())(_run_backward)
+
+
 @_block_backward.register_fake
 def _(
     dx_out: Tensor | None, dy: Tensor | None, saved: Sequence[Tensor], attended: Tensor | None, plan_k: Tensor,
@@ -320,7 +324,9 @@ def _backward(ctx: Any, dx_out: Tensor | None, dy: Tensor | None, *_: None) -> t
     )  # fmt: skip
     if dx_out is None and dy is None:
         return (None,) * 5 + ([None] * len(weights), *(None,) * 5)
-    dplan_k, dplan_v, *rest = torch.ops.gac_fast.block_backward(
+    seen = dy if dy is not None else dx_out
+    run = _run_backward if seen is not None and _direct.unseen_backward(seen) else torch.ops.gac_fast.block_backward
+    dplan_k, dplan_v, *rest = run(
         dx_out, dy, saved, attended, plan_k, plan_v, cu_seqlens, weights, ctx.bf16, ctx.wants_dx, ctx.wants_weights,
         ctx.every,
     )  # fmt: skip
@@ -335,6 +341,27 @@ def _backward(ctx: Any, dx_out: Tensor | None, dy: Tensor | None, *_: None) -> t
 
 
 _block.register_autograd(_backward, setup_context=_setup_context)
+
+
+# The same with the weights, of which each may ask for its gradient, as the last arguments.
+_N_BEFORE = 5  # x, attended, plan_k, plan_v, cu_seqlens
+_N_OPTIONS = 5
+
+
+def _inputs(flat: Sequence[Any]) -> tuple[Any, ...]:
+    first = _N_BEFORE + _N_OPTIONS
+    return *flat[:_N_BEFORE], list(flat[first:]), *flat[_N_BEFORE:first]
+
+
+def _backward_flat(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    found = _backward(ctx, *grads)  # type: ignore[arg-type]
+    return *found[:_N_BEFORE], *found[_N_BEFORE + 1 :], *found[_N_BEFORE]
+
+
+_directly = _direct.function(
+    lambda *flat: _run(*_inputs(flat)), lambda ctx, flat, output: _setup_context(ctx, _inputs(flat), output),
+    _backward_flat,
+)  # fmt: skip
 
 
 def decoder_block(
@@ -429,8 +456,13 @@ def decoder_block(
     wants_weights = torch.is_grad_enabled() and any(weight.requires_grad for weight in given)
     wants_dx = torch.is_grad_enabled() and (x.requires_grad or (attended is not None and attended.requires_grad))
     wants_plan = torch.is_grad_enabled() and (plan_k.requires_grad or plan_v.requires_grad)
-    x_out, y, *_ = torch.ops.gac_fast.block(
-        x, attended, plan_k, plan_v, cu_seqlens.to(torch.int64), given, bf16,
-        wants_weights or wants_dx or wants_plan, wants_dx, wants_weights, every,
-    )  # fmt: skip
+    save = wants_weights or wants_dx or wants_plan
+    tensors = x, attended, plan_k, plan_v, cu_seqlens.to(torch.int64)
+    options = bf16, save, wants_dx, wants_weights, every
+    if not _direct.unseen(x) or not _direct.unseen(plan_k):
+        x_out, y, *_ = torch.ops.gac_fast.block(*tensors, given, *options)
+    elif save:
+        x_out, y, *_ = _directly(*tensors, *options, *given)
+    else:
+        x_out, y, *_ = _run(*tensors, given, *options)
     return x_out, y

@@ -104,6 +104,8 @@ class DecodeState:
         self._weights: StepWeights | None = None
         self._memory: Any = None
         self._units: Units | None = None
+        # Of the observations, once the C++ engine has the memory of this state.
+        self._shape: tuple[int, int] | None = None
         self._content: Any = None
         # Whether all of the weights are to be compared before the next step.
         self._unsure = False
@@ -126,7 +128,7 @@ class DecodeState:
             self._stale = False
 
 
-_ENGINE_PARTS = frozenset(("_packed", "_tensors", "_weights", "_memory", "_units", "_content", "_triton"))
+_ENGINE_PARTS = frozenset(("_packed", "_tensors", "_weights", "_memory", "_units", "_shape", "_content", "_triton"))
 
 
 def has_fast_bf16(device: torch.device) -> bool:
@@ -202,6 +204,17 @@ def decode_step(weights: StepWeights, state: DecodeState, observations: Array, u
         ValueError: wrong shape.
         FloatingPointError: an observation is NaN or infinite (checked in NumPy arrays and on the CPU); nothing was fed.
     """
+    # Most steps are like the one before. Beside the engine's weights and rings nothing of Python stays in the near
+    # caches, and each question costs more than it seems.
+    if (
+        weights is state._weights
+        and units is state._units
+        and getattr(observations, "shape", None) == state._shape
+        and not (state._unsure or state._packed.stale())
+        and _dispatch.again(OP, "cpp")
+    ):
+        return _step_cpp(state, observations)
+
     device = state.steps.device
     refused = _dispatch.refusal(weights.embed_state_w)
     if refused is None and (device.type != "cpu" or _INTERPRETED):
@@ -212,13 +225,11 @@ def decode_step(weights: StepWeights, state: DecodeState, observations: Array, u
         got = list(observations.shape) if hasattr(observations, "shape") else type(observations).__name__
         raise ValueError(f"obs: expected shape {list(shape)}, got {got}")
     if backend == "cpp":
-        if isinstance(observations, np.ndarray):
-            return _decode_step_cpp(weights, state, observations, units)
-        x = observations.detach()
-        # Each call of torch costs more than it seems: beside the weights its code does not stay in the near cache.
-        if x.dtype != torch.float32 or x.device.type != "cpu":
-            x = x.cpu() if x.dtype == torch.float64 else x.to("cpu", torch.float32)
-        return torch.from_numpy(_decode_step_cpp(weights, state, x.numpy(), units))
+        if weights is not state._weights or state._unsure or state._packed.stale():
+            _pack(weights, state)
+        if state._memory is None or units is not state._units:
+            _bind(state, units, shape[1])
+        return _step_cpp(state, observations)
     if backend == "triton":
         return _decode_step_triton(weights, state, observations, units)
     return _decode_step_reference(weights, state, observations, units)
@@ -253,11 +264,18 @@ def _raise_not_finite(row: int, values: list[float]) -> None:
     raise FloatingPointError(f"obs: expected finite values, environment {row} has {values}")
 
 
-def _decode_step_cpp(weights: StepWeights, state: DecodeState, x: np.ndarray, units: Units | None) -> np.ndarray:
-    if weights is not state._weights or state._unsure or state._packed.stale():
-        _pack(weights, state)
-    if state._memory is None or units is not state._units:
-        _bind(state, units)
+def _step_cpp(state: DecodeState, observations: Array) -> Array:
+    if isinstance(observations, np.ndarray):
+        return _decode_step_cpp(state, observations)
+    x = observations
+    if x.requires_grad:
+        x = x.detach()
+    if x.dtype != torch.float32 or not x.is_cpu:
+        x = x.cpu() if x.dtype == torch.float64 else x.to("cpu", torch.float32)
+    return torch.from_numpy(_decode_step_cpp(state, x.numpy()))
+
+
+def _decode_step_cpp(state: DecodeState, x: np.ndarray) -> np.ndarray:
     if x.dtype not in _NATIVE:
         x = x.astype(np.float32)
     out = np.empty(state.last_action.shape, np.float32)
@@ -294,12 +312,13 @@ def _pack(weights: StepWeights, state: DecodeState) -> None:
     state._weights, state._unsure = weights, False
 
 
-def _bind(state: DecodeState, units: Units | None) -> None:
+def _bind(state: DecodeState, units: Units | None, n_inputs: int) -> None:
     bits = [ring.view(torch.int16) if state.bf16 else ring for ring in (state.ring_k, state.ring_v)]
     tensors = (*bits, state.plan_k, state.plan_v, state.steps, state.last_action)
     arrays = [] if units is None else [x.contiguous().numpy() for x in units]
     state._memory = _dispatch.cpp_engine()._DecodeState(*(x.numpy() for x in tensors), arrays)
     state._units = units
+    state._shape = (state.steps.shape[0], n_inputs)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gac_fast import reference
-from gac_fast.ops import _arrays, _check, _dispatch, _threads
+from gac_fast.ops import _arrays, _check, _direct, _dispatch, _threads
 
 __all__ = ["norm_linear"]
 
@@ -40,8 +40,7 @@ def _matrix(norm_w: Tensor | None, w: Tensor) -> Any:
     return _arrays.array(_arrays.rows(w if norm_w is None else w * norm_w, torch.float32))
 
 
-@torch.library.custom_op("gac_fast::norm_linear", mutates_args=())
-def _forward(
+def _run(
     x: Tensor, norm_w: Tensor | None, norm_b: Tensor | None, w: Tensor, b: Tensor, bf16: bool, save: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     outputs = _outputs(x, norm_w, w, bf16, save)
@@ -56,6 +55,9 @@ def _forward(
     return outputs
 
 
+_forward = torch.library.custom_op("gac_fast::norm_linear", mutates_args=())(_run)
+
+
 @_forward.register_fake
 def _(
     x: Tensor, norm_w: Tensor | None, norm_b: Tensor | None, w: Tensor, b: Tensor, bf16: bool, save: bool
@@ -63,8 +65,7 @@ def _(
     return _outputs(x, norm_w, w, bf16, save)
 
 
-@torch.library.custom_op("gac_fast::norm_linear_backward", mutates_args=())
-def _backward(
+def _run_backward(
     dy: Tensor, x: Tensor, operand: Tensor, rstd: Tensor, norm_w: Tensor | None, norm_b: Tensor | None, w: Tensor,
     bf16: bool, wants_dx: bool, wants_weights: bool,
 ) -> list[Tensor]:  # fmt: skip
@@ -88,6 +89,9 @@ def _backward(
     if norm_w is None or norm_b is None:
         return [*grads, dw, db]
     return [*grads, (w * dw).sum(0), db @ w, torch.addcmul(torch.outer(db, norm_b), dw, norm_w), db]
+
+
+_backward = torch.library.custom_op("gac_fast::norm_linear_backward", mutates_args=())(_run_backward)
 
 
 @_backward.register_fake
@@ -116,9 +120,8 @@ def _differentiate(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None
         return (None,) * 7
     x, operand, rstd, norm_w, norm_b, w = ctx.saved_tensors
     wants_dx, wants_weights = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:5])
-    grads = torch.ops.gac_fast.norm_linear_backward(
-        dy, x, operand, rstd, norm_w, norm_b, w, ctx.bf16, wants_dx, wants_weights
-    )
+    run = _run_backward if _direct.unseen_backward(dy) else torch.ops.gac_fast.norm_linear_backward
+    grads = run(dy, x, operand, rstd, norm_w, norm_b, w, ctx.bf16, wants_dx, wants_weights)
     dx = grads.pop(0) if wants_dx else None
     if not wants_weights:
         grads = [None] * 4
@@ -128,6 +131,7 @@ def _differentiate(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
+_directly = _direct.function(_run, _save, _differentiate)
 
 
 def norm_linear(
@@ -169,7 +173,11 @@ def norm_linear(
         with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
             return reference.norm_linear(x, norm_w, norm_b, w, b)
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, norm_w, norm_b, w, b))
-    y: Tensor = torch.ops.gac_fast.norm_linear(x, norm_w, norm_b, w, b, bf16, save)[0]
+    if _direct.unseen(x):
+        run = _directly if save else _run
+    else:
+        run = torch.ops.gac_fast.norm_linear
+    y: Tensor = run(x, norm_w, norm_b, w, b, bf16, save)[0]
     return y
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gac_fast import reference
-from gac_fast.ops import _arrays, _check, _dispatch, _threads
+from gac_fast.ops import _arrays, _check, _direct, _dispatch, _threads
 
 __all__ = ["window_attention", "window_attention_qkv"]
 
@@ -27,13 +27,17 @@ _MOST_TOKENS = 2**31 - 1
 
 def _register(
     forward: Any, forward_qkv: Any, backward: Any, outputs: Callable[[Tensor, Tensor | None], tuple[Tensor, ...]],
-    n_read_again: int,
-) -> None:  # fmt: skip
+    n_read_again: int, run_backward: Callable[..., Tensor] | None = None,
+) -> tuple[Callable[..., None], Callable[..., tuple[Tensor | None, ...]]]:  # fmt: skip
     """The fake kernels of an engine's ops, and that the backward is the one of both forwards.
 
     Args:
         outputs: what a forward of q and positions returns, not filled.
         n_read_again: the last outputs of a forward, which are the last arguments of the backward.
+        run_backward: the backward as a plain function.
+
+    Returns:
+        what saves for the backward, and what differentiates.
     """
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -49,7 +53,8 @@ def _register(
         tensors, rest = ctx.saved_tensors[: ctx.n_tensors], ctx.saved_tensors[ctx.n_tensors :]
         cu_seqlens, positions, *read_again = rest
         q, k, v = tensors if ctx.n_tensors == 3 else tensors[0].unbind(1)
-        grads = backward(d_out, q, k, v, cu_seqlens, ctx.window, positions, ctx.rope_base, *read_again)
+        run = run_backward if run_backward is not None and _direct.unseen_backward(d_out) else backward
+        grads = run(d_out, q, k, v, cu_seqlens, ctx.window, positions, ctx.rope_base, *read_again)
         return *(grads.unbind(1) if ctx.n_tensors == 3 else (grads,)), *(None,) * 4
 
     forward.register_fake(lambda q, k, v, cu_seqlens, window, positions, rope_base: outputs(q, positions))
@@ -57,6 +62,7 @@ def _register(
     backward.register_fake(lambda d_out, q, *_: _empty_grads(q))
     for op in (forward, forward_qkv):
         op.register_autograd(differentiate, setup_context=save)
+    return save, differentiate
 
 
 def _empty_grads(q: Tensor) -> Tensor:
@@ -82,8 +88,7 @@ def _cpp_inputs(
     return _arrays.heads(q), _arrays.heads(k), _arrays.heads(v), offsets, window, places, rope_base
 
 
-@torch.library.custom_op("gac_fast::window_attention", mutates_args=())
-def _forward(
+def _run(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int, positions: Tensor | None, rope_base: float
 ) -> tuple[Tensor, Tensor]:
     out, softmax = _cpp_outputs(q, positions)
@@ -92,8 +97,7 @@ def _forward(
     return out, softmax
 
 
-@torch.library.custom_op("gac_fast::window_attention_qkv", mutates_args=())
-def _forward_qkv(
+def _run_qkv(
     qkv: Tensor, cu_seqlens: Tensor, window: int, positions: Tensor | None, rope_base: float
 ) -> tuple[Tensor, Tensor]:
     q, k, v = qkv.unbind(1)
@@ -103,8 +107,7 @@ def _forward_qkv(
     return out, softmax
 
 
-@torch.library.custom_op("gac_fast::window_attention_backward", mutates_args=())
-def _backward(
+def _run_backward(
     d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int, positions: Tensor | None,
     rope_base: float, softmax: Tensor,
 ) -> Tensor:  # fmt: skip
@@ -116,7 +119,11 @@ def _backward(
     return grads
 
 
-_register(_forward, _forward_qkv, _backward, _cpp_outputs, 1)
+_forward = torch.library.custom_op("gac_fast::window_attention", mutates_args=())(_run)
+_forward_qkv = torch.library.custom_op("gac_fast::window_attention_qkv", mutates_args=())(_run_qkv)
+_backward = torch.library.custom_op("gac_fast::window_attention_backward", mutates_args=())(_run_backward)
+_formula = _register(_forward, _forward_qkv, _backward, _cpp_outputs, 1, _run_backward)
+_directly, _directly_qkv = _direct.function(_run, *_formula), _direct.function(_run_qkv, *_formula)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The Triton engine
@@ -217,7 +224,9 @@ def window_attention(
     engine = _choose(q)
     if engine == "reference":
         return reference.window_attention(q, k, v, cu_seqlens, window, positions, rope_base)
-    run = _triton_forward if engine == "triton" else _forward
+    run: Callable[..., Any] = _triton_forward if engine == "triton" else _forward
+    if engine == "cpp" and all(map(_direct.unseen, (q, k, v))):
+        run = _directly
     return run(q, k, v, cu_seqlens, min(window, _MOST_TOKENS), positions, rope_base)[0]
 
 
@@ -248,7 +257,9 @@ def window_attention_qkv(
     if engine == "reference":
         q, k, v = qkv.unbind(1)
         return reference.window_attention(q, k, v, cu_seqlens, window, positions, rope_base)
-    run = _triton_forward_qkv if engine == "triton" else _forward_qkv
+    run: Callable[..., Any] = _triton_forward_qkv if engine == "triton" else _forward_qkv
+    if engine == "cpp" and _direct.unseen(qkv):
+        run = _directly_qkv
     return run(qkv, cu_seqlens, min(window, _MOST_TOKENS), positions, rope_base)[0]
 
 
