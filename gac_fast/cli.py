@@ -580,6 +580,7 @@ def _eval(command: Eval) -> None:
     if len(command.runs) > 1:
         for one in chosen:
             check_fit(one.policy, env_id)
+    # Checkpoints of one step, whether that is a run's last or not, and those that were chosen.
     results: dict[str, list[EvalResult]] = {"last": [], "best": []}
     for number, (one, its_plans) in enumerate(zip(chosen, plans, strict=True)):
         if number:
@@ -587,7 +588,8 @@ def _eval(command: Eval) -> None:
         result = evaluate(one.policy, env_id, command.episodes, command.seed, its_plans, progress=sys.stderr.isatty())
         name = _report(one, command, result)
         for label in one.labels:
-            results.setdefault(label, []).append(result)
+            if label == "best" or command.checkpoint != "best":
+                results["best" if label == "best" else "last"].append(result)
         # Last, as it is what can fail: the evaluation is saved by then.
         if command.video is not None and number == 0:
             _film(one.policy, env_id, its_plans, command.seed, command.video)
@@ -597,8 +599,9 @@ def _eval(command: Eval) -> None:
             _print_rows([("video", command.video)])
     for label, found in results.items():
         if len(found) > 1 and len(found) == len(command.runs):
+            chose = label == "last" and any("chosen" in one.labels for one in chosen)
             print()
-            _print_pooled(label, found)
+            _print_pooled(f"step {chosen[0].policy.step:,}" if chose else label, found)
 
 
 def _check_eval(command: Eval) -> None:
@@ -710,11 +713,11 @@ def _check_alike(chosen: Sequence[_Chosen], command: Eval) -> str:
     """The environment to evaluate in, if these are different runs of one method on one task.
 
     Raises:
-        ConfigError: a run is named twice, two have one seed, or they differ in task, data or configuration.
+        ConfigError: a run is named twice, two have one seed, or they differ in task, data, configuration, in how they
+            were trained or for how long.
     """
     from gac_fast import envs
     from gac_fast.evaluate import same_task
-    from gac_fast.train.log import read_result
 
     runs = [_run_of(path).path for path in command.runs]
     for i, run in enumerate(runs):
@@ -732,9 +735,8 @@ def _check_alike(chosen: Sequence[_Chosen], command: Eval) -> str:
         mine, its = (x.policy.env_id for x in (first, one))
         if mine is not None and its is not None and not same_task(mine, its):
             raise ConfigError(f"{one.run.path}: expected a run on {mine} as {first.run.path} is, got one on {its}")
-        ours, other = (read_result(x.run).get("data") for x in (first, one))
-        if isinstance(ours, str) and isinstance(other, str) and Path(ours).name != Path(other).name:
-            raise ConfigError(f"{one.run.path}: expected a run on {ours} as {first.run.path} is, got one on {other}")
+        if one.run.path != first.run.path:
+            _check_same_training(first, one, command.checkpoint == "best")
         its_config = one.policy.config.to_dict()
         for section, fields in first.policy.config.to_dict().items():
             for name, value in fields.items():
@@ -747,6 +749,49 @@ def _check_alike(chosen: Sequence[_Chosen], command: Eval) -> str:
     env_id = command.env or first.policy.env_id
     assert env_id is not None
     return envs.resolve_env_id(env_id)
+
+
+def _check_same_training(first: _Chosen, one: _Chosen, only_best: bool) -> None:
+    """Refuse a run that was trained otherwise than the first, on other data, or for longer or shorter.
+
+    A checkpoint that evaluations chose may be of any step: their label says so.
+
+    Raises:
+        ConfigError: naming the run, expected and found.
+    """
+    from gac_fast import checkpoint
+    from gac_fast.train.log import read_result
+
+    states = [{} if x.policy.source is None else checkpoint.load_state(x.policy.source) for x in (first, one)]
+    ours, its = ("a fine-tuned" if "online" in state else "an offline" for state in states)
+    if ours != its:
+        raise ConfigError(f"{one.run.path}: expected {ours} run as {first.run.path} is, got {its} one")
+    names = [read_result(x.run).get("data") for x in (first, one)]
+    if all("data_fingerprint" in state for state in states):
+        prints = [state["data_fingerprint"] for state in states]
+        known = [
+            "no data" if x is None else f"{name or 'data'} ({x[:12]})" for name, x in zip(names, prints, strict=True)
+        ]
+        alike = prints[0] == prints[1]
+    else:
+        # Of checkpoints from before, by name.
+        known = [Path(name).name for name in names if isinstance(name, str)]
+        alike = len(set(known)) < 2
+    if not alike:
+        raise ConfigError(
+            f"{one.run.path}: expected a run on {known[0]} as {first.run.path} is, got one on {known[1]}: "
+            "the content differs"
+        )
+    if ("best",) in (first.labels, one.labels) or only_best or first.policy.step == one.policy.step:
+        return
+    # Episodes end when they will: runs that spent the same environment steps need not have made the same updates.
+    o = one.policy.config.online
+    if o.explore == "on" and all(state.get("online", {}).get("env_steps", -1) >= o.n_steps for state in states):
+        return
+    raise ConfigError(
+        f"{one.run.path}: expected a checkpoint of step {first.policy.step:,} as that of {first.run.path}, got "
+        f"{one.policy.step:,}: intervals are over seeds that were trained alike; name one --step, or --checkpoint best"
+    )
 
 
 def _found(path: Path) -> str:

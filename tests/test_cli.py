@@ -397,12 +397,14 @@ def test_eval_adds_to_the_result(run: Path, capsys: pytest.CaptureFixture[str]) 
     assert chosen["evaluations"][f"{UMAZE}, exploit, step 2, 2 episodes, seed 0"]["checkpoint"] == "chosen"
 
 
-def reconfigured(run: Path, copy: Path, **sections: dict[str, Any]) -> None:
-    """A copy of a run as if it had been trained with other values."""
+def reconfigured(run: Path, copy: Path, changes: dict[str, Any] | None = None, **sections: dict[str, Any]) -> Path:
+    """A copy of a run as if it had been trained with other values, or its checkpoint had other entries."""
     tensors, state = checkpoint.load(checkpoint.latest(run))
     config = Config.from_dict(state["config"]).replace(**sections).to_dict()
-    checkpoint.save(checkpoint.checkpoint_path(copy, state["step"]), tensors, {**state, "config": config})
+    state = {**state, "config": config, **(changes or {})}
+    checkpoint.save(checkpoint.checkpoint_path(copy, state["step"]), tensors, state)
     shutil.copy(run / "result.json", copy)
+    return copy
 
 
 def test_eval_of_several_runs_gives_intervals_over_them(
@@ -453,6 +455,30 @@ def test_eval_of_several_runs_gives_intervals_over_them(
     ):
         assert message in error_of(["eval", *flags], capsys)
     assert {path: (path / "result.json").read_text() for path in results} == results
+
+
+def test_eval_refuses_to_pool_what_was_not_trained_alike(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def other(name: str, seed: int, **changes: Any) -> Path:
+        return reconfigured(run, tmp_path / name, changes, train={"seed": seed})
+
+    online = other("online", 3, online={"env_steps": 10})
+    for path, message in (
+        (other("longer", 1, step=5), f"longer: expected a checkpoint of step 4 as that of {run}, got 5"),
+        (online, f"online: expected an offline run as {run} is, got a fine-tuned one"),
+        (other("data", 2, data_fingerprint="0" * 64), "got one on cli/umaze-v0 (000000000000): the content differs"),
+    ):
+        assert message in error_of(["eval", run, path], capsys)
+    # Of runs that spent their environment steps, the number of updates is what the episodes made it.
+    budget = Config().online.n_steps
+    spent = [other(f"spent {seed}", seed, online={"env_steps": budget + seed}, step=4 + seed) for seed in (4, 5)]
+    assert "expected a checkpoint of step 4" in error_of(
+        ["eval", online, other("more", 9, online={"env_steps": 10}, step=9)], capsys
+    )
+    monkeypatch.setattr(cli, "_make_plans", lambda policy, command: pytest.fail(f"alike, step {policy.step}"))
+    with pytest.raises(pytest.fail.Exception, match="alike, step 8"):
+        main(["eval", *map(str, spent)])
 
 
 def test_eval_of_the_best_checkpoint_beside_the_last(

@@ -80,6 +80,13 @@ def test_the_tables_say_what_the_rows_say(results: Path, tmp_path: Path, capsys:
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
+def test_seeds_of_different_last_steps_get_no_interval(results: Path, tmp_path: Path) -> None:
+    append_rows(results / "gac" / "swimmer.csv", [row(30, 45.0, 1)._replace(normalised=None)])
+    score, _, details = table_rows(report(results, tmp_path / "out").read_text(), "gac, exploit")
+    assert score[2] == "40.0 r (2, steps 10 to 30)"
+    assert details[1:5] == ["0, 1", "10 to 30", "40.0", ""]
+
+
 @pytest.mark.parametrize("name", ["report.md", "calibration.png"])
 def test_a_foreign_file_is_never_replaced(name: str, results: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
