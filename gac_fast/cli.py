@@ -866,7 +866,7 @@ def _report(one: _Chosen, command: Eval, result: EvalResult) -> str:
     if command.csv is not None:
         from gac_fast.results import append_rows
 
-        append_rows(command.csv, _csv_rows(one, what, result))
+        append_rows(command.csv, _csv_rows(one, what, result, number))
         rows.append(("rows added to", command.csv))
 
     score = result.normalized_mean
@@ -921,7 +921,7 @@ def _honesty(numbers: Mapping[str, Any]) -> str:
     )
 
 
-def _csv_rows(one: _Chosen, what: str, result: EvalResult) -> list[Row]:
+def _csv_rows(one: _Chosen, what: str, result: EvalResult, number: int) -> list[Row]:
     from gac_fast.results import BEST, Row
     from gac_fast.train.log import machine, read_result, short_commit
 
@@ -935,6 +935,7 @@ def _csv_rows(one: _Chosen, what: str, result: EvalResult) -> list[Row]:
             one.policy.step, result.mean, result.normalized_mean, one.policy.config.train.seed,
             kind + (BEST if label == "best" else ""), predicted if math.isfinite(predicted) else None,
             len(result.returns), seconds, short_commit(), machine(one.policy.device),
+            result.seed, result.env_id, number,
         )
         for label in one.labels
     ]  # fmt: skip

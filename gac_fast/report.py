@@ -30,6 +30,7 @@ LEVELS = ("data best", "data", "random")
 
 DETAILS = (
     "method, kind", "seeds", "step", "return", "95% interval", "predicted", "episodes each", "seconds", "made at",
+    "environment", "evaluations",
 )  # fmt: skip
 
 
@@ -237,6 +238,7 @@ def _markdown(
         yield "Lines are means over seeds, bands go from the lowest seed to the highest." + (
             "" if has_reference_scores(task) else " Returns, as the task has no reference scores."
         )
+        yield "`evaluations` counts those of a run up to the one shown."
         yield ""
         yield from _table(
             DETAILS,
@@ -311,6 +313,8 @@ def _details(line: _Line) -> list[str]:
     values = [row.mean for row in rows]
     predicted = [row.predicted for row in rows if row.predicted is not None]
     seconds = [row.seconds for row in rows if row.seconds is not None]
+    envs = dict.fromkeys(row.env_id for row in rows if row.env_id is not None)
+    evaluations = [row.evaluations for row in rows if row.evaluations is not None]
     made = dict.fromkeys(f"{row.commit or 'no commit'}, {row.machine or 'no machine'}" for row in rows)
     return [
         line.label,
@@ -322,6 +326,8 @@ def _details(line: _Line) -> list[str]:
         _span([row.episodes for row in rows]),
         f"{np.mean(seconds):.0f}" if seconds else "",
         "; ".join(made),
+        ", ".join(envs),
+        _span(evaluations) if evaluations else "",
     ]
 
 

@@ -431,13 +431,15 @@ def test_eval_of_several_runs_gives_intervals_over_them(
         (4, 1, "exploit", 3),
     ]
     assert [row.mean for row in found] == means
+    assert {(row.eval_seed, row.env_id, row.evaluations) for row in found} == {(0, UMAZE, 1)}
     took = [read(run / "result.json")["train_seconds"] + entry["seconds"] for entry in entries]
     assert [row.seconds for row in found] == pytest.approx(took, abs=0.1)
     # What is there stays, and what does not fit is refused, all before the work.
     before = table_csv.read_bytes()
     assert main(["eval", str(run), "--episodes", "1", "--plans", "prior", "--csv", str(table_csv)]) == 0
     assert table_csv.read_bytes().startswith(before)
-    assert read_rows(table_csv)[2].kind == "prior plans"
+    third = read_rows(table_csv)[2]
+    assert (third.kind, third.evaluations) == ("prior plans", 2)
     torn = tmp_path / "torn.csv"
     torn.write_bytes(table_csv.read_bytes()[:-3])
     results = {path: (path / "result.json").read_text() for path in (run, other)}

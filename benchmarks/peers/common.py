@@ -288,7 +288,8 @@ def _main(
                     returns = evaluate(agent, env_id, o.episodes, o.eval_seed, stop, show)
                 if returns is None:
                     break
-                _report(out, where, env_id, returns, done, o.seed, kind, promised, time.perf_counter() - started)
+                seconds = time.perf_counter() - started
+                _report(out, where, env_id, returns, done, o.seed, kind, promised, seconds, o.eval_seed)
             if done >= o.updates:
                 break
     if stop.requested:
@@ -300,7 +301,7 @@ def _main(
 
 def _report(
     out: Path, machine_name: str, env_id: str, returns: np.ndarray, step: int, seed: int, kind: str,
-    promised: float | None, seconds: float,
+    promised: float | None, seconds: float, eval_seed: int,
 ) -> None:  # fmt: skip
     """Print a result and append its row."""
     mean = float(returns.mean())
@@ -309,7 +310,8 @@ def _report(
     except DataError:
         score = None
     row = Row(
-        step, mean, score, seed, kind, promised, len(returns), round(seconds, 1), short_commit(), machine_name
+        step, mean, score, seed, kind, promised, len(returns), round(seconds, 1), short_commit(), machine_name,
+        eval_seed, env_id,
     )  # fmt: skip
     append_rows(out, [row])
     error = float(returns.std() / len(returns) ** 0.5)
