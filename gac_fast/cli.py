@@ -23,7 +23,7 @@ import tyro
 from gac_fast._version import __version__
 from gac_fast.config import PRESETS, Config, preset
 from gac_fast.errors import CheckpointError, ConfigError, EnvError, GacError
-from gac_fast.files import read_json
+from gac_fast.files import read_json, write_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -189,11 +189,13 @@ class Eval:
     greatest of its data."""
     checkpoint: Literal["both", "last", "best"] = "both"
     """The newest checkpoint, the one that earlier evaluations found best (replays in training with --env; else evals of
-    two or more --step from other starts), or both, where there is such a one."""
+    two or more --step from other starts), or both, where there is such a one. Not for a checkpoint that is named."""
     step: int | None = None
     """Evaluate this step's checkpoint instead."""
     csv: Path | None = None
     """Append a row per evaluation to this file, benchmarks/results/<method>/<task>.csv by custom."""
+    pooled: Path | None = None
+    """Write the numbers over several RUNs to this file, a name that ends in .json."""
     video: Path | None = None
     """Film one episode of the first plan: a name that ends in .mp4 or .gif."""
     device: str = "auto"
@@ -569,7 +571,7 @@ def _eval(command: Eval) -> None:
 
         # Before anything imports mujoco, which reads the choice once.
         headless_backend()
-    from gac_fast.evaluate import check_fit, evaluate
+    from gac_fast.evaluate import check_fit, evaluate, pooled
     from gac_fast.train.log import merge_result
 
     # All of it before the work.
@@ -590,18 +592,26 @@ def _eval(command: Eval) -> None:
         for label in one.labels:
             if label == "best" or command.checkpoint != "best":
                 results["best" if label == "best" else "last"].append(result)
-        # Last, as it is what can fail: the evaluation is saved by then.
+        # As late as the plot, for the same reason.
         if command.video is not None and number == 0:
             _film(one.policy, env_id, its_plans, command.seed, command.video)
             count, evaluations = _earlier_evaluations(one.run)
             evaluations[name] = {**evaluations[name], "video": command.video}
             merge_result(one.run, {"n_evaluations": count, "evaluations": evaluations})
             _print_rows([("video", command.video)])
+    over_runs = {}
     for label, found in results.items():
         if len(found) > 1 and len(found) == len(command.runs):
             chose = label == "last" and any("chosen" in one.labels for one in chosen)
+            name = f"step {chosen[0].policy.step:,}" if chose else label
+            over_runs[name] = pooled(found)
             print()
-            _print_pooled(f"step {chosen[0].policy.step:,}" if chose else label, found)
+            _print_pooled(name, over_runs[name])
+    if command.pooled is not None:
+        about = {"runs": [one.path for one in map(_run_of, command.runs)], "seed": command.seed}
+        asked = {"plans": command.plans, "target": command.target}
+        write_json(command.pooled, {**about, **asked, "checkpoints": over_runs})
+        _print_rows([("pooled", command.pooled)])
 
 
 def _check_eval(command: Eval) -> None:
@@ -623,6 +633,14 @@ def _check_eval(command: Eval) -> None:
         raise ConfigError(f"--video: expected a name that ends in .mp4 or .gif, got {command.video}")
     if command.video is not None and len(command.runs) > 1:
         raise ConfigError(f"--video: expected a single RUN to film, got {len(command.runs)}")
+    for path in command.runs:
+        if command.checkpoint != "both" and (command.step is not None or _run_of(path).path != path.resolve()):
+            what = "--step" if command.step is not None else f"the checkpoint {path}"
+            raise ConfigError(f"--checkpoint {command.checkpoint}: expected the folders of runs alone, got {what} too")
+    if command.pooled is not None and command.pooled.suffix != ".json":
+        raise ConfigError(f"--pooled: expected a name that ends in .json, got {command.pooled}")
+    if command.pooled is not None and len(command.runs) < 2:
+        raise ConfigError("--pooled: expected several RUNs, got 1")
     if command.csv is not None:
         from gac_fast.results import check_appendable
 
@@ -834,7 +852,7 @@ def _earlier_evaluations(run: RunDir) -> tuple[int, dict[str, Any]]:
 
 
 def _report(one: _Chosen, command: Eval, result: EvalResult) -> str:
-    """Print the evaluation, add it to ``result.json`` and draw it; returns the name of its entry."""
+    """Add the evaluation to ``result.json``, print it and draw it; returns the name of its entry."""
     from gac_fast.train.log import merge_result, metric_rows
 
     run, policy = one.run, one.policy
@@ -848,8 +866,6 @@ def _report(one: _Chosen, command: Eval, result: EvalResult) -> str:
     plot = run.plots / f"predicted_vs_achieved_{_slug(result.env_id)}_{_slug(what)}.png" if predicts else None
     if plot is not None and one.labels == ("best",):
         plot = plot.with_name(f"{plot.stem}_best.png")
-    if plot is not None:
-        _plot(result, plot)
     entry = {
         "evaluation": number,
         "plans": command.plans,
@@ -858,7 +874,7 @@ def _report(one: _Chosen, command: Eval, result: EvalResult) -> str:
         "checkpoint": one.labels[0],
         "chosen_by": one.how if "best" in one.labels else None,
         **summary,
-        "plot": None if plot is None else os.path.relpath(plot, run.path),
+        "plot": None,
         "video": None,
     }
     merge_result(run, {"n_evaluations": number, "evaluations": {**evaluations, name: entry}})
@@ -897,9 +913,14 @@ def _report(one: _Chosen, command: Eval, result: EvalResult) -> str:
             *([("best checkpoint", one.how)] if one.how is not None and "best" not in one.labels else []),
             ("result", run.result),
             *rows,
-            *([] if plot is None else [("plot", plot)]),
         ]
     )
+    # Last, as it can fail: the evaluation is saved by then.
+    if plot is not None:
+        _plot(result, plot)
+        entry["plot"] = os.path.relpath(plot, run.path)
+        merge_result(run, {"evaluations": {**_earlier_evaluations(run)[1], name: entry}})
+        _print_rows([("plot", plot)])
     return name
 
 
@@ -941,10 +962,7 @@ def _csv_rows(one: _Chosen, what: str, result: EvalResult, number: int) -> list[
     ]  # fmt: skip
 
 
-def _print_pooled(label: str, results: Sequence[EvalResult]) -> None:
-    from gac_fast.evaluate import pooled
-
-    numbers = pooled(results)
+def _print_pooled(label: str, numbers: Mapping[str, Any]) -> None:
     n = numbers["runs"]
 
     def both(name: str) -> str:

@@ -414,7 +414,8 @@ def test_eval_of_several_runs_gives_intervals_over_them(
     reconfigured(run, other, train={"seed": 1})
     reconfigured(run, wide, train={"seed": 2}, plan={"kappa": 2.0})
     capsys.readouterr()
-    assert main(["eval", str(run), str(other), "--episodes", "3", "--csv", str(table_csv)]) == 0
+    flags = ["--csv", str(table_csv), "--pooled", str(tmp_path / "pooled.json")]
+    assert main(["eval", str(run), str(other), "--episodes", "3", *flags]) == 0
     *each, pooled = capsys.readouterr().out.split("\n\n")
     entries = [next(iter(read(path / "result.json")["evaluations"].values())) for path in (run, other)]
     for text, path, entry in zip(each, (run, other), entries, strict=True):
@@ -425,6 +426,10 @@ def test_eval_of_several_runs_gives_intervals_over_them(
     assert rows["all runs"] == "2 runs of 3 episodes, last checkpoints"
     assert rows["return mean"].startswith(f"{np.mean(means):.2f}, normalised ")
     assert rows["standard error"] == f"{abs(means[0] - means[1]) / 2:.2f} over runs"
+    assert rows["pooled"] == str(tmp_path / "pooled.json")
+    stored = read(tmp_path / "pooled.json")
+    assert (stored["runs"], stored["seed"], list(stored["checkpoints"])) == ([str(run), str(other)], 0, ["last"])
+    assert stored["checkpoints"]["last"]["return_mean"] == pytest.approx(np.mean(means))
     found = read_rows(table_csv)
     assert [(row.step, row.seed, row.kind, row.episodes) for row in found] == [
         (4, 0, "exploit", 3),
@@ -453,6 +458,13 @@ def test_eval_of_several_runs_gives_intervals_over_them(
         ([run, other, "--video", "a.gif"], "--video: expected a single RUN to film, got 2"),
         ([run, "--csv", torn], "torn.csv, line 4: expected the end of a line, got the end of the file"),
         ([run, "--csv", run / "metrics.csv"], "metrics.csv, line 1: expected the columns step,return,normalised,"),
+        ([run, "--pooled", "a.json"], "--pooled: expected several RUNs, got 1"),
+        ([run, other, "--pooled", "a.txt"], "--pooled: expected a name that ends in .json, got a.txt"),
+        (
+            [run, "--step", "2", "--checkpoint", "best"],
+            "--checkpoint best: expected the folders of runs alone, got --s",
+        ),
+        ([checkpoint.latest(run), "--checkpoint", "best"], "folders of runs alone, got the checkpoint"),
         ([run, "--checkpoint", "best"], f"expected {run} to have a best checkpoint, got nothing chose one"),
     ):
         assert message in error_of(["eval", *flags], capsys)
@@ -646,6 +658,23 @@ def test_an_environment_that_cannot_render_loses_the_film_alone(
     assert table(out)["return mean"] == f"{entry['return_mean']:.2f}"
     assert entry["video"] is None
     assert (run / entry["plot"]).is_file()
+
+
+def test_a_plot_that_fails_loses_itself_alone(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device", "plot.png")
+
+    monkeypatch.setattr("gac_fast.plots.predicted_vs_achieved", full)
+    capsys.readouterr()
+    assert main(["eval", str(run), "--episodes", "1", "--csv", str(tmp_path / "x.csv")]) == 2
+    out, err = capsys.readouterr()
+    assert err.endswith("plot.png: No space left on device\n")
+    (entry,) = read(run / "result.json")["evaluations"].values()
+    assert entry["plot"] is None
+    assert table(out)["return mean"] == f"{entry['return_mean']:.2f}"
+    assert read_rows(tmp_path / "x.csv")[0].mean == entry["return_mean"]
 
 
 def test_the_film_is_added_to_the_entry(
