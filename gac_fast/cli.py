@@ -895,7 +895,7 @@ def _report(one: _Chosen, command: Eval, result: EvalResult) -> str:
             ("checkpoint", one.text),
             ("episodes", f"{len(result.returns):,}, seed {result.seed}"),
             ("return mean", f"{result.mean:.2f}"),
-            ("standard error", f"{result.standard_error:.2f}"),
+            ("standard error", f"{result.standard_error:.2f}" if len(result.returns) > 1 else "none: one episode"),
             ("return median", f"{summary['return_median']:.2f}"),
             (
                 "interquartile mean",
@@ -936,10 +936,9 @@ def _ends(interval: Sequence[float]) -> str:
 
 
 def _honesty(numbers: Mapping[str, Any]) -> str:
-    return (
-        f"{numbers['prediction_bias']:+.2f} on average, rms {numbers['prediction_rmse']:.2f}, "
-        f"{100 * numbers['prediction_coverage']:.0f}% of episodes within one predicted std"
-    )
+    coverage = numbers["prediction_coverage"]
+    within = "" if coverage is None else f", {100 * coverage:.0f}% of episodes within one predicted std"
+    return f"{numbers['prediction_bias']:+.2f} on average, rms {numbers['prediction_rmse']:.2f}{within}"
 
 
 def _csv_rows(one: _Chosen, what: str, result: EvalResult, number: int) -> list[Row]:

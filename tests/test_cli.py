@@ -674,6 +674,7 @@ def test_a_plot_that_fails_loses_itself_alone(
     (entry,) = read(run / "result.json")["evaluations"].values()
     assert entry["plot"] is None
     assert table(out)["return mean"] == f"{entry['return_mean']:.2f}"
+    assert (table(out)["standard error"], entry["return_standard_error"]) == ("none: one episode", None)
     assert read_rows(tmp_path / "x.csv")[0].mean == entry["return_mean"]
 
 

@@ -21,6 +21,7 @@ import numpy as np
 from gac_fast.data import Trajectories, load, normalized_score
 from gac_fast.errors import ConfigError, DataError, EnvError, GacError
 from gac_fast.files import read_json, write_json
+from gac_fast.intervals import standard_error
 from gac_fast.results import Row, append_rows, check_appendable
 from gac_fast.train.log import Progress, StopSignal, environment, machine, short_commit
 
@@ -314,6 +315,6 @@ def _report(
         eval_seed, env_id,
     )  # fmt: skip
     append_rows(out, [row])
-    error = float(returns.std() / len(returns) ** 0.5)
+    error = f" +- {standard_error(returns):.2f}" if len(returns) > 1 else ""
     shown = "no normalised score" if score is None else f"normalised {score:.2f}"
-    print(f"{env_id}, step {step:,}, {kind}: return {mean:.2f} +- {error:.2f} of {len(returns)} episodes, {shown}")
+    print(f"{env_id}, step {step:,}, {kind}: return {mean:.2f}{error} of {len(returns)} episodes, {shown}")
