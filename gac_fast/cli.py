@@ -571,6 +571,7 @@ def _eval(command: Eval) -> None:
 
         # Before anything imports mujoco, which reads the choice once.
         headless_backend()
+    from gac_fast import envs
     from gac_fast.evaluate import check_fit, evaluate, pooled
     from gac_fast.train.log import merge_result
 
@@ -588,7 +589,8 @@ def _eval(command: Eval) -> None:
         if number:
             print()
         result = evaluate(one.policy, env_id, command.episodes, command.seed, its_plans, progress=sys.stderr.isatty())
-        name = _report(one, command, result)
+        result = replace(result, env_id=envs.resolve_env_id(env_id))
+        name = _report(one, command, result, _engine(env_id))
         for label in one.labels:
             if label == "best" or command.checkpoint != "best":
                 results["best" if label == "best" else "last"].append(result)
@@ -728,7 +730,7 @@ _MAY_DIFFER = {
 
 
 def _check_alike(chosen: Sequence[_Chosen], command: Eval) -> str:
-    """The environment to evaluate in, if these are different runs of one method on one task.
+    """The environment to evaluate in, if these are different runs of one method on one task. An engine stays in front.
 
     Raises:
         ConfigError: a run is named twice, two have one seed, or they differ in task, data, configuration, in how they
@@ -766,7 +768,16 @@ def _check_alike(chosen: Sequence[_Chosen], command: Eval) -> str:
                     )
     env_id = command.env or first.policy.env_id
     assert env_id is not None
-    return envs.resolve_env_id(env_id)
+    engine, resolved = _engine(env_id), envs.resolve_env_id(env_id)
+    return resolved if engine is None else f"{engine}:{resolved}"
+
+
+def _engine(env_id: str) -> str | None:
+    """What stands in front of an id and is no part of it; EnvPool's environments are its own."""
+    from gac_fast import envs
+
+    name, colon, _ = env_id.partition(":")
+    return name if colon and name in envs.ENGINES and name != "envpool" else None
 
 
 def _check_same_training(first: _Chosen, one: _Chosen, only_best: bool) -> None:
@@ -851,7 +862,7 @@ def _earlier_evaluations(run: RunDir) -> tuple[int, dict[str, Any]]:
     return number, evaluations
 
 
-def _report(one: _Chosen, command: Eval, result: EvalResult) -> str:
+def _report(one: _Chosen, command: Eval, result: EvalResult, engine: str | None) -> str:
     """Add the evaluation to ``result.json``, print it and draw it; returns the name of its entry."""
     from gac_fast.train.log import merge_result, metric_rows
 
@@ -859,7 +870,8 @@ def _report(one: _Chosen, command: Eval, result: EvalResult) -> str:
     number, evaluations = _earlier_evaluations(run)
     number += 1
     what = policy.describe(command.plans, command.target)
-    name = f"{result.env_id}, {what}, step {policy.step}, {len(result.returns)} episodes, seed {result.seed}"
+    env = result.env_id if engine is None else f"{result.env_id} by {engine}"
+    name = f"{env}, {what}, step {policy.step}, {len(result.returns)} episodes, seed {result.seed}"
     summary = result.summary()
     # Behaviour cloning predicts nothing.
     predicts = math.isfinite(summary["predicted_mean"])
@@ -870,6 +882,7 @@ def _report(one: _Chosen, command: Eval, result: EvalResult) -> str:
         "evaluation": number,
         "plans": command.plans,
         "target": command.target,
+        "engine": engine,
         "step": policy.step,
         "checkpoint": one.labels[0],
         "chosen_by": one.how if "best" in one.labels else None,
@@ -890,7 +903,7 @@ def _report(one: _Chosen, command: Eval, result: EvalResult) -> str:
     _print_rows(
         [
             *([("run", run.path)] if len(command.runs) > 1 else []),
-            ("environment", result.env_id),
+            ("environment", env),
             ("plans", what + _baseline_note(policy, summary)),
             ("checkpoint", one.text),
             ("episodes", f"{len(result.returns):,}, seed {result.seed}"),

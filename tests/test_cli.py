@@ -571,6 +571,26 @@ def test_eval_plans(flags: list[str], run: Path, monkeypatch: pytest.MonkeyPatch
     assert entry["target"] == (40.0 if flags[0] == "explore" else None)
 
 
+def test_eval_runs_the_engine_in_front_of_the_environment(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from gymnasium.vector import SyncVectorEnv
+
+    from gac_fast import envs
+
+    made, make_parts = [], envs.make_parts
+    monkeypatch.setattr(
+        envs, "make_parts", lambda *args, **kwargs: made.append(make_parts(*args, **kwargs)) or made[-1]
+    )
+    for env in ("sync:pointmaze-umaze", "pointmaze-umaze"):
+        assert main(["eval", str(run), "--episodes", "2", "--env", env]) == 0
+    assert [isinstance(parts[0].unwrapped, SyncVectorEnv) for parts in made] == [True, False]
+    assert f"{UMAZE} by sync" in capsys.readouterr().out
+    sync, own = read(run / "result.json")["evaluations"].values()
+    assert [(x["env_id"], x["engine"]) for x in (sync, own)] == [(UMAZE, "sync"), (UMAZE, None)]
+    assert sync["normalized_mean"] is not None
+
+
 def test_eval_of_a_checkpoint_adds_to_its_run(run: Path) -> None:
     folder = checkpoint.checkpoint_path(run, 2)
     assert main(["eval", str(folder), "--episodes", "1"]) == 0
