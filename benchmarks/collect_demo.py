@@ -5,13 +5,14 @@ python benchmarks/collect_demo.py runs/demo runs/demo-s3
 
 from __future__ import annotations
 
-import csv
 import json
 import sys
 from pathlib import Path
 
+from gac_fast.report import LEVELS
+from gac_fast.results import Row, append_rows
+
 RESULTS = Path(__file__).parent / "results" / "gac" / "pointmaze-umaze.csv"
-COLUMNS = ("step", "return", "normalised", "seed", "kind", "predicted", "episodes", "seconds", "commit", "machine")
 KINDS = {
     "random": "random_mean",
     "data": "data_mean",
@@ -22,34 +23,33 @@ KINDS = {
 }
 
 
-def rows(run: Path) -> list[list[object]]:
+def rows(run: Path) -> list[Row]:
     """One row per kind of plan of one demo run."""
     from gac_fast.data import normalized_score
+    from gac_fast.envs import resolve_env_id
 
     result = json.loads((run / "result.json").read_text())
     where = json.loads((run / "environment.json").read_text())
     git = where["git"] or {"commit": "unknown", "dirty": False}
     commit = git["commit"][:12] + ("+dirty" if git["dirty"] else "")
     machine = f"{where['cores']} cores {where['cpu']}"
+    env_id, eval_seed = resolve_env_id(result["evaluation"]["env_id"]), result["evaluation"]["seed"]
     found = []
     for kind, key in KINDS.items():
         y = result[key]
-        predicted = result["predicted_mean"] if kind == "exploit" else ""
-        found.append(
-            [result["n_updates"], y, float(normalized_score("pointmaze-umaze", y)), result["seed"], kind, predicted]
-            + [result["episodes"], round(result["seconds"]), commit, machine]
-        )
+        row = Row(
+            result["n_updates"], y, float(normalized_score("pointmaze-umaze", y)), result["seed"], kind,
+            result["predicted_mean"] if kind == "exploit" else None, result["episodes"], round(result["seconds"]),
+            commit, machine, None if kind.startswith("data") else eval_seed, env_id,
+            None if kind in LEVELS else result["n_evaluations"],
+        )  # fmt: skip
+        found.append(row)
     return found
 
 
 def main() -> None:
-    new = not RESULTS.exists()
-    with RESULTS.open("a", newline="") as file:
-        writer = csv.writer(file)
-        if new:
-            writer.writerow(COLUMNS)
-        for run in sys.argv[1:]:
-            writer.writerows(rows(Path(run)))
+    for run in sys.argv[1:]:
+        append_rows(RESULTS, rows(Path(run)))
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ __all__ = [
     "latest",
     "list_checkpoints",
     "load",
+    "load_state",
     "prune",
     "save",
     "unflatten",
@@ -306,6 +307,16 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any
         raise CheckpointError(f"no checkpoint at {path}: expected a folder with {_STATE} and {_TENSORS}")
     document = _read_document(path / _STATE)
     return _read_tensors(path / _TENSORS, document), document["state"]
+
+
+def load_state(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The state of a checkpoint folder alone, without its tensors.
+
+    Raises:
+        CheckpointError: as :func:`load`.
+    """
+    state: dict[str, Any] = _read_document(_find(Path(path)) / _STATE)["state"]
+    return state
 
 
 def _open(path: Path) -> BufferedReader:

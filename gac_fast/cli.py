@@ -23,7 +23,7 @@ import tyro
 from gac_fast._version import __version__
 from gac_fast.config import PRESETS, Config, preset
 from gac_fast.errors import CheckpointError, ConfigError, EnvError, GacError
-from gac_fast.files import read_json
+from gac_fast.files import read_json, write_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -189,11 +189,13 @@ class Eval:
     greatest of its data."""
     checkpoint: Literal["both", "last", "best"] = "both"
     """The newest checkpoint, the one that earlier evaluations found best (replays in training with --env; else evals of
-    two or more --step from other starts), or both, where there is such a one."""
+    two or more --step from other starts), or both, where there is such a one. Not for a checkpoint that is named."""
     step: int | None = None
     """Evaluate this step's checkpoint instead."""
     csv: Path | None = None
     """Append a row per evaluation to this file, benchmarks/results/<method>/<task>.csv by custom."""
+    pooled: Path | None = None
+    """Write the numbers over several RUNs to this file, a name that ends in .json."""
     video: Path | None = None
     """Film one episode of the first plan: a name that ends in .mp4 or .gif."""
     device: str = "auto"
@@ -569,7 +571,8 @@ def _eval(command: Eval) -> None:
 
         # Before anything imports mujoco, which reads the choice once.
         headless_backend()
-    from gac_fast.evaluate import check_fit, evaluate
+    from gac_fast import envs
+    from gac_fast.evaluate import check_fit, evaluate, pooled
     from gac_fast.train.log import merge_result
 
     # All of it before the work.
@@ -580,25 +583,37 @@ def _eval(command: Eval) -> None:
     if len(command.runs) > 1:
         for one in chosen:
             check_fit(one.policy, env_id)
+    # Checkpoints of one step, whether that is a run's last or not, and those that were chosen.
     results: dict[str, list[EvalResult]] = {"last": [], "best": []}
     for number, (one, its_plans) in enumerate(zip(chosen, plans, strict=True)):
         if number:
             print()
         result = evaluate(one.policy, env_id, command.episodes, command.seed, its_plans, progress=sys.stderr.isatty())
-        name = _report(one, command, result)
+        result = replace(result, env_id=envs.resolve_env_id(env_id))
+        name = _report(one, command, result, _engine(env_id))
         for label in one.labels:
-            results.setdefault(label, []).append(result)
-        # Last, as it is what can fail: the evaluation is saved by then.
+            if label == "best" or command.checkpoint != "best":
+                results["best" if label == "best" else "last"].append(result)
+        # As late as the plot, for the same reason.
         if command.video is not None and number == 0:
             _film(one.policy, env_id, its_plans, command.seed, command.video)
             count, evaluations = _earlier_evaluations(one.run)
             evaluations[name] = {**evaluations[name], "video": command.video}
             merge_result(one.run, {"n_evaluations": count, "evaluations": evaluations})
             _print_rows([("video", command.video)])
+    over_runs = {}
     for label, found in results.items():
         if len(found) > 1 and len(found) == len(command.runs):
+            chose = label == "last" and any("chosen" in one.labels for one in chosen)
+            name = f"step {chosen[0].policy.step:,}" if chose else label
+            over_runs[name] = pooled(found)
             print()
-            _print_pooled(label, found)
+            _print_pooled(name, over_runs[name])
+    if command.pooled is not None:
+        about = {"runs": [one.path for one in map(_run_of, command.runs)], "seed": command.seed}
+        asked = {"plans": command.plans, "target": command.target}
+        write_json(command.pooled, {**about, **asked, "checkpoints": over_runs})
+        _print_rows([("pooled", command.pooled)])
 
 
 def _check_eval(command: Eval) -> None:
@@ -620,6 +635,14 @@ def _check_eval(command: Eval) -> None:
         raise ConfigError(f"--video: expected a name that ends in .mp4 or .gif, got {command.video}")
     if command.video is not None and len(command.runs) > 1:
         raise ConfigError(f"--video: expected a single RUN to film, got {len(command.runs)}")
+    for path in command.runs:
+        if command.checkpoint != "both" and (command.step is not None or _run_of(path).path != path.resolve()):
+            what = "--step" if command.step is not None else f"the checkpoint {path}"
+            raise ConfigError(f"--checkpoint {command.checkpoint}: expected the folders of runs alone, got {what} too")
+    if command.pooled is not None and command.pooled.suffix != ".json":
+        raise ConfigError(f"--pooled: expected a name that ends in .json, got {command.pooled}")
+    if command.pooled is not None and len(command.runs) < 2:
+        raise ConfigError("--pooled: expected several RUNs, got 1")
     if command.csv is not None:
         from gac_fast.results import check_appendable
 
@@ -707,14 +730,14 @@ _MAY_DIFFER = {
 
 
 def _check_alike(chosen: Sequence[_Chosen], command: Eval) -> str:
-    """The environment to evaluate in, if these are different runs of one method on one task.
+    """The environment to evaluate in, if these are different runs of one method on one task. An engine stays in front.
 
     Raises:
-        ConfigError: a run is named twice, two have one seed, or they differ in task, data or configuration.
+        ConfigError: a run is named twice, two have one seed, or they differ in task, data, configuration, in how they
+            were trained or for how long.
     """
     from gac_fast import envs
     from gac_fast.evaluate import same_task
-    from gac_fast.train.log import read_result
 
     runs = [_run_of(path).path for path in command.runs]
     for i, run in enumerate(runs):
@@ -732,9 +755,8 @@ def _check_alike(chosen: Sequence[_Chosen], command: Eval) -> str:
         mine, its = (x.policy.env_id for x in (first, one))
         if mine is not None and its is not None and not same_task(mine, its):
             raise ConfigError(f"{one.run.path}: expected a run on {mine} as {first.run.path} is, got one on {its}")
-        ours, other = (read_result(x.run).get("data") for x in (first, one))
-        if isinstance(ours, str) and isinstance(other, str) and Path(ours).name != Path(other).name:
-            raise ConfigError(f"{one.run.path}: expected a run on {ours} as {first.run.path} is, got one on {other}")
+        if one.run.path != first.run.path:
+            _check_same_training(first, one, command.checkpoint == "best")
         its_config = one.policy.config.to_dict()
         for section, fields in first.policy.config.to_dict().items():
             for name, value in fields.items():
@@ -746,7 +768,59 @@ def _check_alike(chosen: Sequence[_Chosen], command: Eval) -> str:
                     )
     env_id = command.env or first.policy.env_id
     assert env_id is not None
-    return envs.resolve_env_id(env_id)
+    engine, resolved = _engine(env_id), envs.resolve_env_id(env_id)
+    return resolved if engine is None else f"{engine}:{resolved}"
+
+
+def _engine(env_id: str) -> str | None:
+    """What stands in front of an id and is no part of it; EnvPool's environments are its own."""
+    from gac_fast import envs
+
+    name, colon, _ = env_id.partition(":")
+    return name if colon and name in envs.ENGINES and name != "envpool" else None
+
+
+def _check_same_training(first: _Chosen, one: _Chosen, only_best: bool) -> None:
+    """Refuse a run that was trained otherwise than the first, on other data, or for longer or shorter.
+
+    A checkpoint that evaluations chose may be of any step: their label says so.
+
+    Raises:
+        ConfigError: naming the run, expected and found.
+    """
+    from gac_fast import checkpoint
+    from gac_fast.train.log import read_result
+
+    states = [{} if x.policy.source is None else checkpoint.load_state(x.policy.source) for x in (first, one)]
+    ours, its = ("a fine-tuned" if "online" in state else "an offline" for state in states)
+    if ours != its:
+        raise ConfigError(f"{one.run.path}: expected {ours} run as {first.run.path} is, got {its} one")
+    names = [read_result(x.run).get("data") for x in (first, one)]
+    if all("data_fingerprint" in state for state in states):
+        prints = [state["data_fingerprint"] for state in states]
+        known = [
+            "no data" if x is None else f"{name or 'data'} ({x[:12]})" for name, x in zip(names, prints, strict=True)
+        ]
+        alike = prints[0] == prints[1]
+    else:
+        # Of checkpoints from before, by name.
+        known = [Path(name).name for name in names if isinstance(name, str)]
+        alike = len(set(known)) < 2
+    if not alike:
+        raise ConfigError(
+            f"{one.run.path}: expected a run on {known[0]} as {first.run.path} is, got one on {known[1]}: "
+            "the content differs"
+        )
+    if ("best",) in (first.labels, one.labels) or only_best or first.policy.step == one.policy.step:
+        return
+    # Episodes end when they will: runs that spent the same environment steps need not have made the same updates.
+    o = one.policy.config.online
+    if o.explore == "on" and all(state.get("online", {}).get("env_steps", -1) >= o.n_steps for state in states):
+        return
+    raise ConfigError(
+        f"{one.run.path}: expected a checkpoint of step {first.policy.step:,} as that of {first.run.path}, got "
+        f"{one.policy.step:,}: intervals are over seeds that were trained alike; name one --step, or --checkpoint best"
+    )
 
 
 def _found(path: Path) -> str:
@@ -788,32 +862,32 @@ def _earlier_evaluations(run: RunDir) -> tuple[int, dict[str, Any]]:
     return number, evaluations
 
 
-def _report(one: _Chosen, command: Eval, result: EvalResult) -> str:
-    """Print the evaluation, add it to ``result.json`` and draw it; returns the name of its entry."""
+def _report(one: _Chosen, command: Eval, result: EvalResult, engine: str | None) -> str:
+    """Add the evaluation to ``result.json``, print it and draw it; returns the name of its entry."""
     from gac_fast.train.log import merge_result, metric_rows
 
     run, policy = one.run, one.policy
     number, evaluations = _earlier_evaluations(run)
     number += 1
     what = policy.describe(command.plans, command.target)
-    name = f"{result.env_id}, {what}, step {policy.step}, {len(result.returns)} episodes, seed {result.seed}"
+    env = result.env_id if engine is None else f"{result.env_id} by {engine}"
+    name = f"{env}, {what}, step {policy.step}, {len(result.returns)} episodes, seed {result.seed}"
     summary = result.summary()
     # Behaviour cloning predicts nothing.
     predicts = math.isfinite(summary["predicted_mean"])
     plot = run.plots / f"predicted_vs_achieved_{_slug(result.env_id)}_{_slug(what)}.png" if predicts else None
     if plot is not None and one.labels == ("best",):
         plot = plot.with_name(f"{plot.stem}_best.png")
-    if plot is not None:
-        _plot(result, plot)
     entry = {
         "evaluation": number,
         "plans": command.plans,
         "target": command.target,
+        "engine": engine,
         "step": policy.step,
         "checkpoint": one.labels[0],
         "chosen_by": one.how if "best" in one.labels else None,
         **summary,
-        "plot": None if plot is None else os.path.relpath(plot, run.path),
+        "plot": None,
         "video": None,
     }
     merge_result(run, {"n_evaluations": number, "evaluations": {**evaluations, name: entry}})
@@ -821,7 +895,7 @@ def _report(one: _Chosen, command: Eval, result: EvalResult) -> str:
     if command.csv is not None:
         from gac_fast.results import append_rows
 
-        append_rows(command.csv, _csv_rows(one, what, result))
+        append_rows(command.csv, _csv_rows(one, what, result, number))
         rows.append(("rows added to", command.csv))
 
     score = result.normalized_mean
@@ -829,12 +903,12 @@ def _report(one: _Chosen, command: Eval, result: EvalResult) -> str:
     _print_rows(
         [
             *([("run", run.path)] if len(command.runs) > 1 else []),
-            ("environment", result.env_id),
+            ("environment", env),
             ("plans", what + _baseline_note(policy, summary)),
             ("checkpoint", one.text),
             ("episodes", f"{len(result.returns):,}, seed {result.seed}"),
             ("return mean", f"{result.mean:.2f}"),
-            ("standard error", f"{result.standard_error:.2f}"),
+            ("standard error", f"{result.standard_error:.2f}" if len(result.returns) > 1 else "none: one episode"),
             ("return median", f"{summary['return_median']:.2f}"),
             (
                 "interquartile mean",
@@ -852,9 +926,14 @@ def _report(one: _Chosen, command: Eval, result: EvalResult) -> str:
             *([("best checkpoint", one.how)] if one.how is not None and "best" not in one.labels else []),
             ("result", run.result),
             *rows,
-            *([] if plot is None else [("plot", plot)]),
         ]
     )
+    # Last, as it can fail: the evaluation is saved by then.
+    if plot is not None:
+        _plot(result, plot)
+        entry["plot"] = os.path.relpath(plot, run.path)
+        merge_result(run, {"evaluations": {**_earlier_evaluations(run)[1], name: entry}})
+        _print_rows([("plot", plot)])
     return name
 
 
@@ -870,13 +949,12 @@ def _ends(interval: Sequence[float]) -> str:
 
 
 def _honesty(numbers: Mapping[str, Any]) -> str:
-    return (
-        f"{numbers['prediction_bias']:+.2f} on average, rms {numbers['prediction_rmse']:.2f}, "
-        f"{100 * numbers['prediction_coverage']:.0f}% of episodes within one predicted std"
-    )
+    coverage = numbers["prediction_coverage"]
+    within = "" if coverage is None else f", {100 * coverage:.0f}% of episodes within one predicted std"
+    return f"{numbers['prediction_bias']:+.2f} on average, rms {numbers['prediction_rmse']:.2f}{within}"
 
 
-def _csv_rows(one: _Chosen, what: str, result: EvalResult) -> list[Row]:
+def _csv_rows(one: _Chosen, what: str, result: EvalResult, number: int) -> list[Row]:
     from gac_fast.results import BEST, Row
     from gac_fast.train.log import machine, read_result, short_commit
 
@@ -890,15 +968,13 @@ def _csv_rows(one: _Chosen, what: str, result: EvalResult) -> list[Row]:
             one.policy.step, result.mean, result.normalized_mean, one.policy.config.train.seed,
             kind + (BEST if label == "best" else ""), predicted if math.isfinite(predicted) else None,
             len(result.returns), seconds, short_commit(), machine(one.policy.device),
+            result.seed, result.env_id, number,
         )
         for label in one.labels
     ]  # fmt: skip
 
 
-def _print_pooled(label: str, results: Sequence[EvalResult]) -> None:
-    from gac_fast.evaluate import pooled
-
-    numbers = pooled(results)
+def _print_pooled(label: str, numbers: Mapping[str, Any]) -> None:
     n = numbers["runs"]
 
     def both(name: str) -> str:

@@ -63,8 +63,8 @@ class EvalResult:
 
     @property
     def standard_error(self) -> float:
-        """Of the mean."""
-        return self.std / len(self.returns) ** 0.5
+        """Of the mean; NaN for one episode, of which nothing can be said."""
+        return standard_error(self.returns)
 
     def summary(self) -> dict[str, Any]:
         """JSON-ready numbers."""
@@ -134,15 +134,15 @@ def pooled(results: Sequence[EvalResult]) -> dict[str, Any]:
     }
 
 
-def _honesty(results: Sequence[EvalResult]) -> dict[str, float]:
+def _honesty(results: Sequence[EvalResult]) -> dict[str, float | None]:
     """How predictions compare with what was achieved: mean and rms of predicted minus achieved return, and the share of
-    episodes within one predicted standard deviation (0.68 if calibrated)."""
+    episodes within one predicted standard deviation (0.68 if calibrated); None without a predicted spread."""
     gap = np.concatenate([one.predicted - one.returns for one in results])
     std = np.concatenate([one.predicted_std for one in results])
     return {
         "prediction_bias": float(gap.mean()),
         "prediction_rmse": float(np.sqrt(np.square(gap).mean())),
-        "prediction_coverage": float((np.abs(gap) <= std).mean()),
+        "prediction_coverage": float((np.abs(gap) <= std).mean()) if (std > 0).any() else None,
     }
 
 

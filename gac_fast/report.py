@@ -30,6 +30,7 @@ LEVELS = ("data best", "data", "random")
 
 DETAILS = (
     "method, kind", "seeds", "step", "return", "95% interval", "predicted", "episodes each", "seconds", "made at",
+    "environment", "evaluations",
 )  # fmt: skip
 
 
@@ -84,6 +85,12 @@ class _Line(NamedTuple):
     def final(self) -> list[Row]:
         """Of every seed the row of the greatest step."""
         return [self.rows[max(key for key in self.rows if key[0] == seed)] for seed in self.seeds]
+
+    @property
+    def uneven(self) -> str:
+        """The span of last steps where they differ, else empty. A chosen checkpoint may be of any step."""
+        steps = [row.step for row in self.final()]
+        return "" if self.kind.endswith(BEST) or self.kind in LEVELS or len(set(steps)) == 1 else _span(steps)
 
     def curve(self) -> tuple[list[int], list[list[Row]]]:
         """Steps that all seeds have, and the rows [seeds, steps]."""
@@ -208,7 +215,8 @@ def _markdown(
         f"Made by `gac-fast report {folder.as_posix()}` from every `<method>/<task>.csv` in it; do not edit. Of rows "
         "of the same step, seed and kind the last one counts, and of every seed its greatest step. `exploit` acts by a "
         f"method's own plans at the last checkpoint{best}. Brackets are 95% intervals of the mean over seeds "
-        "(Student's t), the number of seeds in parentheses; one seed has no interval. Scores are 0 for the random and "
+        "(Student's t), the number of seeds in parentheses; one seed has no interval, nor have seeds whose last steps "
+        "differ, whose span stands there instead. Scores are 0 for the random and "
         "100 for the expert return of D4RL's table (PointMaze: of this package's own random actions and noiseless "
         "controller)."
     )
@@ -230,6 +238,7 @@ def _markdown(
         yield "Lines are means over seeds, bands go from the lowest seed to the highest." + (
             "" if has_reference_scores(task) else " Returns, as the task has no reference scores."
         )
+        yield "`evaluations` counts those of a run up to the one shown."
         yield ""
         yield from _table(
             DETAILS,
@@ -288,7 +297,10 @@ def _score(line: _Line | None) -> str:
     rows = line.final()
     scored = all(row.normalised is not None for row in rows)
     values = [_value(row, scored) for row in rows]
-    return f"{np.mean(values):.1f}{'' if scored else ' r'}{_interval(values)} ({len(values)})"
+    mean = f"{np.mean(values):.1f}{'' if scored else ' r'}"
+    if line.uneven:
+        return f"{mean} ({len(values)}, steps {line.uneven})"
+    return f"{mean}{_interval(values)} ({len(values)})"
 
 
 def _interval(values: Sequence[float]) -> str:
@@ -301,17 +313,21 @@ def _details(line: _Line) -> list[str]:
     values = [row.mean for row in rows]
     predicted = [row.predicted for row in rows if row.predicted is not None]
     seconds = [row.seconds for row in rows if row.seconds is not None]
+    envs = dict.fromkeys(row.env_id for row in rows if row.env_id is not None)
+    evaluations = [row.evaluations for row in rows if row.evaluations is not None]
     made = dict.fromkeys(f"{row.commit or 'no commit'}, {row.machine or 'no machine'}" for row in rows)
     return [
         line.label,
         ", ".join(map(str, line.seeds)),
         _span([row.step for row in rows]),
         f"{np.mean(values):.1f}",
-        _interval(values).strip(),
+        "" if line.uneven else _interval(values).strip(),
         f"{np.mean(predicted):.1f}" if predicted else "",
         _span([row.episodes for row in rows]),
         f"{np.mean(seconds):.0f}" if seconds else "",
         "; ".join(made),
+        ", ".join(envs),
+        _span(evaluations) if evaluations else "",
     ]
 
 

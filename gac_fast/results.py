@@ -8,13 +8,14 @@ last one counts.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 from gac_fast.errors import DataError
 
@@ -44,13 +45,22 @@ class Row(NamedTuple):
     commit: str
     """Twelve digits, and +dirty where files had changed."""
     machine: str
+    eval_seed: int | None = None
+    """Seed of the environments and of planning; None where that is not known, as below."""
+    env_id: str | None = None
+    """Environment of the evaluation, with its version."""
+    evaluations: int | None = None
+    """How many evaluations of the run were made so far, this one among them."""
 
 
 COLUMNS = ("step", "return", *Row._fields[2:])
+ADDED = ("eval_seed", "env_id", "evaluations")
+"""Columns that files from before do without."""
 
 
 def read_rows(path: str | os.PathLike[str]) -> list[Row]:
-    """The rows of a file; columns may come in any order, and further ones are left aside.
+    """The rows of a file; columns may come in any order, and further ones are left aside. Files from before the columns
+    ``ADDED`` have None there.
 
     Raises:
         DataError: a column is missing or a cell is not what it should be; names file, line, column, expected and got.
@@ -63,15 +73,16 @@ def read_rows(path: str | os.PathLike[str]) -> list[Row]:
     reader = csv.reader(io.StringIO(text, newline=""))
     header = next(reader, [])
     for column in COLUMNS:
-        if column not in header:
+        if column not in header and column not in ADDED:
             raise DataError(f"{path}, line 1: expected a column {column!r}, got {', '.join(header) or 'nothing'}")
-    places = [header.index(column) for column in COLUMNS]
+    places = [header.index(column) if column in header else None for column in COLUMNS]
     rows = []
     for cells in reader:
         where = f"{path}, line {reader.line_num}"
         if len(cells) != len(header):
             raise DataError(f"{where}: expected {len(header)} columns as in line 1, got {len(cells)}")
-        step, value, score, seed, kind, predicted, episodes, seconds, commit, machine = (cells[i] for i in places)
+        found = ["" if i is None else cells[i] for i in places]
+        step, value, score, seed, kind, predicted, episodes, seconds, commit, machine, eval_seed, env_id, made = found
         if not kind:
             raise DataError(f"{where}, column 'kind': expected a name, got nothing")
         rows.append(
@@ -79,6 +90,8 @@ def read_rows(path: str | os.PathLike[str]) -> list[Row]:
                 _integer(step, "step", where), _number(value, "return", where), _optional(score, "normalised", where),
                 _integer(seed, "seed", where), kind, _optional(predicted, "predicted", where),
                 _integer(episodes, "episodes", where), _optional(seconds, "seconds", where), commit, machine,
+                _integer(eval_seed, "eval_seed", where) if eval_seed else None, env_id or None,
+                _integer(made, "evaluations", where) if made else None,
             )
         )  # fmt: skip
     return rows
@@ -118,6 +131,11 @@ def check_appendable(path: str | os.PathLike[str]) -> None:
     if not path.exists() or not (text := path.read_text(encoding="utf-8", errors="replace")):
         return
     header = next(csv.reader(io.StringIO(text, newline="")), [])
+    if tuple(header) == COLUMNS[: -len(ADDED)]:
+        raise DataError(
+            f"{path}, line 1: expected the columns {','.join(COLUMNS)}, got a file from before the last {len(ADDED)}: "
+            f"add ',{','.join(ADDED)}' to line 1 and '{',' * len(ADDED)}' to the others, or name another file"
+        )
     if tuple(header) != COLUMNS:
         raise DataError(f"{path}, line 1: expected the columns {','.join(COLUMNS)}, got {','.join(header)}")
     if not text.endswith("\n"):
@@ -136,10 +154,19 @@ def append_rows(path: str | os.PathLike[str], rows: Iterable[Row]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    if not path.exists() or path.stat().st_size == 0:
-        writer.writerow(COLUMNS)
     for row in rows:
         writer.writerow("" if cell is None else cell for cell in row)
-    # One write: another process that appends at the same time comes before or after it.
     with path.open("ab") as file:
-        file.write(text.getvalue().encode())
+        _lock(file)
+        # Again: another process may have made the file since.
+        check_appendable(path)
+        header = "" if os.fstat(file.fileno()).st_size else ",".join(COLUMNS) + "\n"
+        file.write((header + text.getvalue()).encode())
+
+
+def _lock(file: IO[bytes]) -> None:
+    """Wait until no other process appends to the file; closing it ends that. Of no effect where there is no flock."""
+    with contextlib.suppress(ImportError):
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX)

@@ -211,7 +211,9 @@ def test_from_the_shell(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 
     assert main(["baseline", "dt", "--data", str(REPLAY), "--no-tensorboard", "--overwrite", *flags]) == 0
     assert main(["eval", str(run), "--episodes", "2", "--target", "500"]) == 0
-    assert "target 500 (dt, target 500)" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "target 500 (dt, target 500)" in out
+    assert "predicted std" not in out
     ((name, entry),) = json.loads((run / "result.json").read_text())["evaluations"].items()
     assert "target 500" in name
     assert (entry["target"], entry["predicted_mean"]) == (500, 500)

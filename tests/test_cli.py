@@ -397,12 +397,14 @@ def test_eval_adds_to_the_result(run: Path, capsys: pytest.CaptureFixture[str]) 
     assert chosen["evaluations"][f"{UMAZE}, exploit, step 2, 2 episodes, seed 0"]["checkpoint"] == "chosen"
 
 
-def reconfigured(run: Path, copy: Path, **sections: dict[str, Any]) -> None:
-    """A copy of a run as if it had been trained with other values."""
+def reconfigured(run: Path, copy: Path, changes: dict[str, Any] | None = None, **sections: dict[str, Any]) -> Path:
+    """A copy of a run as if it had been trained with other values, or its checkpoint had other entries."""
     tensors, state = checkpoint.load(checkpoint.latest(run))
     config = Config.from_dict(state["config"]).replace(**sections).to_dict()
-    checkpoint.save(checkpoint.checkpoint_path(copy, state["step"]), tensors, {**state, "config": config})
+    state = {**state, "config": config, **(changes or {})}
+    checkpoint.save(checkpoint.checkpoint_path(copy, state["step"]), tensors, state)
     shutil.copy(run / "result.json", copy)
+    return copy
 
 
 def test_eval_of_several_runs_gives_intervals_over_them(
@@ -412,7 +414,8 @@ def test_eval_of_several_runs_gives_intervals_over_them(
     reconfigured(run, other, train={"seed": 1})
     reconfigured(run, wide, train={"seed": 2}, plan={"kappa": 2.0})
     capsys.readouterr()
-    assert main(["eval", str(run), str(other), "--episodes", "3", "--csv", str(table_csv)]) == 0
+    flags = ["--csv", str(table_csv), "--pooled", str(tmp_path / "pooled.json")]
+    assert main(["eval", str(run), str(other), "--episodes", "3", *flags]) == 0
     *each, pooled = capsys.readouterr().out.split("\n\n")
     entries = [next(iter(read(path / "result.json")["evaluations"].values())) for path in (run, other)]
     for text, path, entry in zip(each, (run, other), entries, strict=True):
@@ -423,19 +426,25 @@ def test_eval_of_several_runs_gives_intervals_over_them(
     assert rows["all runs"] == "2 runs of 3 episodes, last checkpoints"
     assert rows["return mean"].startswith(f"{np.mean(means):.2f}, normalised ")
     assert rows["standard error"] == f"{abs(means[0] - means[1]) / 2:.2f} over runs"
+    assert rows["pooled"] == str(tmp_path / "pooled.json")
+    stored = read(tmp_path / "pooled.json")
+    assert (stored["runs"], stored["seed"], list(stored["checkpoints"])) == ([str(run), str(other)], 0, ["last"])
+    assert stored["checkpoints"]["last"]["return_mean"] == pytest.approx(np.mean(means))
     found = read_rows(table_csv)
     assert [(row.step, row.seed, row.kind, row.episodes) for row in found] == [
         (4, 0, "exploit", 3),
         (4, 1, "exploit", 3),
     ]
     assert [row.mean for row in found] == means
+    assert {(row.eval_seed, row.env_id, row.evaluations) for row in found} == {(0, UMAZE, 1)}
     took = [read(run / "result.json")["train_seconds"] + entry["seconds"] for entry in entries]
     assert [row.seconds for row in found] == pytest.approx(took, abs=0.1)
     # What is there stays, and what does not fit is refused, all before the work.
     before = table_csv.read_bytes()
     assert main(["eval", str(run), "--episodes", "1", "--plans", "prior", "--csv", str(table_csv)]) == 0
     assert table_csv.read_bytes().startswith(before)
-    assert read_rows(table_csv)[2].kind == "prior plans"
+    third = read_rows(table_csv)[2]
+    assert (third.kind, third.evaluations) == ("prior plans", 2)
     torn = tmp_path / "torn.csv"
     torn.write_bytes(table_csv.read_bytes()[:-3])
     results = {path: (path / "result.json").read_text() for path in (run, other)}
@@ -449,10 +458,41 @@ def test_eval_of_several_runs_gives_intervals_over_them(
         ([run, other, "--video", "a.gif"], "--video: expected a single RUN to film, got 2"),
         ([run, "--csv", torn], "torn.csv, line 4: expected the end of a line, got the end of the file"),
         ([run, "--csv", run / "metrics.csv"], "metrics.csv, line 1: expected the columns step,return,normalised,"),
+        ([run, "--pooled", "a.json"], "--pooled: expected several RUNs, got 1"),
+        ([run, other, "--pooled", "a.txt"], "--pooled: expected a name that ends in .json, got a.txt"),
+        (
+            [run, "--step", "2", "--checkpoint", "best"],
+            "--checkpoint best: expected the folders of runs alone, got --s",
+        ),
+        ([checkpoint.latest(run), "--checkpoint", "best"], "folders of runs alone, got the checkpoint"),
         ([run, "--checkpoint", "best"], f"expected {run} to have a best checkpoint, got nothing chose one"),
     ):
         assert message in error_of(["eval", *flags], capsys)
     assert {path: (path / "result.json").read_text() for path in results} == results
+
+
+def test_eval_refuses_to_pool_what_was_not_trained_alike(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def other(name: str, seed: int, **changes: Any) -> Path:
+        return reconfigured(run, tmp_path / name, changes, train={"seed": seed})
+
+    online = other("online", 3, online={"env_steps": 10})
+    for path, message in (
+        (other("longer", 1, step=5), f"longer: expected a checkpoint of step 4 as that of {run}, got 5"),
+        (online, f"online: expected an offline run as {run} is, got a fine-tuned one"),
+        (other("data", 2, data_fingerprint="0" * 64), "got one on cli/umaze-v0 (000000000000): the content differs"),
+    ):
+        assert message in error_of(["eval", run, path], capsys)
+    # Of runs that spent their environment steps, the number of updates is what the episodes made it.
+    budget = Config().online.n_steps
+    spent = [other(f"spent {seed}", seed, online={"env_steps": budget + seed}, step=4 + seed) for seed in (4, 5)]
+    assert "expected a checkpoint of step 4" in error_of(
+        ["eval", online, other("more", 9, online={"env_steps": 10}, step=9)], capsys
+    )
+    monkeypatch.setattr(cli, "_make_plans", lambda policy, command: pytest.fail(f"alike, step {policy.step}"))
+    with pytest.raises(pytest.fail.Exception, match="alike, step 8"):
+        main(["eval", *map(str, spent)])
 
 
 def test_eval_of_the_best_checkpoint_beside_the_last(
@@ -529,6 +569,26 @@ def test_eval_plans(flags: list[str], run: Path, monkeypatch: pytest.MonkeyPatch
     (entry,) = read(run / "result.json")["evaluations"].values()
     assert entry["plans"] == flags[0]
     assert entry["target"] == (40.0 if flags[0] == "explore" else None)
+
+
+def test_eval_runs_the_engine_in_front_of_the_environment(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from gymnasium.vector import SyncVectorEnv
+
+    from gac_fast import envs
+
+    made, make_parts = [], envs.make_parts
+    monkeypatch.setattr(
+        envs, "make_parts", lambda *args, **kwargs: made.append(make_parts(*args, **kwargs)) or made[-1]
+    )
+    for env in ("sync:pointmaze-umaze", "pointmaze-umaze"):
+        assert main(["eval", str(run), "--episodes", "2", "--env", env]) == 0
+    assert [isinstance(parts[0].unwrapped, SyncVectorEnv) for parts in made] == [True, False]
+    assert f"{UMAZE} by sync" in capsys.readouterr().out
+    sync, own = read(run / "result.json")["evaluations"].values()
+    assert [(x["env_id"], x["engine"]) for x in (sync, own)] == [(UMAZE, "sync"), (UMAZE, None)]
+    assert sync["normalized_mean"] is not None
 
 
 def test_eval_of_a_checkpoint_adds_to_its_run(run: Path) -> None:
@@ -618,6 +678,24 @@ def test_an_environment_that_cannot_render_loses_the_film_alone(
     assert table(out)["return mean"] == f"{entry['return_mean']:.2f}"
     assert entry["video"] is None
     assert (run / entry["plot"]).is_file()
+
+
+def test_a_plot_that_fails_loses_itself_alone(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device", "plot.png")
+
+    monkeypatch.setattr("gac_fast.plots.predicted_vs_achieved", full)
+    capsys.readouterr()
+    assert main(["eval", str(run), "--episodes", "1", "--csv", str(tmp_path / "x.csv")]) == 2
+    out, err = capsys.readouterr()
+    assert err.endswith("plot.png: No space left on device\n")
+    (entry,) = read(run / "result.json")["evaluations"].values()
+    assert entry["plot"] is None
+    assert table(out)["return mean"] == f"{entry['return_mean']:.2f}"
+    assert (table(out)["standard error"], entry["return_standard_error"]) == ("none: one episode", None)
+    assert read_rows(tmp_path / "x.csv")[0].mean == entry["return_mean"]
 
 
 def test_the_film_is_added_to_the_entry(

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks import collect_demo
 from gac_fast import checkpoint, demo
 from gac_fast.demo import Demo, main
 from gac_fast.errors import ConfigError, EnvError
@@ -57,6 +58,16 @@ def test_result_holds_every_number(finished: tuple[Path, str]) -> None:
     assert values["n_evaluations"] == 3
     assert values["evaluation"]["return_mean"] == values["exploit_mean"]
     assert values["evaluation"]["episodes"] == 8
+
+
+def test_its_rows_say_where_they_were_made(finished: tuple[Path, str]) -> None:
+    found = {row.kind: row for row in collect_demo.rows(finished[0])}
+    values = result_of(finished[0])
+    where = ("gac_fast/PointMaze-umaze-v0", 8, values["exploit_mean"])
+    exploit, data = found["exploit"], found["data"]
+    assert (exploit.env_id, exploit.episodes, exploit.mean) == where
+    assert (exploit.eval_seed, exploit.evaluations) == (demo.EVAL_SEED, 3)
+    assert (data.eval_seed, data.evaluations) == (None, None)
 
 
 def test_steering_metrics_are_those_of_training(finished: tuple[Path, str]) -> None:

@@ -85,7 +85,7 @@ def test_numbers_of_the_result():
     assert result.returns.tolist() == pytest.approx(returns)
     assert result.mean == pytest.approx(np.mean(returns))
     assert result.std == pytest.approx(np.std(returns))
-    assert result.standard_error == pytest.approx(np.std(returns) / 3**0.5)
+    assert result.standard_error == pytest.approx(np.std(returns, ddof=1) / 3**0.5)
     summary = json.loads(json.dumps(result.summary()))
     assert summary["episodes"] == 3
     assert summary["return_median"] == pytest.approx(200.3)
@@ -94,6 +94,14 @@ def test_numbers_of_the_result():
     assert summary["seed"] == 6
     assert summary["normalized_mean"] is None
     assert {"torch", "gymnasium", "mujoco"} <= summary["versions"].keys()
+    wide = dataclasses.replace(result, predicted_std=np.array([0.0, 199.3, 0.0]))
+    assert wide.summary()["prediction_coverage"] == pytest.approx(1 / 3)
+    # A decision transformer claims no spread, behaviour cloning predicts nothing.
+    for std in (0.0, np.nan):
+        claims = dataclasses.replace(result, predicted_std=np.full(3, std))
+        assert claims.summary()["prediction_coverage"] is None
+        assert evaluation.pooled([claims, claims])["prediction_coverage"] is None
+    assert np.isnan(dataclasses.replace(result, returns=result.returns[:1]).standard_error)
 
 
 def test_a_policy_of_another_environment_is_refused_with_both_names():

@@ -75,7 +75,7 @@ def test_the_metrics_are_their_formulas():
     z0 = infer_from_trajectory(t.model, batch, ids, t.config, 3)
     with torch.no_grad():
         own = t.model.mean_actions(batch, t.model.prior(z0)).double()
-        other = t.model.mean_actions(batch, t.model.prior(z0[[3, 0, 1, 2]])).double()
+        other = t.model.mean_actions(batch, t.model.prior(z0[[2, 3, 0, 1]])).double()
         sigma = t.model.decoder.log_sigma_a.exp().double()
         mean, std = (x.double().numpy() for x in t.model.return_moments(t.model.prior(z0), batch.first_states))
     for name, actions in (("nll_per_step", own), ("nll_other_plan", other)):

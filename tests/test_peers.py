@@ -13,6 +13,7 @@ from conftest import ROOT
 
 from benchmarks.peers import common, d3rlpy_offline, hf_dt
 from gac_fast.envs import make_vector
+from gac_fast.results import read_rows
 from gac_fast.rollout import rollout
 from gac_fast.train.log import StopSignal
 
@@ -80,13 +81,15 @@ def test_windows_hold_the_returns_to_go_of_their_steps() -> None:
 
 
 class Constant:
-    """A learner of nothing."""
+    """A learner of nothing, which draws a number at each update."""
 
     def __init__(self) -> None:
         self.n = 0
+        self.drawn: list[float] = []
 
     def update(self) -> dict[str, float]:
         self.n += 1
+        self.drawn.append(float(np.random.rand()))  # noqa: NPY002
         return {}
 
     def agents(self) -> list[tuple[str, float | None, Any]]:
@@ -95,7 +98,7 @@ class Constant:
     def save(self, path: Path) -> None:
         path.write_text(str(self.n))
 
-    def load(self, path: Path) -> None:
+    def load(self, path: Path, seed: int) -> None:
         self.n = int(path.read_text())
 
 
@@ -131,6 +134,32 @@ def test_a_run_leaves_rows_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFix
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert error.startswith("constant: error: ")
         assert message in error
+
+
+def test_a_run_stopped_in_its_evaluation_makes_it_and_draws_other_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved, save = [], Constant.save
+    monkeypatch.setattr(common, "SAVE_EVERY", 3)
+    monkeypatch.setattr(Constant, "save", lambda learner, path: (saved.append(learner.n), save(learner, path)))
+    evaluate = common.evaluate
+
+    def stopped(agent: Any, env_id: str, episodes: int, seed: int, stop: StopSignal, show: Any) -> None:
+        stop.requested = True
+
+    monkeypatch.setattr(common, "evaluate", stopped)
+    status, first = run(tmp_path)
+    assert (status, saved) == (130, [3, 4])
+    assert not (tmp_path / "out.csv").exists()
+    monkeypatch.setattr(common, "evaluate", evaluate)
+    assert run(tmp_path, "--resume")[0] == 0
+    # Once: there is nothing left to do.
+    assert run(tmp_path, "--resume")[0] == 0
+    status, more = run(tmp_path, "--resume", "--updates", "8")
+    assert [(row.step, row.evaluations, row.env_id) for row in read_rows(tmp_path / "out.csv")] == [
+        (4, 1, "Hopper-v5"), (8, 2, "Hopper-v5"),
+    ]  # fmt: skip
+    assert (len(more.drawn), len({*first.drawn, *more.drawn})) == (4, 8)
 
 
 @pytest.mark.parametrize("script", [d3rlpy_offline, hf_dt], ids=["d3rlpy", "transformers"])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import re
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +23,7 @@ MACHINE = "2 cores of something, with | in it"
 def row(step: int, mean: float, seed: int, kind: str = "exploit", predicted: float | None = None) -> Row:
     low, high = reference_scores("hopper")
     score = 100 * (mean - low) / (high - low)
-    return Row(step, mean, score, seed, kind, predicted, 100, 2.5, "0123456789ab", MACHINE)
+    return Row(step, mean, score, seed, kind, predicted, 100, 2.5, "0123456789ab", MACHINE, 7, "Hopper-v5", 2)
 
 
 @pytest.fixture
@@ -62,6 +64,7 @@ def test_the_tables_say_what_the_rows_say(results: Path, tmp_path: Path, capsys:
     assert details[1:4] == ["0, 1, 2", "1,500", "1600.0"]
     assert details[5:8] == ["2000.0", "100", "2"]
     assert details[8].endswith("with \\| in it")
+    assert details[9:] == ["Hopper-v5", "2"]
     assert honest == ["hopper-medium", "gac, exploit", "2000.0", "1600.0", "+400.0", "+25%"]
     # One seed has no interval; the best checkpoint, the peer and the data have lines of their own.
     assert table_rows(text, "gac, exploit, best")[0][1] == "59.0 (1)"
@@ -78,6 +81,13 @@ def test_the_tables_say_what_the_rows_say(results: Path, tmp_path: Path, capsys:
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     report(results, out)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_seeds_of_different_last_steps_get_no_interval(results: Path, tmp_path: Path) -> None:
+    append_rows(results / "gac" / "swimmer.csv", [row(30, 45.0, 1)._replace(normalised=None)])
+    score, _, details = table_rows(report(results, tmp_path / "out").read_text(), "gac, exploit")
+    assert score[2] == "40.0 r (2, steps 10 to 30)"
+    assert details[1:5] == ["0, 1", "10 to 30", "40.0", ""]
 
 
 @pytest.mark.parametrize("name", ["report.md", "calibration.png"])
@@ -97,7 +107,7 @@ def test_a_foreign_file_is_never_replaced(name: str, results: Path, tmp_path: Pa
         ("seed", "sed", r"line 1: expected a column 'seed', got step, return, normalised, sed, kind"),
         ("\n1000,", "\n1e3,", r"line 3, column 'step': expected an integer of at least 0, got '1e3'"),
         (",2000.0,", ",nan,", r"line 3, column 'predicted': expected a finite number, got 'nan'"),
-        ("exploit,2000.0", "exploit", r"line 3: expected 10 columns as in line 1, got 9"),
+        ("exploit,2000.0", "exploit", r"line 3: expected 13 columns as in line 1, got 12"),
         (",exploit,2000.0", ",,2000.0", r"line 3, column 'kind': expected a name, got nothing"),
     ],
 )
@@ -114,12 +124,45 @@ def test_a_file_that_is_not_as_it_should_be_is_named(
 def test_columns_may_be_more_and_in_another_order(tmp_path: Path) -> None:
     path = tmp_path / "x.csv"
     append_rows(path, [row(5, 7.0, 1)])
-    header, cells = (line.split(",", 9) for line in path.read_text().splitlines())
+    header, cells = csv.reader(path.read_text().splitlines())
     assert tuple(header) == COLUMNS
-    path.write_text(",".join(["note", *header[::-1]]) + "\n" + ",".join(["hm", *cells[::-1]]) + "\n")
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([["note", *header[::-1]], ["hm", *cells[::-1]]])
     assert read_rows(path) == [row(5, 7.0, 1)]
     with pytest.raises(DataError, match="line 1: expected the columns step,return,normalised"):
         append_rows(path, [row(5, 7.0, 1)])
+
+
+def test_a_file_from_before_is_read_and_never_mixed_with_what_it_lacks(tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    append_rows(path, [row(5, 7.0, 1)])
+    path.write_text(re.sub(",[^,]*,[^,]*,[^,]*$", "", path.read_text(), flags=re.MULTILINE))
+    old = path.read_bytes()
+    before = row(5, 7.0, 1)._replace(eval_seed=None, env_id=None, evaluations=None)
+    assert read_rows(path) == [before]
+    with pytest.raises(DataError, match="a file from before the last 3: add ',eval_seed,env_id,evaluations' to line 1"):
+        append_rows(path, [row(6, 7.0, 1)])
+    assert path.read_bytes() == old
+    # As the message has it.
+    header, line = old.decode().splitlines()
+    path.write_text(f"{header},eval_seed,env_id,evaluations\n{line},,,\n")
+    append_rows(path, [row(6, 7.0, 1)])
+    assert read_rows(path) == [before, row(6, 7.0, 1)]
+
+
+def test_two_that_make_a_file_at_once_write_one_header(tmp_path: Path) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    path, whole = tmp_path / "x.csv", tmp_path / "whole.csv"
+    append_rows(whole, [row(5, 7.0, 1)])
+    other = threading.Thread(target=append_rows, args=(path, [row(6, 7.0, 1)]))
+    with path.open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        other.start()
+        other.join(timeout=0.2)
+        assert path.read_bytes() == b""
+        file.write(whole.read_bytes())
+    other.join(timeout=60)
+    assert read_rows(path) == [row(5, 7.0, 1), row(6, 7.0, 1)]
 
 
 def test_published_scores_name_their_source() -> None:

@@ -21,10 +21,13 @@ import numpy as np
 from gac_fast.data import Trajectories, load, normalized_score
 from gac_fast.errors import ConfigError, DataError, EnvError, GacError
 from gac_fast.files import read_json, write_json
+from gac_fast.intervals import standard_error
 from gac_fast.results import Row, append_rows, check_appendable
 from gac_fast.train.log import Progress, StopSignal, environment, machine, short_commit
 
 RESULTS = Path("benchmarks") / "results"
+SAVE_EVERY = 5000
+"""Updates after which a run is saved at the latest."""
 
 
 class Agent(Protocol):
@@ -53,8 +56,8 @@ class Learner(Protocol):
     def save(self, path: Path) -> None:
         """Everything that training goes on from."""
 
-    def load(self, path: Path) -> None:
-        """Take over what :meth:`save` wrote."""
+    def load(self, path: Path, seed: int) -> None:
+        """Take over what :meth:`save` wrote; batches are drawn by ``seed`` from here on."""
 
 
 @dataclass
@@ -248,36 +251,45 @@ def _main(
     check_env(env_id, steps)
     learner = make_learner()
     identity = {"method": method, "data": o.data.name, "seed": o.seed, "batch_size": o.batch_size}
-    done, seconds = 0, 0.0
+    done, seconds, evaluations = 0, 0.0, 0
+    # What was evaluated of the model as it is: [kind, seed, episodes, environment].
+    evaluated: list[list[object]] = []
     if o.resume:
         state = read_json(run_dir / "state.json")
         for name, value in identity.items():
             if state.get(name) != value:
                 raise ConfigError(f"{run_dir}: expected a run of {name} {value!r}, it is one of {state.get(name)!r}")
-        learner.load(run_dir / "model")
-        done, seconds = int(state["step"]), float(state["seconds"])
+        done, seconds, evaluations = int(state["step"]), float(state["seconds"]), int(state.get("evaluations", 0))
+        evaluated = state.get("evaluated", [])
+        # Files keep no generators; started by the run's own seed they would repeat the first batches.
+        again = int(np.random.SeedSequence([o.seed, done]).generate_state(1)[0] >> 1)
+        torch.manual_seed(again)
+        np.random.seed(again)  # noqa: NPY002
+        learner.load(run_dir / "model", again)
     where = machine(torch.device(o.device))
     here = environment()
     here["packages"] |= {name: importlib.metadata.version(name) for name in packages}
     run_dir.mkdir(parents=True, exist_ok=True)
     write_json(run_dir / "environment.json", here)
 
-    def save(now: float) -> None:
+    def record() -> None:
+        state = {"step": done, "seconds": time.perf_counter() - started, "updates": o.updates}
+        counts = {"evaluations": evaluations, "evaluated": evaluated}
+        write_json(run_dir / "state.json", {**identity, **state, **counts})
+
+    def save() -> None:
         learner.save(run_dir / "model")
-        write_json(run_dir / "state.json", {**identity, "step": done, "seconds": now, "updates": o.updates})
+        record()
 
     with StopSignal() as stop:
         started = time.perf_counter() - seconds
         while not stop.requested:
-            goal = min(o.updates, done + o.eval_every - done % o.eval_every) if o.eval_every else o.updates
-            with Progress(o.updates, method, initial=done) as bar:
-                while done < goal and not stop.requested:
-                    bar.update(1, **learner.update())
-                    done += 1
-            save(time.perf_counter() - started)
-            if stop.requested:
-                break
-            for kind, promised, agent in learner.agents():
+            # One that was stopped in its evaluation begins with that.
+            due = done >= o.updates or (o.eval_every > 0 and done > 0 and done % o.eval_every == 0)
+            for kind, promised, agent in learner.agents() if due else []:
+                this = [kind, o.eval_seed, o.episodes, env_id]
+                if this in evaluated:
+                    continue
                 with Progress(o.episodes, "evaluate", unit="episode") as bar:
                     shown = [0]
 
@@ -288,9 +300,22 @@ def _main(
                     returns = evaluate(agent, env_id, o.episodes, o.eval_seed, stop, show)
                 if returns is None:
                     break
-                _report(out, where, env_id, returns, done, o.seed, kind, promised, time.perf_counter() - started)
-            if done >= o.updates:
+                evaluations += 1
+                seconds = time.perf_counter() - started
+                _report(out, where, env_id, returns, done, o.seed, kind, promised, seconds, o.eval_seed, evaluations)
+                evaluated.append(this)
+                record()
+            if done >= o.updates or stop.requested:
                 break
+            goal = min(o.updates, done + o.eval_every - done % o.eval_every) if o.eval_every else o.updates
+            evaluated = []
+            with Progress(o.updates, method, initial=done) as bar:
+                while done < goal and not stop.requested:
+                    bar.update(1, **learner.update())
+                    done += 1
+                    if done % SAVE_EVERY == 0:
+                        save()
+            save()
     if stop.requested:
         print(f"{method}: stopped after {done} of {o.updates} updates, saved in {run_dir}: go on with --resume")
         return 130
@@ -300,7 +325,7 @@ def _main(
 
 def _report(
     out: Path, machine_name: str, env_id: str, returns: np.ndarray, step: int, seed: int, kind: str,
-    promised: float | None, seconds: float,
+    promised: float | None, seconds: float, eval_seed: int, evaluations: int,
 ) -> None:  # fmt: skip
     """Print a result and append its row."""
     mean = float(returns.mean())
@@ -309,9 +334,10 @@ def _report(
     except DataError:
         score = None
     row = Row(
-        step, mean, score, seed, kind, promised, len(returns), round(seconds, 1), short_commit(), machine_name
+        step, mean, score, seed, kind, promised, len(returns), round(seconds, 1), short_commit(), machine_name,
+        eval_seed, env_id, evaluations,
     )  # fmt: skip
     append_rows(out, [row])
-    error = float(returns.std() / len(returns) ** 0.5)
+    error = f" +- {standard_error(returns):.2f}" if len(returns) > 1 else ""
     shown = "no normalised score" if score is None else f"normalised {score:.2f}"
-    print(f"{env_id}, step {step:,}, {kind}: return {mean:.2f} +- {error:.2f} of {len(returns)} episodes, {shown}")
+    print(f"{env_id}, step {step:,}, {kind}: return {mean:.2f}{error} of {len(returns)} episodes, {shown}")

@@ -69,10 +69,11 @@ class Offline:
         self._algo.save(str(temporary))
         os.replace(temporary, path.with_suffix(".d3"))
 
-    def load(self, path: Path) -> None:
-        # Weights and optimisers; the file keeps no generator, so batches are drawn anew.
+    def load(self, path: Path, seed: int) -> None:
+        # Weights and optimisers; the file keeps no generator.
         import d3rlpy
 
+        d3rlpy.seed(seed)
         self._algo = d3rlpy.load_learnable(str(path.with_suffix(".d3")), device=self._device)
 
 

@@ -37,8 +37,12 @@ class Windows:
         self._steps, self._k = steps, k
         self._lengths = steps.data.lengths
         # An episode by its length, then a step of it: a step of the data.
-        self._rng = np.random.default_rng(seed)
         self._episode = np.repeat(np.arange(len(self._lengths)), self._lengths)
+        self.seed(seed)
+
+    def seed(self, seed: int) -> None:
+        """Of the draws from here on."""
+        self._rng = np.random.default_rng(seed)
 
     def draw(self, n: int) -> dict[str, np.ndarray]:
         """n windows, each from its first step on, as K steps or as many as its episode has left."""
@@ -162,14 +166,14 @@ class DecisionTransformer:
         torch.save(state, temporary)
         os.replace(temporary, path.with_suffix(".pt"))
 
-    def load(self, path: Path) -> None:
-        # No generator is kept: batches are drawn anew.
+    def load(self, path: Path, seed: int) -> None:
         import torch
 
         state = torch.load(path.with_suffix(".pt"), map_location=self._o.device, weights_only=True)
         self._model.load_state_dict(state["model"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._schedule.load_state_dict(state["schedule"])
+        self._windows.seed(seed)
 
 
 def make(o: argparse.Namespace) -> tuple[Steps, Callable[[], Learner]]:

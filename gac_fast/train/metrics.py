@@ -51,7 +51,7 @@ def held_out_metrics(model: GAC, batches: Batches, ids: Tensor, config: Config, 
 
     Returns:
         - ``nll_per_step``: -log p(a_t | s_<=t, own plan), nats per step;
-        - ``nll_other_plan``: the same under the plan of another trajectory;
+        - ``nll_other_plan``: the same under the plan of another trajectory, half a chunk of ``ids`` away;
         - ``steering``: rms difference of the mean actions (within [-1, 1]) under own and other plan, same states;
         - ``tau_only_corr``: correlation of y and r(z), z from tau alone;
         - ``plan_corr``, where the return model takes the first state: the same of y and r(z, s_1), each less the mean
@@ -66,14 +66,15 @@ def held_out_metrics(model: GAC, batches: Batches, ids: Tensor, config: Config, 
     means, stds, ys, starts = [], [], [], []
     shape = (N_COMPARED, config.model.n_z, config.model.dim)
     compared = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(batches.device)
-    # Chunks of at least two, so that everyone has another's plan to be compared with.
+    # Chunks of at least two, so that everyone has another's plan to be compared with: one from far away in the list,
+    # where neighbours may be segments of one episode.
     for chunk in ids.tensor_split(max(1, len(ids) // CHUNK)):
         batch = batches.of(chunk)
         z0 = infer_from_trajectory(model, batch, chunk.to(batch.observations.device), config, seed)
         with torch.no_grad():
             z = model.prior(z0)
             trunk = model.trunk(batch)
-            own, other = (model.mean_actions(batch, plan, trunk) for plan in (z, z.roll(1, 0)))
+            own, other = (model.mean_actions(batch, plan, trunk) for plan in (z, z.roll(len(z) // 2, 0)))
             nll_own, nll_other = (
                 -model.action_log_likelihood((batch.actions - mean).square()).double().sum() for mean in (own, other)
             )

@@ -880,7 +880,8 @@ class _Loop:
                 trainer.save(self.run_dir.path)
                 raise EnvError(f"evaluation after round {trainer.round}: {error}; go on from {self._last()}") from error
             row |= {"exploit/achieved": result.mean, "exploit/predicted": float(result.predicted.mean())}
-            row["exploit/standard_error"] = result.standard_error
+            if len(result.returns) > 1:
+                row["exploit/standard_error"] = result.standard_error
             row |= trainer.metrics()
             self.bar.update(0, exploit=result.mean)
             merge_result(self.run_dir, self._result(result))
