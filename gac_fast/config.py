@@ -433,8 +433,8 @@ class Config:
 
 
 # Found on SAC data of hopper (docs/mujoco.md). These policies are functions of the state: one step of history (K = 1)
-# is enough to clone them, and any more would speak in the plan's place. Segments of 128 steps with the return from
-# their first step on, which that first state mostly explains; T_a is the variance of the policy's noise.
+# is enough to clone them. Segments of 128 steps with the return from their first step on, which that first state
+# mostly explains; T_a is about the variance of the policy's noise.
 _LOCOMOTION = Config(
     model=ModelConfig(
         dim=64, n_layers=2, window=1, n_z=1, context="states", return_ensemble=4, return_context="first_state"
