@@ -470,17 +470,16 @@ def _statistics(episodes: Trajectories, source: str) -> Iterator[tuple[str, obje
 def _train(command: Train) -> None:
     if command.resume and command.overwrite:
         raise ConfigError("--resume and --overwrite exclude each other: got both")
-    from gac_fast import checkpoint, envs
+    from gac_fast import checkpoint
     from gac_fast.train.log import RunDir, last_metrics, merge_result
     from gac_fast.train.offline import train
 
-    # Now rather than at the first replay, many updates later.
-    env = None if command.env is None else envs.resolve_env_id(command.env)
     path = train(
         command.data,
         command.config,
         command.run_dir,
-        env=env,
+        # Resolved now rather than when the data are loaded.
+        env=None if command.env is None else _resolved(command.env),
         resume=command.resume,
         overwrite=command.overwrite,
         tensorboard=command.tensorboard,
@@ -520,7 +519,7 @@ def _finetune(command: Finetune) -> None:
         raise ConfigError("--resume: expected --run-dir to name the run to resume, got none")
     if command.run is None and not command.resume and command.preset is None:
         raise ConfigError("RUN: expected the folder of a run to go on from, or --preset to start from scratch")
-    from gac_fast import checkpoint, envs
+    from gac_fast import checkpoint
     from gac_fast.policy import load
     from gac_fast.train.log import RunDir, last_metrics, read_result
     from gac_fast.train.offline import pick_device
@@ -534,12 +533,14 @@ def _finetune(command: Finetune) -> None:
         policy = load(command.run, device=pick_device(config.train.device))
     env_id = command.env or (policy.env_id if policy is not None else None)
     if env_id is None and command.resume and command.run_dir is not None:
-        env_id = read_result(RunDir(command.run_dir)).get("env_id")
+        made = read_result(RunDir(command.run_dir))
+        env_id, engine = made.get("env_id"), made.get("engine")
+        env_id = env_id if engine is None else f"{engine}:{env_id}"
     if env_id is None:
         raise ConfigError("--env: expected an environment id, as neither flags nor the run name one")
     path = finetune(
         policy,
-        envs.resolve_env_id(env_id),
+        _resolved(env_id),
         config,
         data=command.data,
         run_dir=command.run_dir,
@@ -590,7 +591,7 @@ def _eval(command: Eval) -> None:
             print()
         result = evaluate(one.policy, env_id, command.episodes, command.seed, its_plans, progress=sys.stderr.isatty())
         result = replace(result, env_id=envs.resolve_env_id(env_id))
-        name = _report(one, command, result, _engine(env_id))
+        name = _report(one, command, result, envs.engine_of(env_id))
         for label in one.labels:
             if label == "best" or command.checkpoint != "best":
                 results["best" if label == "best" else "last"].append(result)
@@ -736,7 +737,6 @@ def _check_alike(chosen: Sequence[_Chosen], command: Eval) -> str:
         ConfigError: a run is named twice, two have one seed, or they differ in task, data, configuration, in how they
             were trained or for how long.
     """
-    from gac_fast import envs
     from gac_fast.evaluate import same_task
 
     runs = [_run_of(path).path for path in command.runs]
@@ -768,16 +768,19 @@ def _check_alike(chosen: Sequence[_Chosen], command: Eval) -> str:
                     )
     env_id = command.env or first.policy.env_id
     assert env_id is not None
-    engine, resolved = _engine(env_id), envs.resolve_env_id(env_id)
-    return resolved if engine is None else f"{engine}:{resolved}"
+    return _resolved(env_id)
 
 
-def _engine(env_id: str) -> str | None:
-    """What stands in front of an id and is no part of it; EnvPool's environments are its own."""
+def _resolved(env_id: str) -> str:
+    """The registered id, the engine still in front of it.
+
+    Raises:
+        EnvError: nothing of that name is registered.
+    """
     from gac_fast import envs
 
-    name, colon, _ = env_id.partition(":")
-    return name if colon and name in envs.ENGINES and name != "envpool" else None
+    engine, resolved = envs.engine_of(env_id), envs.resolve_env_id(env_id)
+    return resolved if engine is None else f"{engine}:{resolved}"
 
 
 def _check_same_training(first: _Chosen, one: _Chosen, only_best: bool) -> None:

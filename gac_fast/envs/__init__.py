@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from gymnasium.vector import VectorEnv
 
 __all__ = [
-    "ENGINES", "MAZES", "MazeSpec", "close_vector", "make_env", "make_halves", "make_parts", "make_vector",
+    "ENGINES", "MAZES", "MazeSpec", "close_vector", "engine_of", "make_env", "make_halves", "make_parts", "make_vector",
     "maze_spec", "resolve_env_id",
 ]  # fmt: skip
 
@@ -61,6 +61,12 @@ def resolve_env_id(env_id: str) -> str:
         raise EnvError(
             f"environment {env_id!r}: expected a registered gymnasium id, got one that is unknown{hint}"
         ) from (error)
+
+
+def engine_of(env_id: str) -> str | None:
+    """The engine in front of an id whose environment is the same without it; EnvPool's environments are its own."""
+    engine, _ = _split(env_id)
+    return None if engine == "envpool" else engine
 
 
 def make_vector(

@@ -20,7 +20,7 @@ from gac_fast.config import Config
 from gac_fast.data import Trajectories
 from gac_fast.data.buffer import EpisodeBuffer
 from gac_fast.errors import CheckpointError, ConfigError, DataError, EnvError
-from gac_fast.evaluate import EvalResult, check_fit, evaluate
+from gac_fast.evaluate import EvalResult, check_fit, evaluate, same_task
 from gac_fast.files import read_json
 from gac_fast.model.normalization import SMALLEST_STD, Normalization
 from gac_fast.plan import Plans, TargetSchedule
@@ -388,7 +388,9 @@ class OnlineTrainer(Trainer):
                 raise CheckpointError(f"{path}: expected {name} {value}, the checkpoint has {state[name]}")
         if state["data_fingerprint"] != (None if self.offline is None else self._fingerprint()):
             raise CheckpointError(f"{path}: the run was trained on other offline episodes than those given now")
-        if state["env_id"] != self.spaces.env_id and None not in (state["env_id"], self.spaces.env_id):
+        # That of the data, which may bear another version, as when the run began.
+        saved_id, env_id = state["env_id"], self.spaces.env_id
+        if saved_id is not None and env_id is not None and not same_task(saved_id, env_id):
             raise CheckpointError(
                 f"{path}: expected environment {self.spaces.env_id!r}, the run to resume has {state['env_id']!r}"
             )
@@ -598,7 +600,8 @@ def finetune(
     if t.n_threads:
         torch.set_num_threads(t.n_threads)
     ops.keep_freed_memory()
-    env_id = env if isinstance(env, str) else None
+    # The engine in front of an id is no part of what the run and its policy are named after.
+    env_id = envs.resolve_env_id(env) if isinstance(env, str) else None
     folder = Path(run_dir) if run_dir is not None else _default_run_dir(env_id, config)
     source: str | None = None
     if data is None:
@@ -638,7 +641,13 @@ def finetune(
                 check_fit(policy, env)
         run = start_run(folder, config.to_dict(), overwrite=overwrite, resume=resume)
         merge_result(
-            run, {"env_id": spaces.env_id, "data": source, "begun_at": _name(policy) if not resume else _begun_at(run)}
+            run,
+            {
+                "env_id": spaces.env_id,
+                "engine": envs.engine_of(env) if isinstance(env, str) else None,
+                "data": source,
+                "begun_at": _name(policy) if not resume else _begun_at(run),
+            },
         )
         explores = online.explore == "on"
         with (
