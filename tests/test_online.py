@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -25,6 +26,7 @@ from gac_fast.envs.delayed import DelayedReward
 from gac_fast.errors import CheckpointError, ConfigError, DataError, EnvError
 from gac_fast.plan import TargetSchedule
 from gac_fast.policy import Policy, load
+from gac_fast.rollout import rollout
 from gac_fast.train import online as online_module
 from gac_fast.train.online import OnlineTrainer, finetune
 from gac_fast.train.trainer import TrainingDivergedError
@@ -166,6 +168,40 @@ def _settled(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
     settled = torch.zeros(len(tensors["data.returns"]), dtype=torch.bool)
     settled[tensors["best.ids"]] = True
     return settled
+
+
+@pytest.mark.parametrize("sizes", [[4], [2, 2]])
+def test_an_actor_is_told_as_much_with_its_time_taken_as_without(sizes):
+    """Of rewards and of rows that have finished, whose actions need not be computed."""
+
+    class Told:
+        z0 = np.zeros((4, 1, 2), np.float32)
+        device = torch.device("cpu")
+
+        def __init__(self, heard, first=0):
+            self.heard, self.first = heard, first
+
+        def split(self, sizes):
+            return [Told(self.heard, sum(sizes[:i])) for i in range(len(sizes))]
+
+        def act(self, obs):
+            return np.zeros((len(obs), ACT_DIM), np.float32)
+
+        def rest(self, mask):
+            self.heard.append((self.first, "rest", mask.tolist()))
+
+        def rewarded(self, rewards):
+            self.heard.append((self.first, "rewarded", rewards.tolist()))
+
+    def heard(wrap):
+        told, starts = [], np.cumsum([0, *sizes])
+        vectors = [counting_vector(LENGTHS[i:j]) for i, j in itertools.pairwise(starts)]
+        assert rollout(vectors, lambda obs, first: wrap(Told(told)), 4, seed=0).z0.shape == (4, 1, 2)
+        return sorted(told, key=lambda one: one[0])
+
+    bare = heard(lambda actor: actor)
+    assert {what for _, what, _ in bare} == {"rest", "rewarded"}
+    assert heard(online_module._Watched) == bare
 
 
 @pytest.mark.parametrize("method", ["langevin", "variational"])

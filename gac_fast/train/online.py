@@ -431,13 +431,9 @@ class _Watched:
         self._parts: list[_Watched] = []
         self._seconds = 0.0
 
-    @property
-    def z0(self) -> Tensor:
-        return self._actor.z0
-
-    @property
-    def device(self) -> torch.device:
-        return self._actor.device
+    def __getattr__(self, name: str) -> Any:
+        """Whatever else a rollout uses of an actor that has it: ``z0``, ``device``, ``rest``, ``rewarded``."""
+        return getattr(self._actor, name)
 
     @property
     def seconds(self) -> float:
