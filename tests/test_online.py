@@ -507,6 +507,20 @@ def test_a_run_is_resumed_with_its_own_configuration_and_data_only(offline_run, 
         finetune(None, seeded_vector(4), resume=True)
 
 
+def test_a_run_is_resumed_whatever_its_data_are_called(offline_run, tmp_path):
+    called = dataclasses.replace(data(), env_id="hopper-medium-v2")
+    spaces = online_module.Spaces.of_data(data())._replace(env_id="Hopper-v5")
+    trainer = OnlineTrainer(config(), spaces, called)
+    trainer.begin_at(checkpoint.latest(offline_run))
+    saved = trainer.save(tmp_path)
+    OnlineTrainer(config(), spaces, called).restore(saved)
+    alone = OnlineTrainer(config(), spaces)
+    alone.add(online_module.Explored(data(), np.zeros((10, 2, 16), np.float32), np.zeros(10), 0.0, 0.0, 0.0))
+    saved = alone.save(tmp_path / "alone")
+    with pytest.raises(CheckpointError, match=r"expected environment 'Walker2d-v5', the run to resume has 'Toy"):
+        OnlineTrainer(config(), spaces._replace(env_id="Walker2d-v5")).restore(saved)
+
+
 # What goes wrong
 
 
@@ -560,6 +574,9 @@ def test_what_does_not_fit_is_named_before_any_work(offline_run, tmp_path):
         tune(dataclasses_policy(offline_run), folder)
     with pytest.raises(DataError, match="nowhere"):
         tune(offline_run, folder, data="nowhere")
+    umaze = dataclasses.replace(data(), env_id="gac_fast/PointMaze-umaze-v0")
+    with pytest.raises(EnvError, match=r"^pointmaze-medium: the data are of gac_fast/PointMaze-umaze-v0, another task"):
+        tune(None, folder, vector="pointmaze-medium", data=umaze)
     assert not folder.exists()
     for fields, words in (
         ({"explore": "off"}, r"online\.n_updates must be at least 1 where online\.explore = 'off', got 0"),

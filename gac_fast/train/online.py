@@ -20,7 +20,7 @@ from gac_fast.config import Config
 from gac_fast.data import Trajectories
 from gac_fast.data.buffer import EpisodeBuffer
 from gac_fast.errors import CheckpointError, ConfigError, DataError, EnvError
-from gac_fast.evaluate import EvalResult, check_fit, evaluate, same_task
+from gac_fast.evaluate import EvalResult, check_fit, check_task, evaluate, same_task
 from gac_fast.files import read_json
 from gac_fast.model.normalization import SMALLEST_STD, Normalization
 from gac_fast.plan import Plans, TargetSchedule
@@ -388,12 +388,10 @@ class OnlineTrainer(Trainer):
                 raise CheckpointError(f"{path}: expected {name} {value}, the checkpoint has {state[name]}")
         if state["data_fingerprint"] != (None if self.offline is None else self._fingerprint()):
             raise CheckpointError(f"{path}: the run was trained on other offline episodes than those given now")
-        # That of the data, which may bear another version, as when the run began.
-        saved_id, env_id = state["env_id"], self.spaces.env_id
+        # With offline episodes it is theirs, which may bear any name.
+        saved_id, env_id = (None, None) if self.offline is not None else (state["env_id"], self.spaces.env_id)
         if saved_id is not None and env_id is not None and not same_task(saved_id, env_id):
-            raise CheckpointError(
-                f"{path}: expected environment {self.spaces.env_id!r}, the run to resume has {state['env_id']!r}"
-            )
+            raise CheckpointError(f"{path}: expected environment {env_id!r}, the run to resume has {saved_id!r}")
         check_config(state, path, self.config, RESUME_MAY_CHANGE, free={"plan"})
         self._restore_tensors(tensors, state, path)
         arrays = {
@@ -606,6 +604,9 @@ def finetune(
     elif isinstance(data, str | Path):
         source = str(data)
     offline = _load(data)
+    if isinstance(env, str) and offline is not None:
+        # Now, not at the first evaluation.
+        check_task(offline.env_id, env, "the data are of")
     if offline is None and policy is not None and not resume:
         warnings.warn(
             f"fine-tuning {_name(policy) or 'a policy'} without the data it was trained on (data=...): it learns from "
@@ -633,7 +634,6 @@ def finetune(
         elif policy is not None:
             _begin_at(trainer, policy)
             if isinstance(env, str):
-                # Now, not at the first evaluation.
                 check_fit(policy, env)
         run = start_run(folder, config.to_dict(), overwrite=overwrite, resume=resume)
         merge_result(
