@@ -330,6 +330,11 @@ class Actor:
         """
         if min(sizes, default=0) < 1 or sum(sizes) != len(self):
             raise ValueError(f"sizes: expected positive numbers of rows, {len(self)} in all, got {list(sizes)}")
+        # Or torch's threads, which have memory to clear here, spin on when the parts begin to act.
+        with _threads.left_to_the_engine("decode_step", self.z0):
+            return self._split(sizes)
+
+    def _split(self, sizes: Sequence[int]) -> list[Actor]:
         self._wake()
         whole = self._state
         begun = bool(whole.steps.any())
