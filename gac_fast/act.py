@@ -251,8 +251,11 @@ class Actor:
             self._weights = ops.WeightsOf(self.model.decoder)
         if self._n_threads == 0:
             return self._act(obs)
-        with self._turn, _threads.exactly(self._n_threads), torch.inference_mode(self._inference):
-            return self._act(obs)
+        with self._turn, _threads.Exactly(self._n_threads):
+            if not self._inference:
+                return self._act(obs)
+            with torch.inference_mode():
+                return self._act(obs)
 
     def _act(self, obs: Array) -> Array:
         if self._awake is None:

@@ -41,9 +41,9 @@ def test_the_engine_takes_all_threads_and_torch_one():
 @pytest.mark.usefixtures("three_threads")
 def test_an_exact_number_holds_for_the_calling_thread():
     found: list[int] = []
-    with _threads.exactly(2):
+    with _threads.Exactly(2):
         assert _threads.count() == 2
-        with _threads.exactly(7):
+        with _threads.Exactly(7):
             assert _threads.count() == 7
         other = threading.Thread(target=lambda: found.append(_threads._local.n_threads))
         other.start()
