@@ -46,20 +46,8 @@ from gac_fast.train.update import learning_rate
 
 __all__ = ["OfflineTrainer", "TrainingDivergedError", "make_trainer", "pick_device", "train", "uses_bf16"]
 
-# What may differ between a run and its resumption beside all of plan. None of it changes what an update means: the
-# learning rate falls over n_updates; n_threads, compile and cuda_graph may change the order of sums, hence last bits.
-RESUME_MAY_CHANGE = {
-    "train.n_updates",
-    "train.log_every",
-    "train.eval_every",
-    "train.checkpoint_every",
-    "train.keep_checkpoints",
-    "train.n_threads",
-    "train.prefetch",
-    "train.replay_episodes",
-    "train.compile",
-    "train.cuda_graph",
-}
+# What else may differ between a run and its resumption; the learning rate falls over n_updates.
+MAY_CHANGE = {f"train.{name}" for name in ("n_updates", "eval_every", "checkpoint_every", "replay_episodes")}
 
 
 class OfflineTrainer(Trainer):
@@ -160,7 +148,7 @@ class OfflineTrainer(Trainer):
         if state["data_fingerprint"] != self.fingerprint:
             raise CheckpointError(f"{path}: the run was trained on other episodes than the data given now")
         # Planning happens after training, and so does what is online.
-        check_config(state, path, self.config, RESUME_MAY_CHANGE, free={"plan", "online"})
+        check_config(state, path, self.config, MAY_CHANGE, free={"plan", "online"})
         self._restore_tensors(tensors, state, path)
         self._settled = None
         self.batches.close()

@@ -47,20 +47,8 @@ if TYPE_CHECKING:
 
 __all__ = ["OnlineTrainer", "Spaces", "finetune"]
 
-# What may differ between a run and its resumption beside all of plan.
-RESUME_MAY_CHANGE = {
-    "online.n_steps",
-    "online.n_updates",
-    "online.eval_every",
-    "online.eval_episodes",
-    "online.checkpoint_every",
-    "train.log_every",
-    "train.keep_checkpoints",
-    "train.n_threads",
-    "train.prefetch",
-    "train.compile",
-    "train.cuda_graph",
-}
+# What else may differ between a run and its resumption.
+MAY_CHANGE = {f"online.{name}" for name in ("n_steps", "n_updates", "eval_every", "eval_episodes", "checkpoint_every")}
 
 # First words of what a round's seeds are made of.
 ENV, PLAN, NOISE, EVALUATION, COMPARED = range(5)
@@ -392,7 +380,7 @@ class OnlineTrainer(Trainer):
         saved_id, env_id = (None, None) if self.offline is not None else (state["env_id"], self.spaces.env_id)
         if saved_id is not None and env_id is not None and not same_task(saved_id, env_id):
             raise CheckpointError(f"{path}: expected environment {env_id!r}, the run to resume has {saved_id!r}")
-        check_config(state, path, self.config, RESUME_MAY_CHANGE, free={"plan"})
+        check_config(state, path, self.config, MAY_CHANGE, free={"plan"})
         self._restore_tensors(tensors, state, path)
         arrays = {
             name.removeprefix("online."): value.numpy() for name, value in tensors.items() if name.startswith("online.")
