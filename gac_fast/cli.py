@@ -574,7 +574,6 @@ def _eval(command: Eval) -> None:
         headless_backend()
     from gac_fast import envs
     from gac_fast.evaluate import check_fit, evaluate, pooled
-    from gac_fast.train.log import merge_result
 
     # All of it before the work.
     chosen = [one for path in command.runs for one in _choose(path, command)]
@@ -598,9 +597,7 @@ def _eval(command: Eval) -> None:
         # As late as the plot, for the same reason.
         if command.video is not None and number == 0:
             _film(one.policy, env_id, its_plans, command.seed, command.video)
-            count, evaluations = _earlier_evaluations(one.run)
-            evaluations[name] = {**evaluations[name], "video": command.video}
-            merge_result(one.run, {"n_evaluations": count, "evaluations": evaluations})
+            _amend(one.run, name, video=command.video)
             _print_rows([("video", command.video)])
     over_runs = {}
     for label, found in results.items():
@@ -672,10 +669,11 @@ def _choose(path: Path, command: Eval) -> list[_Chosen]:
     """
     from gac_fast.policy import load
     from gac_fast.train.best import best_checkpoint
+    from gac_fast.train.log import read_result
     from gac_fast.train.offline import pick_device
 
     run = _run_of(path)
-    _, evaluations = _earlier_evaluations(run)
+    _, evaluations = _evaluations(run, read_result(run))
     device = pick_device(command.device)
     newest = load(path, step=command.step, device=device)
     command = _asked(newest, command)
@@ -851,11 +849,8 @@ def _make_plans(policy: Policy, command: Eval) -> Plans | None:
     return None
 
 
-def _earlier_evaluations(run: RunDir) -> tuple[int, dict[str, Any]]:
-    """Number of evaluations so far, and their entries in ``result.json``."""
-    from gac_fast.train.log import read_result
-
-    earlier = read_result(run)
+def _evaluations(run: RunDir, earlier: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
+    """Number of evaluations so far, and their entries, in what ``result.json`` holds."""
     number = earlier.get("n_evaluations", 0)
     if not isinstance(number, int) or isinstance(number, bool) or number < 0:
         raise ConfigError(f"{run.result}: n_evaluations: expected an integer of at least 0, found {number!r}")
@@ -865,13 +860,22 @@ def _earlier_evaluations(run: RunDir) -> tuple[int, dict[str, Any]]:
     return number, evaluations
 
 
+def _amend(run: RunDir, name: str, **values: Any) -> None:
+    """Add to an evaluation's entry in ``result.json``."""
+    from gac_fast.train.log import update_result
+
+    def change(earlier: dict[str, Any]) -> dict[str, Any]:
+        _, evaluations = _evaluations(run, earlier)
+        return {"evaluations": {**evaluations, name: {**evaluations[name], **values}}}
+
+    update_result(run, change)
+
+
 def _report(one: _Chosen, command: Eval, result: EvalResult, engine: str | None) -> str:
     """Add the evaluation to ``result.json``, print it and draw it; returns the name of its entry."""
-    from gac_fast.train.log import merge_result, metric_rows
+    from gac_fast.train.log import metric_rows, update_result
 
     run, policy = one.run, one.policy
-    number, evaluations = _earlier_evaluations(run)
-    number += 1
     what = policy.describe(command.plans, command.target)
     env = result.env_id if engine is None else f"{result.env_id} by {engine}"
     name = f"{env}, {what}, step {policy.step}, {len(result.returns)} episodes, seed {result.seed}"
@@ -882,7 +886,6 @@ def _report(one: _Chosen, command: Eval, result: EvalResult, engine: str | None)
     if plot is not None and one.labels == ("best",):
         plot = plot.with_name(f"{plot.stem}_best.png")
     entry = {
-        "evaluation": number,
         "plans": command.plans,
         "target": command.target,
         "engine": engine,
@@ -893,7 +896,15 @@ def _report(one: _Chosen, command: Eval, result: EvalResult, engine: str | None)
         "plot": None,
         "video": None,
     }
-    merge_result(run, {"n_evaluations": number, "evaluations": {**evaluations, name: entry}})
+    number = 0
+
+    def add(earlier: dict[str, Any]) -> dict[str, Any]:
+        nonlocal number
+        number, evaluations = _evaluations(run, earlier)
+        number += 1
+        return {"n_evaluations": number, "evaluations": {**evaluations, name: {"evaluation": number, **entry}}}
+
+    update_result(run, add)
     rows = []
     if command.csv is not None:
         from gac_fast.results import append_rows
@@ -934,8 +945,7 @@ def _report(one: _Chosen, command: Eval, result: EvalResult, engine: str | None)
     # Last, as it can fail: the evaluation is saved by then.
     if plot is not None:
         _plot(result, plot)
-        entry["plot"] = os.path.relpath(plot, run.path)
-        merge_result(run, {"evaluations": {**_earlier_evaluations(run)[1], name: entry}})
+        _amend(run, name, plot=os.path.relpath(plot, run.path))
         _print_rows([("plot", plot)])
     return name
 
