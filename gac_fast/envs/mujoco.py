@@ -259,5 +259,6 @@ class MujocoVectorEnv(BatchVectorEnv):
         observations = self._observed.copy()
         if isinstance(self.task, Walker2d):
             velocity = observations[:, self._n_positions :]
-            np.clip(velocity, -MAX_SPEED, MAX_SPEED, out=velocity)
+            # np.clip takes three times as long, on its way through Python.
+            np.minimum(np.maximum(velocity, -MAX_SPEED, out=velocity), MAX_SPEED, out=velocity)
         return observations
