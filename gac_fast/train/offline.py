@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
+import warnings
 from collections.abc import Collection
 from pathlib import Path
 
@@ -218,6 +219,7 @@ def train(
     ops.keep_freed_memory()
     trainer = make_trainer(dataset, config)
     dataset, config = trainer.data, trainer.config
+    _warn_of_cut_history(config)
     if env is not None:
         # Now, not at the first replay, many updates later.
         check_fit(trainer.policy(), env)
@@ -242,6 +244,18 @@ def train(
     merge_result(run, {"env_id": dataset.env_id, "step": trainer.step, "offline": last_metrics(run.metrics)})
     _write_plots(run)
     return run.path
+
+
+def _warn_of_cut_history(config: Config) -> None:
+    """Segments suit decoders of the present state alone; others are told."""
+    m, length = config.model, config.train.segment
+    if length and (m.window > 1 or m.context != "states"):
+        warnings.warn(
+            f"train.segment = {length} with model.window = {m.window} and model.context = {m.context!r}: the first "
+            "steps of a segment are learnt without what came before them in their episode, which the decoder sees when "
+            "it acts; with model.window = 1 and model.context = 'states' there is no difference",
+            stacklevel=3,
+        )
 
 
 def _loop(
