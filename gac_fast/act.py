@@ -360,6 +360,7 @@ class Actor:
             part._noise_levels = None if self._noise_levels is None else self._noise_levels[rows]
             part._turn = turn
             part._n_threads, part._inference = max(1, _threads.count() // len(sizes)), torch.is_inference_mode_enabled()
+            state.take_packed(whole)
             part._state = part._awake_state = state
             part._weights = ops.WeightsOf(self.model.decoder)
             part._generator = torch.Generator(device=self.device)

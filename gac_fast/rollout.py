@@ -332,6 +332,8 @@ class _Part:
         """Steps of the present round, the one under way included."""
         self.n_running = 0
         """Rows whose episode of the present round is not over."""
+        self.steps_made = 0
+        """By such rows, in all rounds."""
         self.pending = False
         self.hangs = False
         self._timeout = timeout
@@ -514,9 +516,8 @@ class _Run:
         self.finished = _Finished(self.obs_dim, self.act_dim)
         self.obs = np.zeros((self.n, self.obs_dim), np.float32)
         self.pinned: Any = None
-        self.steps_made, self.round_index = 0, 0
+        self.round_index = 0
         self.stopped = False
-        self.lock = threading.Lock()
         self.together = False
         """Whether parts act and step in threads of their own, without this one."""
         self.events: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
@@ -662,22 +663,20 @@ class _Run:
         row = self._lost(part, np.isfinite(reward))
         if row is not None:
             raise _PartError(f"environment {row} returned a non-finite reward", row, part.t)
-        n_running = part.n_running
         total = self.total[rows]
         np.add(total, reward, out=total, where=running)
         if keeps_rewards:
             self.rewards[rows] = np.where(running, reward, 0.0)
-        self.length[rows] += running
+        part.steps_made += part.n_running
         termination = np.asarray(termination, np.bool_)
         ended = termination | np.asarray(truncation, np.bool_)
         if ended.any():
             part.ended(ended)
             self.terminated[rows] |= running & termination
+            self.length[rows][running & ended] = part.t
             # Last, as it declares the episodes finished to the other threads.
             running &= ~ended
             part.n_running = int(np.count_nonzero(running))
-        with self.lock:
-            self.steps_made += n_running
         if not self.together:
             self._tell()
 
@@ -690,7 +689,8 @@ class _Run:
 
     def _tell(self) -> None:
         """Report progress, if there is any."""
-        progress = self.finished.n + self.wanted - int(np.count_nonzero(self.running)), self.steps_made
+        done = self.finished.n + self.wanted - int(np.count_nonzero(self.running))
+        progress = done, sum(part.steps_made for part in self.parts)
         if self.on_step is not None and progress != self.told:
             self.told = progress
             self.on_step(*progress)
