@@ -251,8 +251,11 @@ class Actor:
             self._weights = ops.WeightsOf(self.model.decoder)
         if self._n_threads == 0:
             return self._act(obs)
-        with self._turn, _threads.exactly(self._n_threads), torch.inference_mode(self._inference):
-            return self._act(obs)
+        with self._turn, _threads.Exactly(self._n_threads):
+            if not self._inference:
+                return self._act(obs)
+            with torch.inference_mode():
+                return self._act(obs)
 
     def _act(self, obs: Array) -> Array:
         if self._awake is None:
@@ -330,6 +333,11 @@ class Actor:
         """
         if min(sizes, default=0) < 1 or sum(sizes) != len(self):
             raise ValueError(f"sizes: expected positive numbers of rows, {len(self)} in all, got {list(sizes)}")
+        # Or torch's threads, which have memory to clear here, spin on when the parts begin to act.
+        with _threads.left_to_the_engine("decode_step", self.z0):
+            return self._split(sizes)
+
+    def _split(self, sizes: Sequence[int]) -> list[Actor]:
         self._wake()
         whole = self._state
         begun = bool(whole.steps.any())
@@ -352,6 +360,7 @@ class Actor:
             part._noise_levels = None if self._noise_levels is None else self._noise_levels[rows]
             part._turn = turn
             part._n_threads, part._inference = max(1, _threads.count() // len(sizes)), torch.is_inference_mode_enabled()
+            state.take_packed(whole)
             part._state = part._awake_state = state
             part._weights = ops.WeightsOf(self.model.decoder)
             part._generator = torch.Generator(device=self.device)

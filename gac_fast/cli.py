@@ -470,17 +470,16 @@ def _statistics(episodes: Trajectories, source: str) -> Iterator[tuple[str, obje
 def _train(command: Train) -> None:
     if command.resume and command.overwrite:
         raise ConfigError("--resume and --overwrite exclude each other: got both")
-    from gac_fast import checkpoint, envs
+    from gac_fast import checkpoint
     from gac_fast.train.log import RunDir, last_metrics, merge_result
     from gac_fast.train.offline import train
 
-    # Now rather than at the first replay, many updates later.
-    env = None if command.env is None else envs.resolve_env_id(command.env)
     path = train(
         command.data,
         command.config,
         command.run_dir,
-        env=env,
+        # Resolved now rather than when the data are loaded.
+        env=None if command.env is None else _resolved(command.env),
         resume=command.resume,
         overwrite=command.overwrite,
         tensorboard=command.tensorboard,
@@ -520,7 +519,7 @@ def _finetune(command: Finetune) -> None:
         raise ConfigError("--resume: expected --run-dir to name the run to resume, got none")
     if command.run is None and not command.resume and command.preset is None:
         raise ConfigError("RUN: expected the folder of a run to go on from, or --preset to start from scratch")
-    from gac_fast import checkpoint, envs
+    from gac_fast import checkpoint
     from gac_fast.policy import load
     from gac_fast.train.log import RunDir, last_metrics, read_result
     from gac_fast.train.offline import pick_device
@@ -534,12 +533,14 @@ def _finetune(command: Finetune) -> None:
         policy = load(command.run, device=pick_device(config.train.device))
     env_id = command.env or (policy.env_id if policy is not None else None)
     if env_id is None and command.resume and command.run_dir is not None:
-        env_id = read_result(RunDir(command.run_dir)).get("env_id")
+        made = read_result(RunDir(command.run_dir))
+        env_id, engine = made.get("env_id"), made.get("engine")
+        env_id = env_id if engine is None else f"{engine}:{env_id}"
     if env_id is None:
         raise ConfigError("--env: expected an environment id, as neither flags nor the run name one")
     path = finetune(
         policy,
-        envs.resolve_env_id(env_id),
+        _resolved(env_id),
         config,
         data=command.data,
         run_dir=command.run_dir,
@@ -573,7 +574,6 @@ def _eval(command: Eval) -> None:
         headless_backend()
     from gac_fast import envs
     from gac_fast.evaluate import check_fit, evaluate, pooled
-    from gac_fast.train.log import merge_result
 
     # All of it before the work.
     chosen = [one for path in command.runs for one in _choose(path, command)]
@@ -590,16 +590,14 @@ def _eval(command: Eval) -> None:
             print()
         result = evaluate(one.policy, env_id, command.episodes, command.seed, its_plans, progress=sys.stderr.isatty())
         result = replace(result, env_id=envs.resolve_env_id(env_id))
-        name = _report(one, command, result, _engine(env_id))
+        name = _report(one, command, result, envs.engine_of(env_id))
         for label in one.labels:
             if label == "best" or command.checkpoint != "best":
                 results["best" if label == "best" else "last"].append(result)
         # As late as the plot, for the same reason.
         if command.video is not None and number == 0:
             _film(one.policy, env_id, its_plans, command.seed, command.video)
-            count, evaluations = _earlier_evaluations(one.run)
-            evaluations[name] = {**evaluations[name], "video": command.video}
-            merge_result(one.run, {"n_evaluations": count, "evaluations": evaluations})
+            _amend(one.run, name, video=command.video)
             _print_rows([("video", command.video)])
     over_runs = {}
     for label, found in results.items():
@@ -671,10 +669,11 @@ def _choose(path: Path, command: Eval) -> list[_Chosen]:
     """
     from gac_fast.policy import load
     from gac_fast.train.best import best_checkpoint
+    from gac_fast.train.log import read_result
     from gac_fast.train.offline import pick_device
 
     run = _run_of(path)
-    _, evaluations = _earlier_evaluations(run)
+    _, evaluations = _evaluations(run, read_result(run))
     device = pick_device(command.device)
     newest = load(path, step=command.step, device=device)
     command = _asked(newest, command)
@@ -736,7 +735,6 @@ def _check_alike(chosen: Sequence[_Chosen], command: Eval) -> str:
         ConfigError: a run is named twice, two have one seed, or they differ in task, data, configuration, in how they
             were trained or for how long.
     """
-    from gac_fast import envs
     from gac_fast.evaluate import same_task
 
     runs = [_run_of(path).path for path in command.runs]
@@ -768,16 +766,19 @@ def _check_alike(chosen: Sequence[_Chosen], command: Eval) -> str:
                     )
     env_id = command.env or first.policy.env_id
     assert env_id is not None
-    engine, resolved = _engine(env_id), envs.resolve_env_id(env_id)
-    return resolved if engine is None else f"{engine}:{resolved}"
+    return _resolved(env_id)
 
 
-def _engine(env_id: str) -> str | None:
-    """What stands in front of an id and is no part of it; EnvPool's environments are its own."""
+def _resolved(env_id: str) -> str:
+    """The registered id, the engine still in front of it.
+
+    Raises:
+        EnvError: nothing of that name is registered.
+    """
     from gac_fast import envs
 
-    name, colon, _ = env_id.partition(":")
-    return name if colon and name in envs.ENGINES and name != "envpool" else None
+    engine, resolved = envs.engine_of(env_id), envs.resolve_env_id(env_id)
+    return resolved if engine is None else f"{engine}:{resolved}"
 
 
 def _check_same_training(first: _Chosen, one: _Chosen, only_best: bool) -> None:
@@ -848,11 +849,8 @@ def _make_plans(policy: Policy, command: Eval) -> Plans | None:
     return None
 
 
-def _earlier_evaluations(run: RunDir) -> tuple[int, dict[str, Any]]:
-    """Number of evaluations so far, and their entries in ``result.json``."""
-    from gac_fast.train.log import read_result
-
-    earlier = read_result(run)
+def _evaluations(run: RunDir, earlier: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
+    """Number of evaluations so far, and their entries, in what ``result.json`` holds."""
     number = earlier.get("n_evaluations", 0)
     if not isinstance(number, int) or isinstance(number, bool) or number < 0:
         raise ConfigError(f"{run.result}: n_evaluations: expected an integer of at least 0, found {number!r}")
@@ -862,13 +860,22 @@ def _earlier_evaluations(run: RunDir) -> tuple[int, dict[str, Any]]:
     return number, evaluations
 
 
+def _amend(run: RunDir, name: str, **values: Any) -> None:
+    """Add to an evaluation's entry in ``result.json``."""
+    from gac_fast.train.log import update_result
+
+    def change(earlier: dict[str, Any]) -> dict[str, Any]:
+        _, evaluations = _evaluations(run, earlier)
+        return {"evaluations": {**evaluations, name: {**evaluations[name], **values}}}
+
+    update_result(run, change)
+
+
 def _report(one: _Chosen, command: Eval, result: EvalResult, engine: str | None) -> str:
     """Add the evaluation to ``result.json``, print it and draw it; returns the name of its entry."""
-    from gac_fast.train.log import merge_result, metric_rows
+    from gac_fast.train.log import metric_rows, update_result
 
     run, policy = one.run, one.policy
-    number, evaluations = _earlier_evaluations(run)
-    number += 1
     what = policy.describe(command.plans, command.target)
     env = result.env_id if engine is None else f"{result.env_id} by {engine}"
     name = f"{env}, {what}, step {policy.step}, {len(result.returns)} episodes, seed {result.seed}"
@@ -879,7 +886,6 @@ def _report(one: _Chosen, command: Eval, result: EvalResult, engine: str | None)
     if plot is not None and one.labels == ("best",):
         plot = plot.with_name(f"{plot.stem}_best.png")
     entry = {
-        "evaluation": number,
         "plans": command.plans,
         "target": command.target,
         "engine": engine,
@@ -890,7 +896,15 @@ def _report(one: _Chosen, command: Eval, result: EvalResult, engine: str | None)
         "plot": None,
         "video": None,
     }
-    merge_result(run, {"n_evaluations": number, "evaluations": {**evaluations, name: entry}})
+    number = 0
+
+    def add(earlier: dict[str, Any]) -> dict[str, Any]:
+        nonlocal number
+        number, evaluations = _evaluations(run, earlier)
+        number += 1
+        return {"n_evaluations": number, "evaluations": {**evaluations, name: {"evaluation": number, **entry}}}
+
+    update_result(run, add)
     rows = []
     if command.csv is not None:
         from gac_fast.results import append_rows
@@ -931,8 +945,7 @@ def _report(one: _Chosen, command: Eval, result: EvalResult, engine: str | None)
     # Last, as it can fail: the evaluation is saved by then.
     if plot is not None:
         _plot(result, plot)
-        entry["plot"] = os.path.relpath(plot, run.path)
-        merge_result(run, {"evaluations": {**_earlier_evaluations(run)[1], name: entry}})
+        _amend(run, name, plot=os.path.relpath(plot, run.path))
         _print_rows([("plot", plot)])
     return name
 

@@ -241,7 +241,9 @@ class TrainConfig:
     """Draw trajectories with probability proportional to their length, or all alike."""
     segment: int = 0
     """Time steps of a training trajectory: episodes are cut into parts of about so many, each with the return from its
-    first step to the end of the episode, which needs rewards. 0 takes whole episodes."""
+    first step to the end of the episode, which needs rewards. What came before is cut away: a part's first steps are
+    learnt as those of an episode are, so that a decoder that looks back (model.window > 1, or model.context =
+    states_actions) acts there on a history that it has not learnt with. 0 takes whole episodes."""
     n_threads: int = 0
     """Torch CPU threads; 0 leaves torch's own choice."""
     prefetch: int = 2

@@ -23,7 +23,7 @@ from gac_fast.rollout import Rollout, rollout
 if TYPE_CHECKING:
     from gymnasium.vector import VectorEnv
 
-__all__ = ["EvalResult", "check_fit", "evaluate", "pooled", "same_task"]
+__all__ = ["EvalResult", "check_fit", "check_task", "evaluate", "pooled", "same_task"]
 
 MAX_ENVS = 256
 
@@ -189,7 +189,7 @@ def evaluate(
         for vector in vectors:
             _check_spaces(policy, vector, env_id)
         if own:
-            _check_task(policy, env_id)
+            check_task(policy.env_id, env_id)
         predicted, predicted_std = np.zeros(episodes), np.zeros(episodes)
 
         def make_actor(obs: np.ndarray, first: int) -> Actor:
@@ -244,7 +244,7 @@ def check_fit(policy: Policy, env: str) -> None:
     vector = envs.make_vector(env, num_envs=1)
     try:
         _check_spaces(policy, vector, env)
-        _check_task(policy, env)
+        check_task(policy.env_id, env)
     finally:
         vector.close()
 
@@ -282,24 +282,32 @@ def _check_spaces(policy: Policy, vector: VectorEnv[Any, Any, Any], env_id: str)
             )
 
 
-def _check_task(policy: Policy, env_id: str) -> None:
-    """Refuse another task of the same shapes. Data may bear any name: only ids that gymnasium knows are compared."""
+def check_task(trained_on: str | None, env_id: str, what: str = "the policy was trained on") -> None:
+    """Refuse another task with spaces of the same shapes. Data may bear any name: only ids that gymnasium knows count.
+
+    Args:
+        trained_on: environment of the data, if it is known.
+        what: the data are, as the message is to say.
+
+    Raises:
+        EnvError: another task.
+    """
     from gac_fast import envs
 
-    if policy.env_id is None:
+    if trained_on is None:
         return
     # Without "module:", which gymnasium would import: the name comes from a file.
-    name = policy.env_id.rpartition(":")[2]
+    name = trained_on.rpartition(":")[2]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            trained_on = _task(envs.resolve_env_id(name))
+            known = envs.resolve_env_id(name)
     except EnvError:
         return
-    if _task(envs.resolve_env_id(env_id)) != trained_on:
+    if not same_task(envs.resolve_env_id(env_id), known):
         raise EnvError(
-            f"{env_id}: the policy was trained on {policy.env_id}, another task with spaces of the same shapes; "
-            "pass a vector environment to evaluate it there all the same"
+            f"{env_id}: {what} {trained_on}, another task with spaces of the same shapes; "
+            "pass a vector environment to run it there all the same"
         )
 
 

@@ -8,13 +8,13 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from gac_fast.errors import ConfigError
 
-__all__ = ["read_json", "replacing", "sync", "write_json"]
+__all__ = ["locked", "read_json", "replacing", "sync", "write_json"]
 
 
 def sync(path: str | os.PathLike[str]) -> None:
@@ -43,6 +43,23 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     finally:
         temporary.unlink(missing_ok=True)
     sync(path.parent)
+
+
+@contextmanager
+def locked(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Wait until no other process or thread holds the lock of a file or folder, and hold it meanwhile.
+
+    Of no effect where the system or the file system knows no locks.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        with suppress(ImportError, OSError):
+            import fcntl
+
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def write_json(path: str | os.PathLike[str], obj: Any) -> None:

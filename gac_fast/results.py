@@ -8,16 +8,16 @@ last one counts.
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import io
 import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 from gac_fast.errors import DataError
+from gac_fast.files import locked
 
 __all__ = ["BEST", "COLUMNS", "Row", "append_rows", "check_appendable", "read_rows"]
 
@@ -156,17 +156,8 @@ def append_rows(path: str | os.PathLike[str], rows: Iterable[Row]) -> None:
     writer = csv.writer(text, lineterminator="\n")
     for row in rows:
         writer.writerow("" if cell is None else cell for cell in row)
-    with path.open("ab") as file:
-        _lock(file)
+    with path.open("ab", buffering=0) as file, locked(path):
         # Again: another process may have made the file since.
         check_appendable(path)
         header = "" if os.fstat(file.fileno()).st_size else ",".join(COLUMNS) + "\n"
         file.write((header + text.getvalue()).encode())
-
-
-def _lock(file: IO[bytes]) -> None:
-    """Wait until no other process appends to the file; closing it ends that. Of no effect where there is no flock."""
-    with contextlib.suppress(ImportError):
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX)

@@ -330,6 +330,10 @@ class _Part:
         """When the call that is under way began."""
         self.t = 0
         """Steps of the present round, the one under way included."""
+        self.n_running = 0
+        """Rows whose episode of the present round is not over."""
+        self.steps_made = 0
+        """By such rows, in all rounds."""
         self.pending = False
         self.hangs = False
         self._timeout = timeout
@@ -340,7 +344,7 @@ class _Part:
             self._limit = timeout + ASYNC_GRACE
         self._disabled = env.metadata.get("autoreset_mode") == AutoresetMode.DISABLED
         self._mask: npt.NDArray[np.bool_] | None = None
-        # Of an environment that can leave finished rows as they are, which is quicker than to step them.
+        # Of an environment that can leave rows of no interest as they are, which is quicker than to step them.
         self.park: Callable[[npt.NDArray[np.bool_] | None], None] | None = getattr(env.unwrapped, "park", None)
         self._call: Callable[[], Any] = lambda: None
 
@@ -353,6 +357,13 @@ class _Part:
         """Begin a step."""
         self.t += 1
         self._begin(lambda: self._step(actions))
+
+    def ended(self, mask: npt.NDArray[np.bool_]) -> None:
+        """Take note of the rows that the last step ended, before the next one begins."""
+        if self.park is not None:
+            self.park(mask)
+        elif self._disabled:
+            self._mask = mask
 
     def wait(self) -> Any:
         """The result of what was begun."""
@@ -411,18 +422,11 @@ class _Part:
             self._reset(options={"reset_mask": self._mask})
             self._mask = None
         if not self._is_async:
-            result = self.env.step(actions)
-        else:
-            base: Any = self.env
-            base.step_async(actions)
-            with self._answers():
-                result = base.step_wait(self._timeout)
-        if self.park is not None:
-            self.park(np.asarray(result[2], np.bool_) | np.asarray(result[3], np.bool_))
-        elif self._disabled:
-            done = np.asarray(result[2], np.bool_) | np.asarray(result[3], np.bool_)
-            self._mask = done if done.any() else None
-        return result
+            return self.env.step(actions)
+        base: Any = self.env
+        base.step_async(actions)
+        with self._answers():
+            return base.step_wait(self._timeout)
 
     @contextlib.contextmanager
     def _answers(self) -> Iterator[None]:
@@ -512,9 +516,8 @@ class _Run:
         self.finished = _Finished(self.obs_dim, self.act_dim)
         self.obs = np.zeros((self.n, self.obs_dim), np.float32)
         self.pinned: Any = None
-        self.steps_made, self.round_index = 0, 0
+        self.round_index = 0
         self.stopped = False
-        self.lock = threading.Lock()
         self.together = False
         """Whether parts act and step in threads of their own, without this one."""
         self.events: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
@@ -569,6 +572,7 @@ class _Run:
             part.reset(None if seed is None else seed + part.rows.start)
         for part in self.parts:
             observations, _ = part.wait()
+            part.n_running = int(np.count_nonzero(self.running[part.rows]))
             self._observe(part, observations)
             if part.park is not None:
                 part.park(~self.running[part.rows])
@@ -627,73 +631,79 @@ class _Run:
         while any(part.pending for part in unit.parts) and not self.stopped:
             for part in unit.parts:
                 if part.pending:
-                    self._end(part)
-            running = self.running[unit.rows]
-            if running.any():
+                    self._end(part, rewarded is not None)
+            if any(part.n_running for part in unit.parts):
                 if rewarded is not None:
                     rewarded(self.rewards[unit.rows])
                     self.rewards[unit.rows] = 0.0
-                if rest is not None and n_running != (n_running := int(np.count_nonzero(running))):
-                    rest(~running)
+                if rest is not None and n_running != (n_running := sum(part.n_running for part in unit.parts)):
+                    rest(~self.running[unit.rows])
                 self._act(unit)
 
     def _act(self, unit: _Unit) -> None:
         """Choose actions and begin the steps."""
         actions = np.asarray(unit.actor.act(self.obs[unit.rows]))
         for part in unit.parts:
-            running = self.running[part.rows]
-            if not running.any():
+            if not part.n_running:
                 continue
             own = actions[part.rows.start - unit.rows.start : part.rows.stop - unit.rows.start]
-            lost = running & ~np.isfinite(own).all(axis=1)
-            if lost.any():
-                row = part.rows.start + int(lost.argmax())
+            row = self._lost(part, np.isfinite(own))
+            if row is not None:
                 raise _PartError(f"the actor gave environment {row} an action that is not finite", row, part.t + 1)
             self.steps[self.parts.index(part)].write(part.t, self.obs[part.rows], own)
             part.step(own)
 
-    def _end(self, part: _Part) -> None:
-        """Wait for a step and book it."""
+    def _end(self, part: _Part, keeps_rewards: bool) -> None:
+        """Wait for a step and book it. Few operations: at this size each takes longer than the arithmetic in it."""
         observations, reward, termination, truncation, _ = part.wait()
         rows = part.rows
         running = self.running[rows]
         self._observe(part, observations)
         reward = np.asarray(reward, np.float64)
-        lost = running & ~np.isfinite(reward)
-        if lost.any():
-            row = rows.start + int(lost.argmax())
+        row = self._lost(part, np.isfinite(reward))
+        if row is not None:
             raise _PartError(f"environment {row} returned a non-finite reward", row, part.t)
-        n_running = int(np.count_nonzero(running))
         total = self.total[rows]
         np.add(total, reward, out=total, where=running)
-        self.rewards[rows] = np.where(running, reward, 0.0)
-        self.length[rows] += running
+        if keeps_rewards:
+            self.rewards[rows] = np.where(running, reward, 0.0)
+        part.steps_made += part.n_running
         termination = np.asarray(termination, np.bool_)
-        self.terminated[rows] |= running & termination
-        # Last, as it declares the episode finished to the other threads.
-        running &= ~(termination | np.asarray(truncation, np.bool_))
-        with self.lock:
-            self.steps_made += n_running
+        ended = termination | np.asarray(truncation, np.bool_)
+        if ended.any():
+            part.ended(ended)
+            self.terminated[rows] |= running & termination
+            self.length[rows][running & ended] = part.t
+            # Last, as it declares the episodes finished to the other threads.
+            running &= ~ended
+            part.n_running = int(np.count_nonzero(running))
         if not self.together:
             self._tell()
 
+    def _lost(self, part: _Part, finite: npt.NDArray[np.bool_]) -> int | None:
+        """The first running row that is not ``finite``, bool [n] or [n, ...]; None where there is none."""
+        if finite.all():
+            return None
+        lost = self.running[part.rows] & ~finite.reshape(len(finite), -1).all(axis=1)
+        return part.rows.start + int(lost.argmax()) if lost.any() else None
+
     def _tell(self) -> None:
         """Report progress, if there is any."""
-        progress = self.finished.n + self.wanted - int(np.count_nonzero(self.running)), self.steps_made
+        done = self.finished.n + self.wanted - int(np.count_nonzero(self.running))
+        progress = done, sum(part.steps_made for part in self.parts)
         if self.on_step is not None and progress != self.told:
             self.told = progress
             self.on_step(*progress)
 
     def _observe(self, part: _Part, observations: np.ndarray) -> None:
         """Take over what was observed; what environments observe that are not running may be anything."""
-        own, running = self.obs[part.rows], self.running[part.rows]
+        own = self.obs[part.rows]
         own[...] = observations
         finite = np.isfinite(own)
         if finite.all():
             return
-        lost = running & ~finite.all(axis=1)
-        if lost.any():
-            row = part.rows.start + int(lost.argmax())
+        row = self._lost(part, finite)
+        if row is not None:
             raise _PartError(f"environment {row} returned a non-finite observation", row, part.t)
         own[~finite] = 0.0
 

@@ -158,6 +158,24 @@ def test_the_actor_reads_the_models_present_weights():
     assert not torch.equal(actor.act(observations(1)[0]), before)
 
 
+def test_the_parts_of_an_actor_share_its_packed_weights_until_the_models_change():
+    actor, obs = make_actor(), observations(1)[0]
+    actor.act(obs)
+    actor.reset()
+    one, two = actor.split([1, P - 1])
+    first = one.act(obs[:1])
+    assert one._state._packed is actor._state._packed
+    with torch.no_grad():
+        actor.model.decoder.head.weight.mul_(-1)
+    alone = make_actor()
+    alone.model.load_state_dict(actor.model.state_dict())
+    assert torch.equal(two.act(obs[1:]), alone.split([1, P - 1])[1].act(obs[1:]))
+    one.reset()
+    assert not torch.equal(one.act(obs[:1]), first)
+    packed = [x._state._packed for x in (actor, one, two)]
+    assert len(set(map(id, packed))) == 3 or packed == [None] * 3
+
+
 @pytest.mark.parametrize("context", ["states", "states_actions"])
 def test_weights_may_change_within_an_episode(context):
     """What is in the rings stays; the next step runs on the new weights."""

@@ -334,6 +334,31 @@ def test_finetune_goes_on_from_a_run_with_its_own_configuration(
     assert read(new / "config.json")["online"]["n_envs"] == 2
 
 
+def test_train_and_finetune_keep_the_engine_in_front_of_the_environment(
+    dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gymnasium.vector import SyncVectorEnv
+
+    from gac_fast import envs
+    from gac_fast.train import offline, online
+
+    made, make_parts = [], envs.make_parts
+    monkeypatch.setattr(
+        envs, "make_parts", lambda *args, **kwargs: made.append(make_parts(*args, **kwargs)) or made[-1]
+    )
+    for module in (offline, online):
+        # Pictures take a second each.
+        monkeypatch.setattr(module, "_write_plots", lambda run: None)
+    old, new, env = tmp_path / "old", tmp_path / "new", ["--env", "sync:pointmaze-umaze"]
+    assert main(train_flags(dataset, old, *TINY, *env, "--train.replay-episodes", "2")) == 0
+    assert main(["finetune", str(old), *env, "--steps", "600", "--run-dir", str(new), "--no-tensorboard", *ONLINE]) == 0
+    assert main(["finetune", "--run-dir", str(new), "--resume", "--steps", "1200", "--no-tensorboard"]) == 0
+    # Replay; acting and evaluating, twice.
+    assert [isinstance(parts[0].unwrapped, SyncVectorEnv) for parts in made] == [True] * 5
+    result = read(new / "result.json")
+    assert (result["env_id"], result["engine"]) == (UMAZE, "sync")
+
+
 def test_finetune_from_scratch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     new = tmp_path / "new"
     flags = ["--preset", "tiny", "--env", "pointmaze-umaze", "--online.fill-episodes", "2", "--steps", "1200", *ONLINE]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from typing import Any
 
@@ -379,6 +380,28 @@ def test_without_a_render_mode_there_is_no_picture() -> None:
     assert env.render() is None
     with pytest.raises(EnvError, match="render_mode: expected None or 'rgb_array', got 'human'"):
         PointMazeEnv("umaze", render_mode="human")
+
+
+RENDER = """
+from gac_fast.video import headless_backend
+headless_backend()
+from gac_fast.envs import make_env
+from gac_fast.envs.pointmaze import PointMazeEnv
+env = PointMazeEnv("umaze", render_mode="rgb_array") if {own} else make_env("Hopper-v5", render_mode="rgb_array")
+env.reset(seed=0)
+assert env.render().any()
+import triton
+"""
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_triton_loads_after_a_picture(own: bool) -> None:
+    """Mesa's LLVM and Triton's in one process end it where Mesa's comes first, hence a process of its own."""
+    pytest.importorskip("triton")
+    _rendering().close()
+    command = [sys.executable, "-c", RENDER.format(own=own)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_machine_that_cannot_render_is_told_the_cure(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -156,7 +156,7 @@ def test_another_task_of_the_same_shapes_is_refused_by_id_and_allowed_as_a_vecto
     p = policy_of("test_gac/ToyA-v0")
     message = (
         "test_gac/ToyB-v0: the policy was trained on test_gac/ToyA-v0, another task with spaces of the same shapes; "
-        "pass a vector environment to evaluate it there all the same"
+        "pass a vector environment to run it there all the same"
     )
     with pytest.raises(EnvError, match=message):
         evaluate(p, "test_gac/ToyB-v0", episodes=1)
@@ -182,13 +182,13 @@ MAZE_NAMES = ["gac_fast/PointMaze-umaze-v0", "pointmaze-umaze", "PointMaze_UMaze
 @pytest.mark.parametrize("env_id", ["gac_fast/PointMaze-umaze-v0", "pointmaze-umaze", "PointMaze-UMaze"])
 @pytest.mark.parametrize("trained_on", MAZE_NAMES)
 def test_a_maze_is_one_task_under_all_its_names(trained_on, env_id):
-    evaluation._check_task(policy_of(trained_on), env_id)
+    evaluation.check_task(trained_on, env_id)
 
 
 @pytest.mark.parametrize("trained_on", ["gac_fast/PointMaze-medium-v0", "pointmaze-medium", "PointMaze_Medium-v3"])
 def test_another_maze_is_another_task(trained_on):
     with pytest.raises(EnvError, match=f"pointmaze-umaze: the policy was trained on {trained_on}, another task"):
-        evaluation._check_task(policy_of(trained_on), "pointmaze-umaze")
+        evaluation.check_task(trained_on, "pointmaze-umaze")
 
 
 def test_unknown_environments_and_no_episodes():

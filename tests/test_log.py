@@ -10,7 +10,9 @@ import platform
 import shutil
 import signal
 import subprocess
+import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,18 @@ import pytest
 import torch
 
 from gac_fast.errors import ConfigError
-from gac_fast.train.log import Logger, Progress, StopSignal, environment, git_commit, start_run
+from gac_fast.train.log import (
+    Logger,
+    Progress,
+    RunDir,
+    StopSignal,
+    environment,
+    git_commit,
+    merge_result,
+    read_result,
+    start_run,
+    update_result,
+)
 
 
 def test_start_run_writes_config_and_environment(tmp_path: Path) -> None:
@@ -84,6 +97,38 @@ def git(folder: Path, *arguments: str) -> str:
     identity = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false", "-c", "init.defaultBranch=m"]
     done = subprocess.run(["git", "-C", str(folder), *identity, *arguments], capture_output=True, text=True, check=True)
     return done.stdout.strip()
+
+
+ADD = """
+import sys
+from pathlib import Path
+from gac_fast.train.log import RunDir, update_result
+for _ in range(25):
+    update_result(RunDir(Path(sys.argv[1])), lambda earlier: {"n": earlier["n"] + 1})
+"""
+
+
+def test_results_of_two_processes_and_threads_all_stay(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    merge_result(run, {"n": 0, "begun": True})
+    other = subprocess.Popen([sys.executable, "-c", ADD, str(run.path)])
+
+    def add(name: str) -> None:
+        # Once the other process has begun: both are at it.
+        while read_result(run)["n"] == 0 and other.poll() is None:
+            time.sleep(0.001)
+        for i in range(10):
+            update_result(run, lambda earlier: {"n": earlier["n"] + 1})
+            merge_result(run, {f"{name}{i}": i})
+
+    threads = [threading.Thread(target=add, args=(name,)) for name in "ab"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert other.wait(60) == 0
+    found = read_result(run)
+    assert found == {"n": 45, "begun": True} | {f"{name}{i}": i for name in "ab" for i in range(10)}
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")

@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import threading
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -586,7 +587,15 @@ def test_segments_of_one_episode_are_held_out_together_and_resume(tmp_path):
     best = np.flatnonzero(policy.opens.numpy() & trainer.usable.numpy())
     assert policy.best(3).tolist() == best[np.argsort(-parts.returns[best])][:3].tolist()
     trainer.batches.close()
-    whole = run(tmp_path / "whole", conf, episodes)
+    with pytest.warns(
+        UserWarning, match=r"train\.segment = 2 with model\.window = \d+ .* learnt without what came before"
+    ):
+        whole = run(tmp_path / "whole", conf, episodes)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        states = {"window": 1, "context": "states", "action_token_dropout": 0.0}
+        for fields in ({"model": states}, {"train": {"segment": 0}}):
+            offline._warn_of_cut_history(conf.replace(**fields))
     # Whatever the step, it plans from what stands out, and knows the starts.
     early = load(whole, step=4)
     assert torch.equal(early.opens, policy.opens)

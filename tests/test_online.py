@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -25,6 +26,7 @@ from gac_fast.envs.delayed import DelayedReward
 from gac_fast.errors import CheckpointError, ConfigError, DataError, EnvError
 from gac_fast.plan import TargetSchedule
 from gac_fast.policy import Policy, load
+from gac_fast.rollout import rollout
 from gac_fast.train import online as online_module
 from gac_fast.train.online import OnlineTrainer, finetune
 from gac_fast.train.trainer import TrainingDivergedError
@@ -166,6 +168,40 @@ def _settled(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
     settled = torch.zeros(len(tensors["data.returns"]), dtype=torch.bool)
     settled[tensors["best.ids"]] = True
     return settled
+
+
+@pytest.mark.parametrize("sizes", [[4], [2, 2]])
+def test_an_actor_is_told_as_much_with_its_time_taken_as_without(sizes):
+    """Of rewards and of rows that have finished, whose actions need not be computed."""
+
+    class Told:
+        z0 = np.zeros((4, 1, 2), np.float32)
+        device = torch.device("cpu")
+
+        def __init__(self, heard, first=0):
+            self.heard, self.first = heard, first
+
+        def split(self, sizes):
+            return [Told(self.heard, sum(sizes[:i])) for i in range(len(sizes))]
+
+        def act(self, obs):
+            return np.zeros((len(obs), ACT_DIM), np.float32)
+
+        def rest(self, mask):
+            self.heard.append((self.first, "rest", mask.tolist()))
+
+        def rewarded(self, rewards):
+            self.heard.append((self.first, "rewarded", rewards.tolist()))
+
+    def heard(wrap):
+        told, starts = [], np.cumsum([0, *sizes])
+        vectors = [counting_vector(LENGTHS[i:j]) for i, j in itertools.pairwise(starts)]
+        assert rollout(vectors, lambda obs, first: wrap(Told(told)), 4, seed=0).z0.shape == (4, 1, 2)
+        return sorted(told, key=lambda one: one[0])
+
+    bare = heard(lambda actor: actor)
+    assert {what for _, what, _ in bare} == {"rest", "rewarded"}
+    assert heard(online_module._Watched) == bare
 
 
 @pytest.mark.parametrize("method", ["langevin", "variational"])
@@ -471,6 +507,20 @@ def test_a_run_is_resumed_with_its_own_configuration_and_data_only(offline_run, 
         finetune(None, seeded_vector(4), resume=True)
 
 
+def test_a_run_is_resumed_whatever_its_data_are_called(offline_run, tmp_path):
+    called = dataclasses.replace(data(), env_id="hopper-medium-v2")
+    spaces = online_module.Spaces.of_data(data())._replace(env_id="Hopper-v5")
+    trainer = OnlineTrainer(config(), spaces, called)
+    trainer.begin_at(checkpoint.latest(offline_run))
+    saved = trainer.save(tmp_path)
+    OnlineTrainer(config(), spaces, called).restore(saved)
+    alone = OnlineTrainer(config(), spaces)
+    alone.add(online_module.Explored(data(), np.zeros((10, 2, 16), np.float32), np.zeros(10), 0.0, 0.0, 0.0))
+    saved = alone.save(tmp_path / "alone")
+    with pytest.raises(CheckpointError, match=r"expected environment 'Walker2d-v5', the run to resume has 'Toy"):
+        OnlineTrainer(config(), spaces._replace(env_id="Walker2d-v5")).restore(saved)
+
+
 # What goes wrong
 
 
@@ -524,6 +574,9 @@ def test_what_does_not_fit_is_named_before_any_work(offline_run, tmp_path):
         tune(dataclasses_policy(offline_run), folder)
     with pytest.raises(DataError, match="nowhere"):
         tune(offline_run, folder, data="nowhere")
+    umaze = dataclasses.replace(data(), env_id="gac_fast/PointMaze-umaze-v0")
+    with pytest.raises(EnvError, match=r"^pointmaze-medium: the data are of gac_fast/PointMaze-umaze-v0, another task"):
+        tune(None, folder, vector="pointmaze-medium", data=umaze)
     assert not folder.exists()
     for fields, words in (
         ({"explore": "off"}, r"online\.n_updates must be at least 1 where online\.explore = 'off', got 0"),

@@ -10,8 +10,10 @@ import threading
 import pytest
 import torch
 from conftest import ROOT
+from core_fixtures import make_policy
 
 from gac_fast import ops
+from gac_fast.act import Actor
 from gac_fast.ops import _threads
 
 
@@ -41,9 +43,9 @@ def test_the_engine_takes_all_threads_and_torch_one():
 @pytest.mark.usefixtures("three_threads")
 def test_an_exact_number_holds_for_the_calling_thread():
     found: list[int] = []
-    with _threads.exactly(2):
+    with _threads.Exactly(2):
         assert _threads.count() == 2
-        with _threads.exactly(7):
+        with _threads.Exactly(7):
             assert _threads.count() == 7
         other = threading.Thread(target=lambda: found.append(_threads._local.n_threads))
         other.start()
@@ -84,6 +86,15 @@ def test_nothing_changes_where_the_engine_does_not_run():
         assert torch.get_num_threads() == 3
     with ops.backend("reference"), ops.left_to_the_engine("block", torch.zeros(2)):
         assert torch.get_num_threads() == 3
+
+
+@pytest.mark.usefixtures("cpp_engine", "three_threads")
+def test_an_actor_is_split_on_one_thread_of_torch(monkeypatch):
+    policy, new_state, found = make_policy(), Actor._new_state, []
+    actor = policy.actor(policy.prior_plans(4))
+    monkeypatch.setattr(Actor, "_new_state", lambda *args: found.append(torch.get_num_threads()) or new_state(*args))
+    (part,) = actor.split([4])
+    assert (found, part._n_threads) == ([1], 3)
 
 
 FAULTS = """

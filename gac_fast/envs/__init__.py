@@ -9,6 +9,7 @@ import io
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from gac_fast.envs._opengl import load_triton_first
 from gac_fast.envs.mazes import MAZES, MazeSpec, maze_spec
 from gac_fast.errors import EnvError
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from gymnasium.vector import VectorEnv
 
 __all__ = [
-    "ENGINES", "MAZES", "MazeSpec", "close_vector", "make_env", "make_halves", "make_parts", "make_vector",
+    "ENGINES", "MAZES", "MazeSpec", "close_vector", "engine_of", "make_env", "make_halves", "make_parts", "make_vector",
     "maze_spec", "resolve_env_id",
 ]  # fmt: skip
 
@@ -61,6 +62,12 @@ def resolve_env_id(env_id: str) -> str:
         raise EnvError(
             f"environment {env_id!r}: expected a registered gymnasium id, got one that is unknown{hint}"
         ) from (error)
+
+
+def engine_of(env_id: str) -> str | None:
+    """The engine in front of an id whose environment is the same without it; EnvPool's environments are its own."""
+    engine, _ = _split(env_id)
+    return None if engine == "envpool" else engine
 
 
 def make_vector(
@@ -169,6 +176,8 @@ def make_env(env_id: str, render_mode: str | None = None, **kwargs: Any) -> gymn
     """
     import gymnasium
 
+    if render_mode is not None:
+        load_triton_first()
     with _gymnasium_errors(env_id):
         single = gymnasium.make(resolve_env_id(env_id), render_mode=render_mode, **kwargs)
     _check_spaces(single.observation_space, single.action_space, env_id)
@@ -188,6 +197,8 @@ def _make_vector(env_id: str, num_envs: int, engine: str | None, kwargs: dict[st
         raise EnvError(f"engine: expected one of {', '.join(ENGINES)}, got {engine!r}")
     prefix, name = _split(env_id)
     engine = engine or prefix
+    if kwargs.get("render_mode") is not None:
+        load_triton_first()
     if engine == "envpool":
         from gac_fast.envs.envpool import EnvPoolVectorEnv
 

@@ -31,7 +31,7 @@ def checked_actions(actions: Any, shape: tuple[int, ...]) -> Floats:
         EnvError: another shape, or a value that is not finite.
     """
     actions = np.asarray(actions)
-    if not np.issubdtype(actions.dtype, np.floating):
+    if actions.dtype.kind != "f":
         actions = actions.astype(np.float64)
     if actions.shape != shape:
         raise EnvError(f"actions: expected shape {shape}, got {actions.shape}")

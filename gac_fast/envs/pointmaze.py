@@ -27,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 from gymnasium.vector import AutoresetMode
 
+from gac_fast.envs._opengl import load_triton_first
 from gac_fast.envs.batch import BatchVectorEnv, Floats, checked_actions, new_batch
 from gac_fast.envs.mazes import MAZES, MazeSpec, maze_spec
 from gac_fast.errors import EnvError
@@ -305,6 +306,7 @@ class _TopView:
     def __init__(self, maze: MazeSpec, width: int, height: int) -> None:
         import mujoco
 
+        load_triton_first()
         self._context = _offscreen_context(width, height)
         model = copy.copy(load_model(maze.name))
         self._data = mujoco.MjData(model)

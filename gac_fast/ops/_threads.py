@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gac_fast.ops import _dispatch
 
-__all__ = ["count", "exactly", "left_to_the_engine"]
+__all__ = ["Exactly", "count", "left_to_the_engine"]
 
 
 class _Local(threading.local):
@@ -28,15 +28,21 @@ def count() -> int:
     return _local.n_threads or torch.get_num_threads()
 
 
-@contextlib.contextmanager
-def exactly(n_threads: int) -> Iterator[None]:
-    """Inside, the engine takes so many threads. Holds for the calling thread."""
-    before = _local.n_threads
-    try:
-        _local.n_threads = n_threads
-        yield
-    finally:
-        _local.n_threads = before
+class Exactly:
+    """Inside, the engine takes so many threads. Holds for the calling thread.
+
+    A class, as a generator takes several times as long, at every step of every part of an actor.
+    """
+
+    def __init__(self, n_threads: int) -> None:
+        self.n_threads = n_threads
+
+    def __enter__(self) -> None:
+        self.before = _local.n_threads
+        _local.n_threads = self.n_threads
+
+    def __exit__(self, *error: object) -> None:
+        _local.n_threads = self.before
 
 
 @contextlib.contextmanager

@@ -113,6 +113,13 @@ class DecodeState:
         self._all_new = False
         self._triton: _TritonStep | None = None
 
+    def take_packed(self, other: DecodeState) -> None:
+        """Begin with the C++ engine's copy of the weights that another state holds; it is only ever read.
+
+        Whether it is still that of the weights is found out at the first step.
+        """
+        self._packed, self._tensors, self._content = other._packed, other._tensors, other._content
+
     def __getstate__(self) -> dict[str, Any]:
         return {name: None if name in _ENGINE_PARTS else value for name, value in self.__dict__.items()}
 

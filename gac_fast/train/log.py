@@ -23,7 +23,7 @@ from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 from gac_fast.errors import ConfigError
-from gac_fast.files import read_json, replacing, write_json
+from gac_fast.files import locked, read_json, replacing, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -45,6 +45,7 @@ __all__ = [
     "read_result",
     "short_commit",
     "start_run",
+    "update_result",
     "write_json",
 ]
 
@@ -521,4 +522,17 @@ def read_result(run: RunDir) -> dict[str, Any]:
 
 def merge_result(run: RunDir, values: Mapping[str, Any]) -> None:
     """Add to the run's ``result.json``; what others wrote there stays."""
-    write_json(run.result, {**read_result(run), **values})
+    update_result(run, lambda earlier: values)
+
+
+def update_result(run: RunDir, change: Callable[[dict[str, Any]], Mapping[str, Any]]) -> None:
+    """Add to the run's ``result.json`` what follows from what is there, which no other process changes meanwhile.
+
+    Args:
+        change: what the file holds so far -> what to add.
+    """
+    run.path.mkdir(parents=True, exist_ok=True)
+    # The folder's lock: the file is replaced, and a lock would go with the old one.
+    with locked(run.path):
+        earlier = read_result(run)
+        write_json(run.result, {**earlier, **change(earlier)})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
+import warnings
 from collections.abc import Collection
 from pathlib import Path
 
@@ -46,20 +47,8 @@ from gac_fast.train.update import learning_rate
 
 __all__ = ["OfflineTrainer", "TrainingDivergedError", "make_trainer", "pick_device", "train", "uses_bf16"]
 
-# What may differ between a run and its resumption beside all of plan. None of it changes what an update means: the
-# learning rate falls over n_updates; n_threads, compile and cuda_graph may change the order of sums, hence last bits.
-RESUME_MAY_CHANGE = {
-    "train.n_updates",
-    "train.log_every",
-    "train.eval_every",
-    "train.checkpoint_every",
-    "train.keep_checkpoints",
-    "train.n_threads",
-    "train.prefetch",
-    "train.replay_episodes",
-    "train.compile",
-    "train.cuda_graph",
-}
+# What else may differ between a run and its resumption; the learning rate falls over n_updates.
+MAY_CHANGE = {f"train.{name}" for name in ("n_updates", "eval_every", "checkpoint_every", "replay_episodes")}
 
 
 class OfflineTrainer(Trainer):
@@ -160,7 +149,7 @@ class OfflineTrainer(Trainer):
         if state["data_fingerprint"] != self.fingerprint:
             raise CheckpointError(f"{path}: the run was trained on other episodes than the data given now")
         # Planning happens after training, and so does what is online.
-        check_config(state, path, self.config, RESUME_MAY_CHANGE, free={"plan", "online"})
+        check_config(state, path, self.config, MAY_CHANGE, free={"plan", "online"})
         self._restore_tensors(tensors, state, path)
         self._settled = None
         self.batches.close()
@@ -230,6 +219,7 @@ def train(
     ops.keep_freed_memory()
     trainer = make_trainer(dataset, config)
     dataset, config = trainer.data, trainer.config
+    _warn_of_cut_history(config)
     if env is not None:
         # Now, not at the first replay, many updates later.
         check_fit(trainer.policy(), env)
@@ -254,6 +244,18 @@ def train(
     merge_result(run, {"env_id": dataset.env_id, "step": trainer.step, "offline": last_metrics(run.metrics)})
     _write_plots(run)
     return run.path
+
+
+def _warn_of_cut_history(config: Config) -> None:
+    """Segments suit decoders of the present state alone; others are told."""
+    m, length = config.model, config.train.segment
+    if length and (m.window > 1 or m.context != "states"):
+        warnings.warn(
+            f"train.segment = {length} with model.window = {m.window} and model.context = {m.context!r}: the first "
+            "steps of a segment are learnt without what came before them in their episode, which the decoder sees when "
+            "it acts; with model.window = 1 and model.context = 'states' there is no difference",
+            stacklevel=3,
+        )
 
 
 def _loop(

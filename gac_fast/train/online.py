@@ -20,7 +20,7 @@ from gac_fast.config import Config
 from gac_fast.data import Trajectories
 from gac_fast.data.buffer import EpisodeBuffer
 from gac_fast.errors import CheckpointError, ConfigError, DataError, EnvError
-from gac_fast.evaluate import EvalResult, check_fit, evaluate
+from gac_fast.evaluate import EvalResult, check_fit, check_task, evaluate, same_task
 from gac_fast.files import read_json
 from gac_fast.model.normalization import SMALLEST_STD, Normalization
 from gac_fast.plan import Plans, TargetSchedule
@@ -47,20 +47,8 @@ if TYPE_CHECKING:
 
 __all__ = ["OnlineTrainer", "Spaces", "finetune"]
 
-# What may differ between a run and its resumption beside all of plan.
-RESUME_MAY_CHANGE = {
-    "online.n_steps",
-    "online.n_updates",
-    "online.eval_every",
-    "online.eval_episodes",
-    "online.checkpoint_every",
-    "train.log_every",
-    "train.keep_checkpoints",
-    "train.n_threads",
-    "train.prefetch",
-    "train.compile",
-    "train.cuda_graph",
-}
+# What else may differ between a run and its resumption.
+MAY_CHANGE = {f"online.{name}" for name in ("n_steps", "n_updates", "eval_every", "eval_episodes", "checkpoint_every")}
 
 # First words of what a round's seeds are made of.
 ENV, PLAN, NOISE, EVALUATION, COMPARED = range(5)
@@ -388,11 +376,11 @@ class OnlineTrainer(Trainer):
                 raise CheckpointError(f"{path}: expected {name} {value}, the checkpoint has {state[name]}")
         if state["data_fingerprint"] != (None if self.offline is None else self._fingerprint()):
             raise CheckpointError(f"{path}: the run was trained on other offline episodes than those given now")
-        if state["env_id"] != self.spaces.env_id and None not in (state["env_id"], self.spaces.env_id):
-            raise CheckpointError(
-                f"{path}: expected environment {self.spaces.env_id!r}, the run to resume has {state['env_id']!r}"
-            )
-        check_config(state, path, self.config, RESUME_MAY_CHANGE, free={"plan"})
+        # With offline episodes it is theirs, which may bear any name.
+        saved_id, env_id = (None, None) if self.offline is not None else (state["env_id"], self.spaces.env_id)
+        if saved_id is not None and env_id is not None and not same_task(saved_id, env_id):
+            raise CheckpointError(f"{path}: expected environment {env_id!r}, the run to resume has {saved_id!r}")
+        check_config(state, path, self.config, MAY_CHANGE, free={"plan"})
         self._restore_tensors(tensors, state, path)
         arrays = {
             name.removeprefix("online."): value.numpy() for name, value in tensors.items() if name.startswith("online.")
@@ -429,13 +417,9 @@ class _Watched:
         self._parts: list[_Watched] = []
         self._seconds = 0.0
 
-    @property
-    def z0(self) -> Tensor:
-        return self._actor.z0
-
-    @property
-    def device(self) -> torch.device:
-        return self._actor.device
+    def __getattr__(self, name: str) -> Any:
+        """Whatever else a rollout uses of an actor that has it: ``z0``, ``device``, ``rest``, ``rewarded``."""
+        return getattr(self._actor, name)
 
     @property
     def seconds(self) -> float:
@@ -598,7 +582,8 @@ def finetune(
     if t.n_threads:
         torch.set_num_threads(t.n_threads)
     ops.keep_freed_memory()
-    env_id = env if isinstance(env, str) else None
+    # The engine in front of an id is no part of what the run and its policy are named after.
+    env_id = envs.resolve_env_id(env) if isinstance(env, str) else None
     folder = Path(run_dir) if run_dir is not None else _default_run_dir(env_id, config)
     source: str | None = None
     if data is None:
@@ -607,6 +592,9 @@ def finetune(
     elif isinstance(data, str | Path):
         source = str(data)
     offline = _load(data)
+    if isinstance(env, str) and offline is not None:
+        # Now, not at the first evaluation.
+        check_task(offline.env_id, env, "the data are of")
     if offline is None and policy is not None and not resume:
         warnings.warn(
             f"fine-tuning {_name(policy) or 'a policy'} without the data it was trained on (data=...): it learns from "
@@ -634,11 +622,16 @@ def finetune(
         elif policy is not None:
             _begin_at(trainer, policy)
             if isinstance(env, str):
-                # Now, not at the first evaluation.
                 check_fit(policy, env)
         run = start_run(folder, config.to_dict(), overwrite=overwrite, resume=resume)
         merge_result(
-            run, {"env_id": spaces.env_id, "data": source, "begun_at": _name(policy) if not resume else _begun_at(run)}
+            run,
+            {
+                "env_id": spaces.env_id,
+                "engine": envs.engine_of(env) if isinstance(env, str) else None,
+                "data": source,
+                "begun_at": _name(policy) if not resume else _begun_at(run),
+            },
         )
         explores = online.explore == "on"
         with (

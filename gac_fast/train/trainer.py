@@ -55,6 +55,13 @@ MAX_HELD_OUT_MEASURED = 64
 SETTLE_STEPS = INFERENCE_STEPS
 
 
+# What may differ between a run and its resumption, of whichever kind, beside all of plan. None of it changes what an
+# update means: n_threads, compile and cuda_graph may change the order of sums, hence last bits.
+RESUME_MAY_CHANGE = {
+    f"train.{name}" for name in ("log_every", "keep_checkpoints", "n_threads", "prefetch", "compile", "cuda_graph")
+}
+
+
 class TrainingDivergedError(GacError, RuntimeError):
     """A loss became NaN or infinite."""
 
@@ -300,7 +307,7 @@ def check_config(state: Mapping[str, Any], path: Path, config: Config, may_chang
     """Refuse a checkpoint of another configuration.
 
     Args:
-        may_change: fields ``section.name`` that may differ.
+        may_change: fields ``section.name`` that may differ beside ``RESUME_MAY_CHANGE``.
         free: sections that may.
 
     Raises:
@@ -308,6 +315,7 @@ def check_config(state: Mapping[str, Any], path: Path, config: Config, may_chang
     """
     # Through Config: a run from before a field existed has that field's default.
     earlier = Config.from_dict(state["config"]).to_dict()
+    may_change = may_change | RESUME_MAY_CHANGE
     for section, fields in config.to_dict().items():
         for name, value in fields.items():
             saved = earlier[section][name]
