@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gac_fast import reference
-from gac_fast.ops import _check, _dispatch, _threads
+from gac_fast.ops import _arrays, _check, _dispatch, _threads
 
 __all__ = ["adamw", "adamw_takes"]
 
@@ -22,6 +23,17 @@ def adamw_takes(values: Sequence[Tensor]) -> bool:
     return _dispatch.active(OP, values[0].device) == "cpp" and all(
         x.dtype == torch.float32 and x.is_contiguous() for x in values
     )
+
+
+def _kept_arrays(tensors: Sequence[Sequence[Tensor]], kept: dict[str, Any]) -> list[list[Any]]:
+    """As the engine takes them; the same ones as long as nothing was replaced, for they take longer to make."""
+    places = [x.data_ptr() for one in tensors for x in one]
+    if kept.get("places") != places:
+        # With the tensors: memory that was given back may be another's next.
+        kept["tensors"], kept["places"] = [list(one) for one in tensors], places
+        kept["arrays"] = [[x.detach().numpy() for x in one] for one in tensors]
+    arrays: list[list[Any]] = kept["arrays"]
+    return arrays
 
 
 @torch.no_grad()
@@ -37,6 +49,7 @@ def adamw(
     betas: tuple[float, float],
     eps: float = 1e-8,
     max_norm: float = math.inf,
+    kept: dict[str, Any] | None = None,
 ) -> Tensor:
     """Clip the norm of all gradients together, then move the parameters, all in place.
 
@@ -51,6 +64,8 @@ def adamw(
         decays: weight decay of each parameter.
         learning_rate, betas, eps: as in ``torch.optim.AdamW``.
         max_norm: positive.
+        kept: empty at first, for the caller to give again with every step: what the engine makes of all arguments but
+            the gradients.
 
     Returns:
         float32 [], the norm before clipping.
@@ -75,8 +90,11 @@ def adamw(
             max_norm=max_norm,
         )  # fmt: skip
     # The engine checks the rest: in Python that would take as long as the step.
-    arrays = [[x.detach().numpy() for x in one] for one in (values, gradients, first, second, steps)]
-    norm = _dispatch.cpp_engine()._adamw(*arrays, decays, learning_rate, *betas, eps, max_norm, _threads.count())
+    moved, *state = _kept_arrays((values, first, second, steps), {} if kept is None else kept)
+    norm = _dispatch.cpp_engine()._adamw(
+        moved, [_arrays.array(x) for x in gradients], *state, decays, learning_rate, *betas, eps, max_norm,
+        _threads.count(),
+    )  # fmt: skip
     # The engine writes where torch does not look; whoever keeps something made of a parameter asks for its version.
-    torch.autograd.graph.increment_version([x for one in (values, first, second, steps) for x in one])
+    torch.autograd.graph.increment_version(values)
     return torch.tensor(norm, dtype=torch.float32)

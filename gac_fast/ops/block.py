@@ -273,15 +273,16 @@ def run_backward(
     stream = [torch.empty((every * n, dim), dtype=torch.float32)] if wants_dx or wants_weights else []
     if stream and w.w_o is not None:
         stream.append(torch.empty((every * n, dim), dtype=dtype))
-    operands: list[Tensor] = []
+    operands: list[Any] = []
     dbias = None
     hidden, n_next = w.w_in.shape[0], w.w_next.shape[0]
     if wants_weights:
         widths = (dim, dim, dim, hidden, dim, dim, hidden, dim)
-        operands = [torch.empty((n, _padded(width)), dtype=dtype) for width in widths]
+        operands = [_array(torch.empty((n, _padded(width)), dtype=dtype)) for width in widths]
         dbias = torch.empty((3 if w.w_o is None else 4) * dim + hidden + n_next)
     dy = _rows(dy, dtype)
     read = [_array(x) for x in saved]
+    normed = read[1:3]
     if bf16:
         read[5:] = None, None
     dx, dattended, *_ = (*(_array(x.view(n, every * dim)) for x in stream), None, None)
@@ -289,7 +290,7 @@ def run_backward(
         _dispatch.cpp_engine()._block_backward,
         packs, _array(_rows(dx_out, torch.float32)), _array(dy), *read, _array(_rows(plan_k, plan_k.dtype)),
         _array(_rows(plan_v, plan_v.dtype)), _array(cu_seqlens), dx, dattended,
-        *(_array(x.view(x.shape[0], -1)) for x in dplan), [_array(x) for x in operands], _array(dbias),
+        *(_array(x.view(x.shape[0], -1)) for x in dplan), operands, _array(dbias),
         _threads.count(),
     )  # fmt: skip
     call()
@@ -297,7 +298,8 @@ def run_backward(
         calls.append(call)
     if dbias is None:
         return stream
-    return [*stream, *_weight_gradients(w, dy, _first_of(attended, every), saved, operands, dbias)]
+    attended_array = _array(_rows(_first_of(attended, every), dtype))
+    return [*stream, *_weight_gradients(w, _array(dy), attended_array, normed, operands, dbias)]
 
 
 def _run_backward(
@@ -326,13 +328,13 @@ def _run_backward(
 
 def _weight_gradients(
     w: BlockWeights,
-    dy: Tensor | None,
-    attended: Tensor | None,
-    saved: Sequence[Tensor],
-    operands: Sequence[Tensor],
+    dy: Any | None,
+    attended: Any | None,
+    normed: Sequence[Any],
+    operands: Sequence[Any],
     dbias: Tensor,
 ) -> list[Tensor]:
-    """In the order of ``w``: products over all tokens of what the backward wrote down."""
+    """In the order of ``w``: products over all tokens of what the backward wrote down, arrays as the engine takes."""
     dim, hidden = w.w_plan_q.shape[0], w.w_in.shape[0]
     dx1, dq, dx2, dhidden, dx3, read, activated, normed3 = operands
     ends = list(itertools.accumulate([*([dim] if w.w_o is not None else []), dim, dim, hidden, dim, w.w_next.shape[0]]))
@@ -340,11 +342,11 @@ def _weight_gradients(
 
     maps: list[tuple[Any, Any, Any, list[Any]]] = []
 
-    def product(dy: Tensor, x: Tensor, like: Tensor, norm: list[Any] | None = None) -> Tensor:
+    def product(dy: Any, x: Any, like: Tensor, norm: list[Any] | None = None) -> Tensor:
         """dy^T x over all tokens, once the engine has run."""
         n_out, n_in = like.shape
         dw = torch.empty((n_out, n_in))
-        maps.append((_array(dy[:, :n_out]), _array(_rows(x[:, :n_in], dy.dtype)), dw.numpy(), norm or []))
+        maps.append((dy[:, :n_out], x[:, :n_in], dw.numpy(), norm or []))
         return dw
 
     def behind_norm(
@@ -358,10 +360,10 @@ def _weight_gradients(
         return [dnorm_w, dnorm_b, product(dy, x, w, norm), db]
 
     # The largest first, so that threads end together.
-    d_in = behind_norm(dhidden, saved[2], w.norm3_w, w.norm3_b, w.w_in, db_in)
+    d_in = behind_norm(dhidden, normed[1], w.norm3_w, w.norm3_b, w.w_in, db_in)
     dw_out = product(dx3, activated, w.w_out)
     d_next = behind_norm(dy, normed3, w.norm_w, w.norm_b, w.w_next, db_next)
-    d_plan_q = behind_norm(dq, saved[1], w.norm2_w, w.norm2_b, w.w_plan_q, db_q)
+    d_plan_q = behind_norm(dq, normed[0], w.norm2_w, w.norm2_b, w.w_plan_q, db_q)
     dw_plan_o = product(dx2, read, w.w_plan_o)
     dw_o = [product(dx1, attended, w.w_o)] if w.w_o is not None and attended is not None else []
     _dispatch.cpp_engine()._weight_gradients(maps, _threads.count())

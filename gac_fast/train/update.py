@@ -238,7 +238,7 @@ def clipped_step(model: nn.Module, optimizer: torch.optim.Optimizer, max_norm: f
     group = optimizer.param_groups[0]
     return ops.adamw(
         moved, gradients, first, second, steps, decays, learning_rate=group["lr"], betas=group["betas"],
-        eps=group["eps"], max_norm=max_norm,
+        eps=group["eps"], max_norm=max_norm, kept=vars(optimizer).setdefault("_engine", {}),
     )  # fmt: skip
 
 
