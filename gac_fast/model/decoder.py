@@ -185,10 +185,15 @@ class Decoder(nn.Module):
         """
         layers: list[DecoderLayer] = list(self.layers)  # type: ignore[arg-type]
         plan = [layer.plan_keys(z) for layer in layers]
-        return torch.tanh(self.before_tanh(trunk, plan, cu_seqlens, positions))
+        return torch.tanh(self.before_tanh(trunk, plan, cu_seqlens, positions, _bf16(trunk)))
 
     def before_tanh(
-        self, trunk: Tensor, plan: Tensor | list[tuple[Tensor, Tensor]], cu_seqlens: Tensor, positions: Tensor
+        self,
+        trunk: Tensor,
+        plan: Tensor | list[tuple[Tensor, Tensor]],
+        cu_seqlens: Tensor,
+        positions: Tensor,
+        bf16: bool,
     ) -> Tensor:
         """What :meth:`mean` takes the tanh of, under keys and values [L, 2, B, n_z, H, d] or L pairs of them."""
-        return ops.decoder_layers(trunk, plan, cu_seqlens, positions, self.stack(), _bf16(trunk), self.tokens_per_step)
+        return ops.decoder_layers(trunk, plan, cu_seqlens, positions, self.stack(), bf16, self.tokens_per_step)

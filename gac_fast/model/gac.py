@@ -116,8 +116,7 @@ class GAC(nn.Module):
             return z, batch.mean_of_steps(self.action_errors(batch, z, trunk))
         decoder = self.decoder
         z, kv = ops.seed_plans(self.prior.weights(), decoder.plan_maps(), z0)
-        with self._autocast(batch):
-            y = decoder.before_tanh(trunk, decoder.in_heads(kv), batch.cu_seqlens, batch.positions)
+        y = decoder.before_tanh(trunk, decoder.in_heads(kv), batch.cu_seqlens, batch.positions, self.bf16)
         counts = None if batch.is_real is None else batch.is_real[batch.sequence]
         return z, ops.action_errors(y, batch.actions, counts)
 

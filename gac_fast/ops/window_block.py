@@ -34,8 +34,7 @@ class _Block(torch.autograd.Function):
         engine, threads = _dispatch.cpp_engine(), _threads.count()
         for op, count in ((NORM_LINEAR, 2), (WINDOW_ATTENTION, 1)):
             _dispatch.count(op, "cpp", count)
-        with torch.autocast("cpu", enabled=False):
-            matrix, bias = w_qkv * norm_w, b_qkv + w_qkv @ norm_b
+        matrix, bias = w_qkv * norm_w, b_qkv + (w_qkv * norm_b).sum(-1)
         qkv = torch.empty((n, 3 * dim), dtype=dtype)
         operand, rstd = torch.empty((n, _arrays.padded(dim)), dtype=dtype), torch.empty(n)
         engine._norm_linear(

@@ -257,18 +257,21 @@ def _gradients(
     if posterior is None:
         z0 = batch.observations.new_zeros(batch.n_trajectories, model.config.n_z, model.config.dim)
     else:
-        with frozen(model):
+        seed_energy = parts.seed_energy(batch, known)
+        # Where autograd differentiates the energy, not with respect to the weights.
+        with frozen(model) if seed_energy is None else contextlib.nullcontext():
             z0, stats = refine(
                 posterior,
                 rows,
                 lambda z0: parts.energy(z0, batch, known),
                 is_real=batch.is_real,
-                seed_energy=parts.seed_energy(batch, known),
+                seed_energy=seed_energy,
             )
 
     losses = parts.losses(z0, batch, trunk)
-    for p in model.parameters():
-        p.grad = None
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            p.grad = None
     losses.loss.backward()
     with torch.no_grad():
         values = {"loss": losses.loss.detach(), "action_error": losses.action_error.detach()}
