@@ -318,13 +318,11 @@ void errors_task(const ActionErrors& f, std::int64_t first, std::int64_t last, d
         // tanh y = 2 sigmoid(2 y) - 1
         const Vec mean = 2.0F * sigmoid(2.0F * (whole ? load(y + i) : load_first(y + i, width))) - 1.0F;
         const Vec error = mean - (whole ? load(actions + i) : load_first(actions + i, width));
-        float lanes[kLanes];
-        store(lanes, error * (1.0F - mean * mean));
-        float square[kLanes];
-        store(square, error * error);
+        Vec gradient = error * (1.0F - mean * mean);
+        const Vec square = error * error;
         for (std::int64_t k = 0; k < width; ++k) {
             const bool counts = f.counts == nullptr || f.counts[row];
-            lanes[k] = counts ? lanes[k] * f.scale[column] : 0.0F;
+            gradient[k] = counts ? gradient[k] * f.scale[column] : 0.0F;
             if (counts && squares != nullptr) squares[column] += static_cast<double>(square[k]);
             if (++column == f.act_dim) {
                 column = 0;
@@ -333,9 +331,9 @@ void errors_task(const ActionErrors& f, std::int64_t first, std::int64_t last, d
         }
         if (dy != nullptr) {
             if (whole) {
-                store(dy + i, load(lanes));
+                store(dy + i, gradient);
             } else {
-                store_first(dy + i, load(lanes), width);
+                store_first(dy + i, gradient, width);
             }
         }
     }
