@@ -68,8 +68,9 @@ def test_chains_move_as_by_autograd(fields, bf16):
     one = case(torch.float32, bf16, **fields)
     ops.reset_dispatch_counts()
     z0, size, ratio = by_engine(*one, bound)
-    layers = one[0].config.n_layers
-    counts = {("posterior_langevin", "cpp"): 1, ("block", "cpp"): layers, ("window_attention", "cpp"): layers - 1}
+    layers, steps = one[0].config.n_layers, 3
+    counts = {("block", "cpp"): steps * layers, ("window_attention", "cpp"): steps * (layers - 1)}
+    counts[("posterior_langevin", "cpp")] = 1
     assert ops.dispatch_counts() == counts
     # What the steps added, by chain.
     start = one[2].flatten(1)

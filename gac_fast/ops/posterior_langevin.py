@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gac_fast.ops import _arrays, _check, _dispatch, _threads, block
 from gac_fast.ops.decoder_layers import LayerStack, Tokens, layers_backward, layers_forward, runs_directly
+from gac_fast.ops.window_attention import OP as WINDOW_ATTENTION
 from gac_fast.reference import PlanMap, PriorWeights, ReturnWeights
 
 __all__ = ["SeedEnergy", "energy_runs_directly", "posterior_langevin"]
@@ -119,6 +120,9 @@ def posterior_langevin(
         ids.numpy(), taken.numpy(), size.numpy(), ratio.numpy(), _threads.count(),
     )  # fmt: skip
     move()
+    n_layers = len(energy.stack.weights)
+    for op, n in ((block.OP, n_layers), (WINDOW_ATTENTION, n_layers - 1)):
+        _dispatch.count(op, "cpp", n * (n_steps - 1))
     for _ in range(n_steps - 1):
         taken += 1
         for call in calls:
