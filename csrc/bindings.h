@@ -5,6 +5,7 @@
 
 namespace gac_fast {
 
+void bind_adamw(pybind11::module_& m);
 void bind_block(pybind11::module_& m);
 void bind_decode_step(pybind11::module_& m);
 void bind_gemm(pybind11::module_& m);
@@ -14,6 +15,7 @@ void bind_pack_batch(pybind11::module_& m);
 void bind_philox_normal(pybind11::module_& m);
 void bind_plan_ascent(pybind11::module_& m);
 void bind_plan_attention(pybind11::module_& m);
+void bind_seed_plans(pybind11::module_& m);
 void bind_thread_pool(pybind11::module_& m);
 void bind_weight_gradient(pybind11::module_& m);
 void bind_window_attention(pybind11::module_& m);

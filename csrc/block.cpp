@@ -487,6 +487,21 @@ std::size_t block_pack_bytes(bool bf16, std::int64_t n_out, std::int64_t n_in) {
                 : static_cast<std::size_t>(packed_size<float>(n_out, n_in)) * sizeof(float);
 }
 
+// The map W (x * norm_w + norm_b) + b as one matrix without gaps and one bias.
+void block_fold(const BlockLinear& map, const float* norm_w, const float* norm_b, float* weight, float* bias) {
+    for (std::int64_t o = 0; o < map.n_out; ++o) {
+        const float* row = map.weight + o * map.stride;
+        float* out = weight + o * map.n_in;
+        Vec total{};
+        for_vectors(map.n_in, [&](auto get, auto put) {
+            const Vec w = get(row);
+            put(out, w * get(norm_w));
+            total += w * get(norm_b);
+        });
+        bias[o] = map.bias[o] + sum(total);
+    }
+}
+
 void block_pack(bool bf16, const BlockLinear& map, bool transposed, void* packed) {
     if (bf16) {
         pack_map<Bf16>(map, transposed, packed);

@@ -113,6 +113,8 @@ struct BlockFingerprint {
 
 GAC_FAST_DECLARE(void block_fingerprint(const float* x, std::int64_t n, BlockFingerprint* state);
                  std::size_t block_pack_bytes(bool bf16, std::int64_t n_out, std::int64_t n_in);
+                 void block_fold(const BlockLinear& map, const float* norm_w, const float* norm_b, float* weight,
+                                 float* bias);
                  void block_pack(bool bf16, const BlockLinear& map, bool transposed, void* packed);
                  std::size_t block_plan_bytes(const BlockShape& shape, std::int64_t dim, bool bf16);
                  void block_forward(const BlockForward& args); void block_backward(const BlockBackward& args);)

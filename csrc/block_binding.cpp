@@ -15,6 +15,7 @@
 #include "block.h"
 #include "check.h"
 #include "gil.h"
+#include "thread_pool.h"
 
 namespace py = pybind11;
 
@@ -26,17 +27,23 @@ constexpr std::int64_t kPad = 32;
 std::int64_t padded(std::int64_t n) { return (n + kPad - 1) / kPad * kPad; }
 
 constexpr const char* kMapNames[kBlockMaps] = {"o", "plan_q", "plan_o", "in", "out", "next"};
+// Maps behind a norm.
+constexpr std::array<BlockMap, 3> kNorms = {kBlockPlanQ, kBlockIn, kBlockNext};
 
 // The maps of a layer in the layout of the path that was active when they were packed.
 class BlockWeights {
   public:
-    BlockWeights(const std::vector<py::object>& weights, const std::vector<py::object>& biases, bool bf16,
-                 bool backward)
+    // norms: scales and offsets of the norms before plan_q, in and next, which are folded into these; or none.
+    BlockWeights(const std::vector<py::object>& weights, const std::vector<py::object>& biases,
+                 const std::vector<py::object>& norms, bool bf16, bool backward, int n_threads)
         : isa(active_isa()), backward_(backward) {
         for (const auto& [name, list] : {std::pair{"weights", &weights}, std::pair{"biases", &biases}}) {
             if (list->size() != kBlockMaps) {
                 fail(name, std::to_string(kBlockMaps) + " arrays", std::to_string(list->size()));
             }
+        }
+        if (!norms.empty() && norms.size() != 2 * kNorms.size()) {
+            fail("norms", std::to_string(2 * kNorms.size()) + " arrays or none", std::to_string(norms.size()));
         }
         packs.bf16 = bf16;
         packs.has_o = !weights[kBlockO].is_none();
@@ -61,15 +68,34 @@ class BlockWeights {
             if (b.stride != 1 && n_out > 1) fail(bias_name, "neighbouring elements", "a strided array");
             maps[i] = {w.data, w.stride, b.data, n_out, n_in};
         }
+        std::array<const float*, kBlockMaps> scales{}, offsets{};
+        for (std::size_t i = 0; i < norms.size() / 2; ++i) {
+            const BlockMap map = kNorms[i];
+            scales[map] = norm_vector(norms[2 * i], std::string("norms.") + kMapNames[map] + ".w");
+            offsets[map] = norm_vector(norms[2 * i + 1], std::string("norms.") + kMapNames[map] + ".b");
+        }
         const GilRelease release;
-        for (int i = packs.has_o ? 0 : 1; i < kBlockMaps; ++i) {
-            const BlockLinear& map = maps[i];
+        auto task = [&](std::int64_t i) {
+            if (maps[i].weight == nullptr) return;
+            BlockLinear map = maps[i];
             bias_[i].assign(static_cast<std::size_t>(padded(map.n_out)), 0.0F);
-            std::memcpy(bias_[i].data(), map.bias, static_cast<std::size_t>(map.n_out) * sizeof(float));
             packs.bias[i] = bias_[i].data();
+            AlignedMemory folded;
+            if (scales[i] != nullptr) {
+                folded = allocate_aligned(static_cast<std::size_t>(map.n_out * map.n_in) * sizeof(float));
+                auto* weight = static_cast<float*>(folded.get());
+                GAC_FAST_DISPATCH(isa, block_fold(map, scales[i], offsets[i], weight, bias_[i].data()));
+                map.weight = weight;
+                map.stride = map.n_in;
+            } else {
+                std::memcpy(bias_[i].data(), map.bias, static_cast<std::size_t>(map.n_out) * sizeof(float));
+            }
             packs.forward[i] = pack(map, false, forward_[i]);
             if (backward) packs.transposed[i] = pack(map, true, transposed_[i]);
-        }
+        };
+        parallel_for_each(
+            kBlockMaps, n_threads, [](void* context, std::int64_t i) { (*static_cast<decltype(task)*>(context))(i); },
+            &task);
     }
 
     // What every call asks of them.
@@ -84,6 +110,12 @@ class BlockWeights {
     Isa isa;
 
   private:
+    const float* norm_vector(const py::object& object, const std::string& name) const {
+        const auto view = vector_view<float>(array_of(object, name.c_str()), packs.dim, name.c_str());
+        if (view.stride != 1 && packs.dim > 1) fail(name, "neighbouring elements", "a strided array");
+        return view.data;
+    }
+
     const void* pack(const BlockLinear& map, bool transposed, AlignedMemory& memory) const {
         const std::int64_t n_out = transposed ? map.n_in : map.n_out;
         const std::int64_t n_in = transposed ? map.n_out : map.n_in;
@@ -360,8 +392,10 @@ void backward(const BlockWeights& weights, const py::object& dx_out, const py::o
 
 void bind_block(py::module_& m) {
     py::class_<BlockWeights>(m, "_BlockWeights")
-        .def(py::init<const std::vector<py::object>&, const std::vector<py::object>&, bool, bool>(), py::arg("weights"),
-             py::arg("biases"), py::arg("bf16"), py::arg("backward"));
+        .def(py::init<const std::vector<py::object>&, const std::vector<py::object>&, const std::vector<py::object>&,
+                      bool, bool, int>(),
+             py::arg("weights"), py::arg("biases"), py::arg("norms"), py::arg("bf16"), py::arg("backward"),
+             py::arg("n_threads"));
     m.def("_block_fingerprint", &fingerprint, py::arg("arrays"));
     m.def("_block", &forward, py::arg("weights"), py::arg("x"), py::arg("attended"), py::arg("plan_k"),
           py::arg("plan_v"), py::arg("cu_seqlens"), py::arg("x_out"), py::arg("y"), py::arg("normed1"),

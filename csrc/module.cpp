@@ -29,6 +29,7 @@ PYBIND11_MODULE(_C, m) {
             return value != nullptr && *value != '\0';
         },
         py::arg("name"));
+    gac_fast::bind_adamw(m);
     gac_fast::bind_block(m);
     gac_fast::bind_decode_step(m);
     gac_fast::bind_gemm(m);
@@ -38,6 +39,7 @@ PYBIND11_MODULE(_C, m) {
     gac_fast::bind_philox_normal(m);
     gac_fast::bind_plan_ascent(m);
     gac_fast::bind_plan_attention(m);
+    gac_fast::bind_seed_plans(m);
     gac_fast::bind_thread_pool(m);
     gac_fast::bind_weight_gradient(m);
     gac_fast::bind_window_attention(m);

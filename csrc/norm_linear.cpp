@@ -43,6 +43,15 @@ void forward_tile(const NormLinearForward& f, const T* packed, const float* bias
         in = operand(rows, map.n_in, at<T>(f.x, first * f.x_stride), f.x_stride, space, &ldx);
     }
     const TileScope tiles;
+    if (f.residual != nullptr) {
+        gemm<T>(rows, map.n_out, map.n_in, in, ldx, packed, y, ldy, Begin::kBias, bias);
+        for (std::int64_t r = 0; r < rows; ++r) {
+            const float* residual = f.residual + (first + r) * f.residual_stride;
+            float* sum = at<float>(f.y, (first + r) * map.n_out);
+            for_vectors(map.n_out, [&](auto get, auto put) { put(sum, get(y + r * ldy) + get(residual)); });
+        }
+        return;
+    }
     T* out = at<T>(f.y, first * map.n_out);
     if constexpr (kIsFloat<T>) {
         if (map.n_out % kColumns == 0) {
@@ -61,7 +70,16 @@ void backward_tile(const NormLinearBackward& f, const T* packed, std::int64_t ti
     const std::int64_t rows = min_of(kNormLinearTile, f.n_tokens - first);
     const std::int64_t ld = padded(map.n_in);
     const T* dy = at<T>(f.dy, first * f.dy_stride);
-    if (f.dbias != nullptr) sum_columns(rows, map.n_out, dy, f.dy_stride, f.dbias_partials + tile * map.n_out);
+    std::int64_t dy_stride = f.dy_stride;
+    if (f.dy_operand != nullptr) {
+        T* to = at<T>(f.dy_operand, first * map.n_out);
+        for (std::int64_t r = 0; r < rows; ++r) {
+            convert(at<float>(f.dy, (first + r) * f.dy_stride), map.n_out, to + r * map.n_out);
+        }
+        dy = to;
+        dy_stride = map.n_out;
+    }
+    if (f.dbias != nullptr) sum_columns(rows, map.n_out, dy, dy_stride, f.dbias_partials + tile * map.n_out);
     if (f.dx == nullptr) return;
     const std::int64_t ldy = padded(map.n_out);
     Arena arena;
@@ -76,13 +94,22 @@ void backward_tile(const NormLinearBackward& f, const T* packed, std::int64_t ti
     }
     const TileScope tiles;
     std::int64_t ld_dy;
-    const T* dy_operand = operand(rows, map.n_out, dy, f.dy_stride, space, &ld_dy);
+    const T* dy_operand = operand(rows, map.n_out, dy, dy_stride, space, &ld_dy);
     gemm<T>(rows, map.n_in, map.n_out, dy_operand, ld_dy, packed, g, ld, Begin::kZero);
     if (map.has_norm) {
-        std::memset(dx, 0, static_cast<std::size_t>(rows * ld) * sizeof(float));
+        if (f.dx_start != nullptr) {
+            copy_rows(rows, map.n_in, f.dx_start + first * map.n_in, map.n_in, dx, ld);
+        } else {
+            std::memset(dx, 0, static_cast<std::size_t>(rows * ld) * sizeof(float));
+        }
         add_norm_gradient(rows, map.n_in, g, ld, at<T>(f.operand, first * ld), ld, f.rstd + first, 1, dx, ld, out_space,
                           ld);
         g = dx;
+    } else if (f.dx_start != nullptr) {
+        for (std::int64_t r = 0; r < rows; ++r) {
+            const float* start = f.dx_start + (first + r) * map.n_in;
+            for_vectors(map.n_in, [&](auto get, auto put) { put(g + r * ld, get(g + r * ld) + get(start)); });
+        }
     }
     for (std::int64_t r = 0; r < rows; ++r) {
         const std::int64_t to = (first + r) * map.n_in;

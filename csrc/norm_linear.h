@@ -23,7 +23,9 @@ struct NormLinearForward {
     const void* x;  // [N][n_in], in T where x_is_operand, else float
     std::int64_t x_stride;
     bool x_is_operand;
-    void* y;        // T [N][n_out]
+    const float* residual;  // [N][n_out], what is added to the map's result; null for none
+    std::int64_t residual_stride;
+    void* y;        // [N][n_out], T, with a residual float
     void* operand;  // T [N][round_up(n_in, 32)], what the backward reads; null without one, or where x itself is it
     float* rstd;    // [N], where there is a norm and a backward, else null
     void* packed;   // norm_linear_bytes()
@@ -33,9 +35,11 @@ struct NormLinearForward {
 struct NormLinearBackward {
     NormLinearMap map;
     std::int64_t n_tokens;
-    const void* dy;  // T [N][n_out]
+    const void* dy;  // [N][n_out], T, or float where dy_operand is given
     std::int64_t dy_stride;
-    const void* operand;  // where there is a norm, as is
+    void* dy_operand;       // T [N][n_out], where dy goes as T; null where it is T
+    const float* dx_start;  // [N][n_in], what is added to dx; null for none
+    const void* operand;    // where there is a norm, as is
     const float* rstd;
     void* dx;            // [N][n_in], float, or T where x was; null where not wanted
     bool dx_is_operand;  // in T

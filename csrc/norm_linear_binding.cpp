@@ -67,7 +67,8 @@ NormLinearMap map_of(const py::array& weight, bool has_norm, bool bf16) {
 }
 
 void forward(const py::array& weight, const py::array& bias, bool has_norm, bool bf16, const py::array& x,
-             const py::array& y, const py::object& operand, const py::object& rstd, int n_threads) {
+             const py::object& residual, const py::array& y, const py::object& operand, const py::object& rstd,
+             int n_threads) {
     NormLinearForward f{};
     f.map = map_of(weight, has_norm, bf16);
     const auto bias_view = vector_view<float>(bias, f.map.n_out, "bias");
@@ -81,7 +82,12 @@ void forward(const py::array& weight, const py::array& bias, bool has_norm, bool
     const Rows x_rows = rows_of(x, x_bf16, f.n_tokens, f.map.n_in, "x");
     f.x = x_rows.data;
     f.x_stride = x_rows.stride;
-    f.y = dense_rows(y, bf16, f.n_tokens, f.map.n_out, "y");
+    if (!residual.is_none()) {
+        const auto view = rows_view<float>(array_of(residual, "residual"), f.n_tokens, f.map.n_out, "residual");
+        f.residual = view.data;
+        f.residual_stride = view.stride;
+    }
+    f.y = dense_rows(y, bf16 && residual.is_none(), f.n_tokens, f.map.n_out, "y");
     if (!operand.is_none()) {
         if (f.x_is_operand && !has_norm) fail("operand", "None where x is the operand", "an array");
         f.operand = dense_rows(array_of(operand, "operand"), bf16, f.n_tokens, padded(f.map.n_in), "operand");
@@ -98,12 +104,17 @@ void forward(const py::array& weight, const py::array& bias, bool has_norm, bool
 }
 
 void backward(const py::array& weight, bool has_norm, bool bf16, const py::array& dy, const py::object& operand,
-              const py::object& rstd, const py::object& dx, const py::object& dbias, int n_threads) {
+              const py::object& rstd, const py::object& dy_operand, const py::object& dx_start, const py::object& dx,
+              const py::object& dbias, int n_threads) {
     NormLinearBackward f{};
     f.map = map_of(weight, has_norm, bf16);
     check_shape(dy, {kAny, f.map.n_out}, "dy");
     f.n_tokens = dy.shape(0);
-    const Rows dy_rows = rows_of(dy, bf16, f.n_tokens, f.map.n_out, "dy");
+    if (!dy_operand.is_none()) {
+        if (!bf16) fail("dy_operand", "None for products of float32", "an array");
+        f.dy_operand = dense_rows(array_of(dy_operand, "dy_operand"), true, f.n_tokens, f.map.n_out, "dy_operand");
+    }
+    const Rows dy_rows = rows_of(dy, bf16 && dy_operand.is_none(), f.n_tokens, f.map.n_out, "dy");
     f.dy = dy_rows.data;
     f.dy_stride = dy_rows.stride;
     if (has_norm) {
@@ -116,6 +127,13 @@ void backward(const py::array& weight, bool has_norm, bool bf16, const py::array
         if (dx_bf16 && !bf16) fail("dx", "dtype float32 for products of float32", "int16");
         f.dx_is_operand = dx_bf16 == bf16;
         f.dx = dense_rows(array, dx_bf16, f.n_tokens, f.map.n_in, "dx");
+    }
+    if (!dx_start.is_none()) {
+        const auto view = rows_view<float>(array_of(dx_start, "dx_start"), f.n_tokens, f.map.n_in, "dx_start");
+        if (view.stride != f.map.n_in && f.n_tokens > 1) {
+            fail("dx_start", "rows without gaps", "a row stride of " + std::to_string(view.stride));
+        }
+        f.dx_start = view.data;
     }
     AlignedMemory partials;
     if (!dbias.is_none()) {
@@ -136,9 +154,10 @@ void backward(const py::array& weight, bool has_norm, bool bf16, const py::array
 
 void bind_norm_linear(py::module_& m) {
     m.def("_norm_linear", &forward, py::arg("weight"), py::arg("bias"), py::arg("has_norm"), py::arg("bf16"),
-          py::arg("x"), py::arg("y"), py::arg("operand"), py::arg("rstd"), py::arg("n_threads"));
+          py::arg("x"), py::arg("residual"), py::arg("y"), py::arg("operand"), py::arg("rstd"), py::arg("n_threads"));
     m.def("_norm_linear_backward", &backward, py::arg("weight"), py::arg("has_norm"), py::arg("bf16"), py::arg("dy"),
-          py::arg("operand"), py::arg("rstd"), py::arg("dx"), py::arg("dbias"), py::arg("n_threads"));
+          py::arg("operand"), py::arg("rstd"), py::arg("dy_operand"), py::arg("dx_start"), py::arg("dx"),
+          py::arg("dbias"), py::arg("n_threads"));
 }
 
 }  // namespace gac_fast

@@ -2,6 +2,7 @@
 
 #include "gemm.h"
 #include "tiles.h"
+#include "token_rows.h"
 
 namespace gac_fast {
 namespace GAC_FAST_ISA {
@@ -258,6 +259,26 @@ std::int64_t sums_size(const WeightGradient& map) {
     return round_up(sum_rows<T>(p.n_a) * sum_columns<T>(p.n_b), 16);
 }
 
+// From the gradient of the folded matrix W diag(norm_w) those of W, norm_w and norm_b. A few columns at a time, which
+// leaves the sums over rows in registers.
+void unfold(const WeightGradient& map) {
+    for_vectors(map.n_in, [&](auto get, auto put) {
+        const Vec scale = get(map.norm_w);
+        const Vec offset = get(map.norm_b);
+        Vec scales{};
+        Vec offsets{};
+        for (std::int64_t o = 0; o < map.n_out; ++o) {
+            const Vec w = get(map.w + o * map.n_in);
+            const Vec dw = get(map.dw + o * map.n_in);
+            scales += w * dw;
+            offsets += w * map.db[o];
+            put(map.dw + o * map.n_in, dw * scale + offset * map.db[o]);
+        }
+        put(map.dnorm_w, scales);
+        put(map.dnorm_b, offsets);
+    });
+}
+
 template <typename T>
 void run(const WeightGradients& args) {
     const std::int64_t n = n_ranges(args.n_rows);
@@ -290,6 +311,7 @@ void run(const WeightGradients& args) {
                 std::memcpy(map.dw + i * map.n_in, row, static_cast<std::size_t>(p.n_b) * sizeof(float));
             }
         }
+        if (map.w != nullptr) unfold(map);
     });
 }
 

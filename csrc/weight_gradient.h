@@ -16,6 +16,11 @@ struct WeightGradient {
     const void* x;
     std::int64_t x_stride;
     float* dw;
+    // Where the map stands behind a norm folded into it: dw is then the gradient of the map's own matrix `w`
+    // [n_out][n_in], and those of the norm's scale and offset go to dnorm_w and dnorm_b. `db` [n_out] is the gradient
+    // of the map's bias. Null where there is none.
+    const float *w, *db, *norm_w, *norm_b;
+    float *dnorm_w, *dnorm_b;
 };
 
 struct WeightGradients {

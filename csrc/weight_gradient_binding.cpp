@@ -32,11 +32,37 @@ void set_rows(const py::array& dy, const py::array& x, std::int64_t n_rows, cons
     map->x_stride = x_view.stride;
 }
 
-// (dy [N, out], x [N, in], dw [out, in]) of every map.
-void run(const std::vector<std::tuple<py::array, py::array, py::array>>& maps, int n_threads) {
+// Without gaps.
+float* vector_of(py::array& array, std::int64_t size, const std::string& name) {
+    const auto view = vector_view<float>(array, size, name.c_str());
+    if (view.stride != 1 && size > 1) fail(name, "neighbouring elements", "a strided array");
+    return static_cast<float*>(const_cast<float*>(view.data));
+}
+
+float* writeable_vector_of(py::array& array, std::int64_t size, const std::string& name) {
+    check_writeable(array, name.c_str());
+    return vector_of(array, size, name);
+}
+
+// w [out, in], db [out], norm_w, norm_b, dnorm_w and dnorm_b [in] of a map behind a norm.
+void set_norm(std::vector<py::array>& norm, const std::string& name, WeightGradient* map) {
+    if (norm.empty()) return;
+    if (norm.size() != 6) fail(name, "6 arrays or none", std::to_string(norm.size()));
+    const auto w = rows_view<float>(norm[0], map->n_out, map->n_in, (name + ".w").c_str());
+    if (w.stride != map->n_in && map->n_out > 1) fail(name + ".w", "rows without gaps", "a strided array");
+    map->w = w.data;
+    map->db = vector_of(norm[1], map->n_out, name + ".db");
+    map->norm_w = vector_of(norm[2], map->n_in, name + ".norm_w");
+    map->norm_b = vector_of(norm[3], map->n_in, name + ".norm_b");
+    map->dnorm_w = writeable_vector_of(norm[4], map->n_in, name + ".dnorm_w");
+    map->dnorm_b = writeable_vector_of(norm[5], map->n_in, name + ".dnorm_b");
+}
+
+// (dy [N, out], x [N, in], dw [out, in], what set_norm() takes) of every map.
+void run(std::vector<std::tuple<py::array, py::array, py::array, std::vector<py::array>>> maps, int n_threads) {
     std::vector<WeightGradient> list;
     WeightGradients args{};
-    for (const auto& [dy, x, dw] : maps) {
+    for (auto& [dy, x, dw, norm] : maps) {
         const std::string name = "maps[" + std::to_string(list.size()) + "]";
         const bool bf16 = is_bf16(dy, (name + ".dy").c_str());
         if (list.empty()) {
@@ -56,6 +82,7 @@ void run(const std::vector<std::tuple<py::array, py::array, py::array>>& maps, i
         const auto dw_view = writeable_rows_view<float>(out, map.n_out, map.n_in, (name + ".dw").c_str());
         if (dw_view.stride != map.n_in && map.n_out > 1) fail(name + ".dw", "rows without gaps", "a strided array");
         map.dw = dw_view.data;
+        set_norm(norm, name + ".norm", &map);
         if (map.n_out > 0 && map.n_in > 0) list.push_back(map);
     }
     args.maps = list.data();

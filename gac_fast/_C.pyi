@@ -128,8 +128,10 @@ class _BlockWeights:
         self,
         weights: Sequence[_Floats | None],
         biases: Sequence[_Floats | None],
+        norms: Sequence[_Floats],
         bf16: bool,
         backward: bool,
+        n_threads: int,
     ) -> None: ...
 
 def _block_fingerprint(arrays: Sequence[_Floats]) -> tuple[int, int]: ...
@@ -178,6 +180,7 @@ def _norm_linear(
     has_norm: bool,
     bf16: bool,
     x: _Any,
+    residual: _Floats | None,
     y: _Any,
     operand: _Any | None,
     rstd: _Floats | None,
@@ -190,12 +193,28 @@ def _norm_linear_backward(
     dy: _Any,
     operand: _Any | None,
     rstd: _Floats | None,
+    dy_operand: _Any | None,
+    dx_start: _Floats | None,
     dx: _Any | None,
     dbias: _Floats | None,
     n_threads: int,
 ) -> None: ...
 def _keep_freed_memory() -> bool: ...
-def _weight_gradients(maps: Sequence[tuple[_Any, _Any, _Floats]], n_threads: int) -> None: ...
+def _weight_gradients(maps: Sequence[tuple[_Any, _Any, _Floats, Sequence[_Floats]]], n_threads: int) -> None: ...
+def _adamw(
+    values: Sequence[_Floats],
+    gradients: Sequence[_Floats],
+    first: Sequence[_Floats],
+    second: Sequence[_Floats],
+    steps: Sequence[_Floats],
+    decays: Sequence[float],
+    learning_rate: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    max_norm: float,
+    n_threads: int,
+) -> float: ...
 def _draw_trajectories(seed0: int, seed1: int, number: int, weights: npt.NDArray[np.float64], out: _Ints) -> None: ...
 def _drop_steps(seed0: int, seed1: int, number: int, threshold: int, out: npt.NDArray[np.bool_]) -> None: ...
 def _same_entries(entries: list[tuple[dict[str, Any], str, Any]]) -> bool: ...
@@ -224,3 +243,80 @@ class _DecodeState:
         units: list[npt.NDArray[Any]],
     ) -> None: ...
     def step(self, weights: _DecodeWeights, observations: npt.NDArray[Any], out: _Floats, n_threads: int) -> int: ...
+
+def _seed_plans(
+    prior: Sequence[_Floats],
+    layers: Sequence[Sequence[_Floats]],
+    z0: _Floats,
+    before: _Floats,
+    z: _Floats,
+    scale: _Floats,
+    kv: _Floats,
+    n_threads: int,
+) -> None: ...
+def _seed_gradient(
+    prior: Sequence[_Floats],
+    layers: Sequence[Sequence[_Floats]],
+    returns: Sequence[_Floats],
+    context: _Floats | None,
+    y: _Floats,
+    weight: _Floats,
+    z0: _Floats,
+    before: _Floats,
+    z: _Floats,
+    scale: _Floats,
+    dkv: _Floats,
+    dkv_scale: float,
+    gradient: _Floats,
+    n_threads: int,
+) -> None: ...
+def _seed_weights(
+    prior: Sequence[_Floats],
+    layers: Sequence[Sequence[_Floats]],
+    z0: _Floats,
+    before: _Floats,
+    z: _Floats,
+    scale: _Floats,
+    dkv: _Floats,
+    dz: _Floats | None,
+    dprior: Sequence[_Floats],
+    dlayers: Sequence[Sequence[_Floats]],
+    n_threads: int,
+) -> None: ...
+def _seed_move(
+    z0: _Floats,
+    gradient: _Floats,
+    step_size: float,
+    max_drift_ratio: float,
+    seed0: int,
+    seed1: int,
+    ids: _Ints,
+    steps: _Ints,
+    size: _Floats,
+    ratio: _Floats,
+    n_threads: int,
+) -> None: ...
+def _action_errors(
+    y: _Any,
+    actions: _Floats,
+    counts: npt.NDArray[np.bool_] | None,
+    scale: _Floats,
+    dy: _Any | None,
+    squares: npt.NDArray[np.float64] | None,
+    n_threads: int,
+) -> None: ...
+def _return_losses(
+    weights: Sequence[_Floats],
+    z: _Floats,
+    context: _Floats | None,
+    y: _Floats,
+    seen: _Floats,
+    fitted: _Floats,
+    masks: Sequence[_Floats],
+    losses: npt.NDArray[np.float64],
+    factor_mean: float,
+    factor_variance: float,
+    dz: _Floats | None,
+    dweights: Sequence[_Floats],
+    n_threads: int,
+) -> None: ...

@@ -85,8 +85,12 @@ def langevin(
         s = (2 * max_drift_ratio * scale / grad_norm.clamp_min(1e-12)).clamp(max=step_size)
         ratio = s * grad_norm / (2 * scale)
         z0 = z0.detach() - 0.5 * s.square() * grad + s * noise(step)
-    norm = _mean(z0.flatten(1).norm(dim=1), is_real) / scale
-    return z0, PosteriorStats(_mean(ratio, is_real), _mean(s, is_real), norm)
+    return z0, _stats(z0, ratio, s, is_real)
+
+
+def _stats(z0: Tensor, ratio: Tensor, size: Tensor, is_real: Tensor | None) -> PosteriorStats:
+    norm = _mean(z0.flatten(1).norm(dim=1), is_real) / math.sqrt(z0[0].numel())
+    return PosteriorStats(_mean(ratio, is_real), _mean(size, is_real), norm)
 
 
 def variational(
@@ -213,6 +217,7 @@ def refine(
     n_steps: int | None = None,
     store: bool = True,
     is_real: Tensor | None = None,
+    seed_energy: ops.SeedEnergy | None = None,
 ) -> tuple[Tensor, PosteriorStats]:
     """Move the chains ``rows`` (int64 [b], distinct) by the configured posterior.
 
@@ -220,6 +225,8 @@ def refine(
         n_steps: posterior steps; None takes the configured number.
         store: keep where they went; False leaves the state as it was.
         is_real: bool [b], False where the row is 2 * B, which may stand there any number of times; None: all are real.
+        seed_energy: the same energy as the C++ engine takes it for Langevin steps; None: autograd differentiates
+            ``energy``.
 
     Returns:
         seeds [b, n_z, D] and diagnostics.
@@ -233,7 +240,20 @@ def refine(
     def noise(step: int) -> Tensor:
         return state.normals(rows, step, shape)
 
-    if config.method == "langevin":
+    if config.method == "langevin" and seed_energy is not None:
+        z0, size, ratio = ops.posterior_langevin(
+            seed_energy,
+            z0,
+            n_steps=n_steps,
+            step_size=config.step_size,
+            seed=state.seed,
+            ids=rows,
+            steps=tensors["n_draws"][rows],
+            max_drift_ratio=config.max_drift_ratio,
+        )
+        stats = _stats(z0, ratio, size, is_real)
+        drawn = n_steps
+    elif config.method == "langevin":
         z0, stats = langevin(
             energy,
             z0,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,9 +21,12 @@ __all__ = [
     "DecoderWeights",
     "LayerWeights",
     "PackedBatch",
+    "PlanMap",
     "PriorWeights",
     "ReturnWeights",
     "StepWeights",
+    "action_errors",
+    "adamw",
     "decode_step",
     "decode_token",
     "decoder_block",
@@ -38,9 +42,11 @@ __all__ = [
     "plan_langevin",
     "plan_norm",
     "prior",
+    "return_losses",
     "return_model",
     "return_moments",
     "rotary",
+    "seed_plans",
     "window_attention",
 ]
 
@@ -469,6 +475,36 @@ def prior(weights: PriorWeights, z0: Tensor) -> Tensor:
     )
 
 
+class PlanMap(NamedTuple):
+    """A decoder layer's map of the plan to keys and values: W [2 D, D] and b [2 D], and the positions [n_z, D] that are
+    added to the plan before."""
+
+    w: Tensor
+    b: Tensor
+    position: Tensor
+
+
+def seed_plans(weights: PriorWeights, layers: Sequence[PlanMap], z0: Tensor) -> tuple[Tensor, Tensor]:
+    """The plan [P, n_z, D] of seeds, and keys and values [L, 2, P, n_z, D] that the decoder's layers make of it."""
+    z = prior(weights, z0)
+    if not layers:
+        return z, z.new_empty((0, 2, *z.shape))
+    kv = [F.linear(z + layer.position, layer.w, layer.b).unflatten(-1, (2, -1)) for layer in layers]
+    return z, torch.stack(kv).permute(0, 3, 1, 2, 4)
+
+
+def action_errors(y: Tensor, actions: Tensor, counts: Tensor | None = None) -> Tensor:
+    """The mean over steps of (a - tanh y)^2 for each dimension: y and actions [n, act_dim] -> [act_dim].
+
+    Args:
+        counts: bool [n], steps that count; None for all.
+    """
+    errors = (actions - torch.tanh(y).to(actions.dtype)).square()
+    if counts is None:
+        return errors.mean(0)
+    return torch.where(counts[:, None], errors, 0.0).sum(0) / counts.sum()
+
+
 LOG_VARIANCE_RANGE = (-8.0, 4.0)
 
 
@@ -499,6 +535,33 @@ def return_model(
     out = torch.baddbmm(weights.b3[:, None], h, weights.w3.transpose(1, 2)).view(weights.w1.shape[0], *shape, 2)
     mean, log_variance = out.unbind(-1)
     return mean, log_variance.clamp(*LOG_VARIANCE_RANGE)
+
+
+def return_losses(
+    weights: ReturnWeights,
+    z: Tensor,
+    y: Tensor,
+    seen: Tensor,
+    fitted: Tensor,
+    context: Tensor | None = None,
+    dropout: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Errors of the return models' means, with dropout, and the NLL that fits their variances, without.
+
+    The variances are fitted with means and plans held fixed.
+
+    Args:
+        z: [P, n_z, D].
+        y, seen, fitted: [P], standardised returns, and what a plan counts in either loss.
+        context, dropout: as in :func:`return_model`.
+
+    Returns:
+        sum of ``seen * (y - r)^2``, and of ``fitted * ((y - r)^2 exp(-v) + v) / 2`` with v the log-variance.
+    """
+    means, _ = return_model(weights, z, context, dropout)
+    fixed, log_variances = return_model(weights, z.detach(), context)
+    nll = 0.5 * ((y - fixed.detach()).square() * (-log_variances).exp() + log_variances)
+    return ((y - means).square() * seen).sum(), (nll * fitted).sum()
 
 
 def return_moments(means: Tensor, log_variances: Tensor) -> tuple[Tensor, Tensor]:
@@ -604,6 +667,45 @@ def plan_langevin(
     with torch.no_grad():
         mean, std = return_moments(*return_model(return_weights, prior(prior_weights, z0), context))
     return z0.detach(), mean, std
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Optimiser
+
+
+def adamw(
+    values: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    first: Sequence[Tensor],
+    second: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    decays: Sequence[float],
+    *,
+    learning_rate: float,
+    betas: tuple[float, float],
+    eps: float,
+    max_norm: float,
+) -> Tensor:
+    """Clip the norm of all gradients together to ``max_norm``, then one step of AdamW (Loshchilov and Hutter 2019).
+
+    Args:
+        values, gradients, first, second: of each parameter, its gradient and its moments, **mutated**.
+        steps: [] of each parameter, steps taken so far, **mutated**.
+        decays: weight decay of each parameter.
+
+    Returns:
+        the norm before clipping, [].
+    """
+    norm = torch.stack([g.norm() for g in gradients]).norm() if gradients else torch.zeros(())
+    clip = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    for x, g, m, v, step, decay in zip(values, gradients, first, second, steps, decays, strict=True):
+        g.mul_(clip)
+        step += 1
+        m.lerp_(g, 1 - betas[0])
+        v.mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
+        root = (v / (1 - betas[1] ** step)).sqrt() + eps
+        x.mul_(1 - learning_rate * decay).sub_(learning_rate / (1 - betas[0] ** step) * m / root)
+    return norm
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ else
 fi
 
 # Of PER_ISA_SOURCES and their callers. The other tests reach the engine through these.
-ops="gemm weight_gradient norm_linear philox_normal pack_batch window_attention plan_attention decode_step plan_ascent block binding_fuzz thread_pool"
+ops="gemm weight_gradient norm_linear philox_normal pack_batch window_attention plan_attention decode_step plan_ascent block adamw seed_plans action_errors return_losses posterior_langevin binding_fuzz thread_pool"
 tests=
 for op in $ops; do
   if [ -f "tests/test_$op.py" ]; then tests="$tests tests/test_$op.py"; fi

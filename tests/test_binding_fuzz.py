@@ -171,13 +171,15 @@ def rows_of_map(draw: Draw) -> tuple[int, int, int, bool, Callable[..., np.ndarr
 def norm_linear(draw: Draw) -> Arguments:
     n, n_in, n_out, bf16, make = rows_of_map(draw)
     has_norm = draw(st.booleans())
+    residual = draw(st.sampled_from([None, floats(n, n_out)]))
     return {
         "weight": floats(n_out, n_in),
         "bias": floats(n_out),
         "has_norm": has_norm,
         "bf16": bf16,
         "x": floats(n, n_in),
-        "y": make(n, n_out),
+        "residual": residual,
+        "y": make(n, n_out) if residual is None else floats(n, n_out),
         "operand": make(n, 32 * (-(-n_in // 32))) if has_norm else None,
         "rstd": floats(n) if has_norm else None,
         "n_threads": size(draw, 1, 2),
@@ -186,14 +188,16 @@ def norm_linear(draw: Draw) -> Arguments:
 
 def norm_linear_backward(draw: Draw) -> Arguments:
     n, n_in, n_out, bf16, make = rows_of_map(draw)
-    has_norm = draw(st.booleans())
+    has_norm, as_float = draw(st.booleans()), bf16 and draw(st.booleans())
     return {
         "weight": floats(n_out, n_in),
         "has_norm": has_norm,
         "bf16": bf16,
-        "dy": make(n, n_out),
+        "dy": floats(n, n_out) if as_float else make(n, n_out),
         "operand": make(n, 32 * (-(-n_in // 32))) if has_norm else None,
         "rstd": floats(n) if has_norm else None,
+        "dy_operand": make(n, n_out) if as_float else None,
+        "dx_start": draw(st.sampled_from([None, floats(n, n_in)])),
         "dx": draw(st.sampled_from([None, floats(n, n_in)])),
         "dbias": draw(st.sampled_from([None, floats(n_out)])),
         "n_threads": size(draw, 1, 2),
@@ -203,7 +207,13 @@ def norm_linear_backward(draw: Draw) -> Arguments:
 def weight_gradients(draw: Draw) -> Arguments:
     n, _, _, _, make = rows_of_map(draw)
     sizes = [(size(draw, 0, 40), size(draw, 0, 40)) for _ in range(size(draw, 0, 3))]
-    return {"maps": [[make(n, o), make(n, i), floats(o, i)] for o, i in sizes], "n_threads": size(draw, 1, 2)}
+
+    def norm(o: int, i: int) -> list[np.ndarray]:
+        some = draw(st.integers(0, 3)) == 0
+        return [floats(o, i), floats(o), floats(i), floats(i), floats(i), floats(i)] if some else []
+
+    maps = [[make(n, o), make(n, i), floats(o, i), norm(o, i)] for o, i in sizes]
+    return {"maps": maps, "n_threads": size(draw, 1, 2)}
 
 
 def plan_attention(draw: Draw) -> Arguments:
@@ -263,6 +273,111 @@ def plan_steps(langevin: bool) -> Callable[[Draw], Arguments]:
     return good
 
 
+def adamw(draw: Draw) -> Arguments:
+    shapes = [(size(draw, 0, 40), size(draw, 1, 40)) for _ in range(size(draw, 0, 3))]
+    lists = {name: [floats(*shape) for shape in shapes] for name in ("values", "gradients", "first", "second")}
+    return {
+        **lists, "steps": [np.zeros((), np.float32) for _ in shapes], "decays": [0.1] * len(shapes),
+        "learning_rate": 0.1, "beta1": 0.9, "beta2": 0.98, "eps": 1e-8, "max_norm": 1.0, "n_threads": size(draw, 1, 2),
+    }  # fmt: skip
+
+
+@dataclass
+class SeedSizes:
+    """Plan seeds, U, the layers' maps of the plan, and return models."""
+
+    p: int
+    n_z: int
+    dim: int
+    hidden: int
+    layers: int
+    members: int
+    n_obs: int
+
+    def model(self, with_prior: bool) -> Arguments:
+        d = self.n_z * self.dim
+        prior = [floats(self.hidden, d), floats(self.hidden), floats(d, self.hidden), floats(d)]
+        layer = [floats(2 * self.dim, self.dim), floats(2 * self.dim), floats(self.n_z, self.dim)]
+        return {"prior": prior if with_prior else [], "layers": [list(layer) for _ in range(self.layers)]}
+
+    def returns(self) -> list[np.ndarray]:
+        n_in, e, h = self.n_z * self.dim + self.n_obs, self.members, self.hidden
+        return [floats(e, h, n_in), floats(e, h), floats(e, h, h), floats(e, h), floats(e, 2, h), floats(e, 2)]
+
+    def plans(self) -> np.ndarray:
+        return floats(self.p, self.n_z, self.dim)
+
+    def context(self) -> np.ndarray | None:
+        return floats(self.p, self.n_obs) if self.n_obs else None
+
+    def saved(self, with_prior: bool) -> Arguments:
+        """What the forward leaves, and keys and values."""
+        return {
+            "before": floats(self.p, self.hidden if with_prior else 0), "z": self.plans(),
+            "scale": floats(self.p, self.n_z), "kv": floats(self.layers, 2, self.p, self.n_z, self.dim),
+        }  # fmt: skip
+
+
+def seed_sizes(draw: Draw) -> SeedSizes:
+    return SeedSizes(size(draw, 0, 5), *(size(draw, 1, 5) for _ in range(3)), size(draw, 0, 2), size(draw, 1, 2),
+                     size(draw, 0, 2))  # fmt: skip
+
+
+def seed_plans(draw: Draw) -> Arguments:
+    s, with_prior = seed_sizes(draw), draw(st.booleans())
+    return {**s.model(with_prior), "z0": s.plans(), **s.saved(with_prior), "n_threads": size(draw, 1, 2)}
+
+
+def seed_gradient(draw: Draw) -> Arguments:
+    s, with_prior = seed_sizes(draw), draw(st.booleans())
+    saved = s.saved(with_prior)
+    return {
+        **s.model(with_prior), "returns": s.returns(), "context": s.context(), "y": floats(s.p),
+        "weight": floats(s.p), "z0": s.plans(), **{k: v for k, v in saved.items() if k != "kv"}, "dkv": saved["kv"],
+        "dkv_scale": 2.0, "gradient": s.plans(), "n_threads": size(draw, 1, 2),
+    }  # fmt: skip
+
+
+def seed_weights(draw: Draw) -> Arguments:
+    s, with_prior = seed_sizes(draw), draw(st.booleans())
+    saved, grads = s.saved(with_prior), s.model(with_prior)
+    return {
+        **s.model(with_prior), "z0": s.plans(), **{k: v for k, v in saved.items() if k != "kv"}, "dkv": saved["kv"],
+        "dz": draw(st.sampled_from([None, s.plans()])), "dprior": grads["prior"], "dlayers": grads["layers"],
+        "n_threads": size(draw, 1, 2),
+    }  # fmt: skip
+
+
+def seed_move(draw: Draw) -> Arguments:
+    s = seed_sizes(draw)
+    return {
+        "z0": s.plans(), "gradient": s.plans(), "step_size": 0.1, "max_drift_ratio": 0.5, "seed0": 1, "seed1": 2,
+        "ids": np.arange(s.p), "steps": np.arange(s.p) + WORD - 9, "size": floats(s.p), "ratio": floats(s.p),
+        "n_threads": size(draw, 1, 2),
+    }  # fmt: skip
+
+
+def action_errors(draw: Draw) -> Arguments:
+    n, act_dim, bf16 = size(draw, 0, 40), size(draw, 0, 5), draw(st.booleans())
+    y, dy = ((floats(n, act_dim).astype(np.int16) if bf16 else floats(n, act_dim)) for _ in range(2))
+    return {
+        "y": y, "actions": floats(n, act_dim), "counts": draw(st.sampled_from([None, np.ones(n, bool)])),
+        "scale": floats(act_dim), "dy": draw(st.sampled_from([None, dy])),
+        "squares": draw(st.sampled_from([None, np.zeros(act_dim)])), "n_threads": size(draw, 1, 2),
+    }  # fmt: skip
+
+
+def return_losses(draw: Draw) -> Arguments:
+    s = seed_sizes(draw)
+    masks = [floats(s.members, s.p, s.hidden) for _ in range(2)]
+    return {
+        "weights": s.returns(), "z": s.plans(), "context": s.context(), "y": floats(s.p), "seen": floats(s.p),
+        "fitted": floats(s.p), "masks": masks if draw(st.booleans()) else [], "losses": np.zeros(2),
+        "factor_mean": 1.0, "factor_variance": 0.1, "dz": draw(st.sampled_from([None, s.plans()])),
+        "dweights": s.returns() if draw(st.booleans()) else [], "n_threads": size(draw, 1, 2),
+    }  # fmt: skip
+
+
 @dataclass
 class BlockSizes:
     """A decoder layer."""
@@ -300,7 +415,10 @@ def block_weights(sizes: BlockSizes, *, backward: bool) -> Arguments:
     dim, hidden, n_next = sizes.dim, sizes.hidden, sizes.n_next
     shapes = [(dim, dim), (dim, dim), (dim, dim), (hidden, dim), (dim, hidden), (n_next, dim)]
     weights, biases = [floats(*shape) for shape in shapes], [floats(shape[0]) for shape in shapes]
-    return {"weights": weights, "biases": biases, "bf16": sizes.bf16, "backward": backward}
+    norms = [floats(dim) for _ in range(6)]
+    return {
+        "weights": weights, "biases": biases, "norms": norms, "bf16": sizes.bf16, "backward": backward, "n_threads": 1,
+    }  # fmt: skip
 
 
 def block(draw: Draw) -> Arguments:
@@ -539,11 +657,19 @@ TARGETS: dict[str, Target] = {
     "_C._norm_linear": Target(norm_linear, kept=THREADS),
     "_C._norm_linear_backward": Target(norm_linear_backward, kept=THREADS),
     "_C._weight_gradients": Target(weight_gradients, kept=THREADS),
+    "_C._adamw": Target(adamw, kept=THREADS),
+    "_C._seed_plans": Target(seed_plans, kept=THREADS),
+    "_C._seed_gradient": Target(seed_gradient, kept=THREADS),
+    "_C._seed_weights": Target(seed_weights, kept=THREADS),
+    "_C._seed_move": Target(seed_move, kept=THREADS),
+    "_C._action_errors": Target(action_errors, kept=THREADS),
+    "_C._return_losses": Target(return_losses, kept=THREADS),
     "_C._plan_attention": Target(plan_attention, kept=THREADS),
     "_C._plan_attention_backward": Target(with_gradients(plan_attention, "q", "k", "v"), kept=THREADS),
     "_C._plan_ascent": Target(plan_steps(langevin=False), kept=THREADS | {"n_steps"}),
     "_C._plan_langevin": Target(plan_steps(langevin=True), kept=THREADS | {"n_steps"}),
-    "_C._BlockWeights": Target(lambda draw: block_weights(block_sizes(draw), backward=draw(st.booleans()))),
+    "_C._BlockWeights": Target(lambda draw: block_weights(block_sizes(draw), backward=draw(st.booleans())),
+                               kept=THREADS),
     "_C._block_fingerprint": Target(lambda draw: {"arrays": [floats(size(draw, 0, 200)) for _ in range(3)]}),
     "_C._block": Target(block, kept=THREADS),
     "_C._block_backward": Target(block_backward, kept=THREADS),

@@ -302,7 +302,12 @@ def test_a_compiled_update_is_the_same_and_made_once_per_size(context, counting_
         values = one.run(batch, rows)
         assert_same(other.run(batch, rows, parts), values, rtol=1e-4, atol=1e-6)
         frames.append(counting_backend.frame_count)
-    assert_same(other.all(), one.all(), rtol=1e-3, atol=1e-5)
+
+    def told_apart(state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Without the biases of plan keys: a softmax does not see them, and Adam takes the sign of a rounding error."""
+        return {name: x[len(x) // 2 :] if name.endswith("plan_kv.bias") else x for name, x in state.items()}
+
+    assert_same(told_apart(other.all()), told_apart(one.all()), rtol=1e-3, atol=1e-5)
     # Trunk, energy and losses, for each of two sizes.
     assert frames == [3, 6, 6, 6]
 

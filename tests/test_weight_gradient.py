@@ -17,7 +17,7 @@ def array(x: Tensor):
 def run(engine, maps: list[tuple[Tensor, Tensor]], n_threads: int = 1) -> list[Tensor]:
     out = [torch.full((dy.shape[1], x.shape[1]), torch.nan) for dy, x in maps]
     engine._weight_gradients(
-        [(array(dy), array(x), dw.numpy()) for (dy, x), dw in zip(maps, out, strict=True)], n_threads
+        [(array(dy), array(x), dw.numpy(), []) for (dy, x), dw in zip(maps, out, strict=True)], n_threads
     )
     return out
 
@@ -59,6 +59,22 @@ def test_bits_do_not_depend_on_threads_or_on_the_other_maps(cpp_engine, dtype):
         assert torch.equal(run(cpp_engine, [one])[0], dw)
 
 
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize(("n_out", "n_in"), [(40, 96), (33, 17), (3, 64)])
+def test_gradients_of_a_folded_norm_are_taken_apart(cpp_engine, n_out, n_in):
+    """The map W (x * norm_w + norm_b): from the operand before scale and offset to the gradients of all three."""
+    g = torch.Generator().manual_seed(0)
+    dy, x, w = (torch.randn(*s, generator=g) for s in ((50, n_out), (50, n_in), (n_out, n_in)))
+    norm_w, norm_b = torch.randn(n_in, generator=g), torch.randn(n_in, generator=g)
+    leaves = [t.double().requires_grad_() for t in (w, norm_w, norm_b)]
+    ((x.double() * leaves[1] + leaves[2]) @ leaves[0].T * dy.double()).sum().backward()
+    dw, dnorm_w, dnorm_b = torch.full((n_out, n_in), torch.nan), torch.full((n_in,), torch.nan), torch.zeros(n_in)
+    norm = [t.numpy() for t in (w, dy.sum(0), norm_w, norm_b, dnorm_w, dnorm_b)]
+    cpp_engine._weight_gradients([(dy.numpy(), x.numpy(), dw.numpy(), norm)], 2)
+    for found, leaf in zip((dw, dnorm_w, dnorm_b), leaves, strict=True):
+        assert row_error(found, leaf.grad) < 1e-5
+
+
 def test_no_maps_and_empty_maps(cpp_engine):
     cpp_engine._weight_gradients([], 2)
     assert run(cpp_engine, [(torch.ones(4, 0), torch.ones(4, 3))])[0].shape == (0, 3)
@@ -88,4 +104,4 @@ def test_no_maps_and_empty_maps(cpp_engine):
 )
 def test_bad_arrays_are_named(cpp_engine, maps, message):
     with pytest.raises(ValueError, match=message):
-        cpp_engine._weight_gradients([tuple(x.numpy() for x in one) for one in maps], 1)
+        cpp_engine._weight_gradients([(*(x.numpy() for x in one), []) for one in maps], 1)

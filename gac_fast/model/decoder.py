@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from gac_fast import ops
 from gac_fast.config import ModelConfig
-from gac_fast.reference import BlockWeights, DecoderWeights, LayerWeights, StepWeights
+from gac_fast.reference import BlockWeights, DecoderWeights, LayerWeights, PlanMap, StepWeights
 
 __all__ = ["Decoder"]
 
@@ -50,17 +50,12 @@ class DecoderLayer(nn.Module):
             self.mlp_out.weight, self.mlp_out.bias,
         )  # fmt: skip
 
-    def attend(self, qkv: Tensor, cu_seqlens: Tensor, window: int, positions: Tensor) -> Tensor:
-        """What window attention reads: [N, 3 D] -> [N, D]."""
-        n, dim = qkv.shape[0], qkv.shape[1] // 3
-        heads = qkv.view(n, 3, self.n_heads, dim // self.n_heads)
-        return ops.window_attention_qkv(heads, cu_seqlens, window, positions, self.rope_base).reshape(n, dim)
-
     def attend_window(self, x: Tensor, cu_seqlens: Tensor, window: int, positions: Tensor) -> Tensor:
         """The part that does not depend on the plan: [N, D] -> [N, D]."""
-        bf16 = _bf16(x)
-        qkv = ops.norm_linear(x, self.norm1.weight, self.norm1.bias, self.qkv.weight, self.qkv.bias, bf16)
-        return x + _linear(self.out, self.attend(qkv, cu_seqlens, window, positions), bf16)
+        weights = (
+            self.norm1.weight, self.norm1.bias, self.qkv.weight, self.qkv.bias, self.out.weight, self.out.bias
+        )  # fmt: skip
+        return ops.window_block(x, weights, cu_seqlens, positions, self.n_heads, window, self.rope_base, _bf16(x))
 
     def plan_keys(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Plan [B, n_z, D] -> keys and values [B, n_z, H, d]."""
@@ -157,6 +152,26 @@ class Decoder(nn.Module):
             cu_seqlens, positions = cu_seqlens * 2, positions.repeat_interleave(2)
         return self.layers[0].attend_window(x, cu_seqlens, self.window, positions)  # type: ignore[operator]
 
+    def stack(self) -> ops.LayerStack:
+        """The layers as :func:`gac_fast.ops.decoder_layers` takes them."""
+
+        def make() -> ops.LayerStack:
+            layers: list[DecoderLayer] = list(self.layers)  # type: ignore[arg-type]
+            behind = [(layer.norm1, layer.qkv) for layer in layers[1:]] + [(self.norm, self.head)]
+            weights = tuple(layer.block_weights(i > 0, *behind[i]) for i, layer in enumerate(layers))
+            return ops.LayerStack(weights, self.n_heads, self.window, self.rope_base)
+
+        return ops.while_fixed(self, make)
+
+    def plan_maps(self) -> list[PlanMap]:
+        """Each layer's map of the plan to keys and values."""
+        layers: list[DecoderLayer] = list(self.layers)  # type: ignore[arg-type]
+        return [PlanMap(layer.plan_kv.weight, layer.plan_kv.bias, layer.plan_position) for layer in layers]
+
+    def in_heads(self, kv: Tensor) -> Tensor:
+        """[..., D] -> [..., H, d]."""
+        return kv.view(*kv.shape[:-1], self.n_heads, kv.shape[-1] // self.n_heads)
+
     def mean(self, trunk: Tensor, z: Tensor, cu_seqlens: Tensor, positions: Tensor) -> Tensor:
         """Mean actions under a plan per trajectory.
 
@@ -168,22 +183,17 @@ class Decoder(nn.Module):
         Returns:
             [n, act_dim] in [-1, 1].
         """
-        bf16 = _bf16(trunk)
-        steps = cu_seqlens
-        if self.tokens_per_step == 2:
-            cu_seqlens, positions = cu_seqlens * 2, positions.repeat_interleave(2)
         layers: list[DecoderLayer] = list(self.layers)  # type: ignore[arg-type]
-        x, y, attended = trunk, trunk, None
-        for i, layer in enumerate(layers):
-            is_last = i + 1 == len(layers)
-            # The means are read at the state tokens: in the last layer the others are done.
-            every = self.tokens_per_step if is_last else 1
-            if is_last:
-                cu_seqlens = steps
-            norm, after = (self.norm, self.head) if is_last else (layers[i + 1].norm1, layers[i + 1].qkv)
-            plan_k, plan_v = layer.plan_keys(z)
-            weights = layer.block_weights(attended is not None, norm, after)
-            x, y = ops.decoder_block(x, attended, plan_k, plan_v, cu_seqlens, weights, bf16, every)
-            if not is_last:
-                attended = layers[i + 1].attend(y, cu_seqlens, self.window, positions)
-        return torch.tanh(y)
+        plan = [layer.plan_keys(z) for layer in layers]
+        return torch.tanh(self.before_tanh(trunk, plan, cu_seqlens, positions, _bf16(trunk)))
+
+    def before_tanh(
+        self,
+        trunk: Tensor,
+        plan: Tensor | list[tuple[Tensor, Tensor]],
+        cu_seqlens: Tensor,
+        positions: Tensor,
+        bf16: bool,
+    ) -> Tensor:
+        """What :meth:`mean` takes the tanh of, under keys and values [L, 2, B, n_z, H, d] or L pairs of them."""
+        return ops.decoder_layers(trunk, plan, cu_seqlens, positions, self.stack(), bf16, self.tokens_per_step)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from gac_fast import ops
 from gac_fast.config import ModelConfig
 from gac_fast.model.decoder import Decoder
 from gac_fast.model.prior import Prior
@@ -51,12 +52,12 @@ class Batch(NamedTuple):
         return torch.zeros(self.n_trajectories, dtype=x.dtype, device=x.device).index_add(0, self.sequence, x)
 
     def mean_of_steps(self, x: Tensor) -> Tensor:
-        """Mean of per-step values [n, ...] over the steps of real trajectories: []."""
+        """Mean of per-step values [n, ...] over the steps of real trajectories: [...]."""
         if self.is_real is None:
-            return x.mean()
+            return x.mean(0)
         counts = self.is_real[self.sequence]
         shown = torch.where(counts.view(-1, *(1,) * (x.ndim - 1)), x, 0.0)
-        return shown.sum() / (counts.sum() * (x.numel() // max(1, x.shape[0])))
+        return shown.sum(0) / counts.sum()
 
 
 class GAC(nn.Module):
@@ -108,9 +109,35 @@ class GAC(nn.Module):
             raise ValueError(f"actions: expected shape {list(mean.shape)}, got {list(batch.actions.shape)}")
         return (batch.actions - mean).square()
 
+    def plan_and_errors(self, z0: Tensor, batch: Batch, trunk: Tensor) -> tuple[Tensor, Tensor]:
+        """The plans of seeds [B, n_z, D], and :meth:`action_errors` under them, the mean over steps: [act_dim]."""
+        if not ops.energy_runs_directly(trunk, z0):
+            z = self.prior(z0)
+            return z, batch.mean_of_steps(self.action_errors(batch, z, trunk))
+        decoder = self.decoder
+        z, kv = ops.seed_plans(self.prior.weights(), decoder.plan_maps(), z0)
+        y = decoder.before_tanh(trunk, decoder.in_heads(kv), batch.cu_seqlens, batch.positions, self.bf16)
+        counts = None if batch.is_real is None else batch.is_real[batch.sequence]
+        return z, ops.action_errors(y, batch.actions, counts)
+
     def predict_return(self, z: Tensor, first_states: Tensor | None, dropout: bool = False) -> tuple[Tensor, Tensor]:
         """Members' means and log-variances [E, B] of the standardised return."""
         return self.returns(z, first_states, dropout)
+
+    def return_losses(self, z: Tensor, batch: Batch, seen: Tensor, fitted: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean squared error of the members' means, and mean NLL of their variances with means and plans held fixed.
+
+        Args:
+            z: [B, n_z, D].
+            seen, fitted: bool [B], plans that count in either.
+        """
+        if batch.returns.shape != z.shape[:1]:
+            raise ValueError(f"returns: expected shape {[len(z)]}, got {list(batch.returns.shape)}")
+        returns = self.returns
+        n_members = len(returns.w1)  # type: ignore[arg-type]
+        seen, fitted = (x.to(z.dtype) / (x.sum().clamp_min(1) * n_members) for x in (seen, fitted))
+        context = batch.first_states if returns.uses_first_state else None
+        return ops.return_losses(returns.weights(), z, batch.returns, seen, fitted, context, returns.dropout)
 
     def return_errors(self, batch: Batch, means: Tensor) -> Tensor:
         """Squared errors (y - r)^2 of members' means [E, B]: [E, B]."""
@@ -156,6 +183,23 @@ class GAC(nn.Module):
         means, _ = self.predict_return(z, batch.first_states)
         returns = self.return_errors(batch, means).mean(0) * batch.has_return
         return 0.5 * z0.square().sum((1, 2)) + actions / (2 * action_temperature) + returns / (2 * return_temperature)
+
+    def seed_energy(
+        self,
+        batch: Batch,
+        action_temperature: float,
+        return_temperature: float,
+        trunk: Tensor,
+    ) -> ops.SeedEnergy | None:
+        """:meth:`energy` of a batch as :func:`gac_fast.ops.posterior_langevin` takes it; None where that does not."""
+        if not ops.energy_runs_directly(trunk, trunk):
+            return None
+        return ops.SeedEnergy(
+            self.prior.weights(), self.decoder.plan_maps(), self.returns.weights(), self.decoder.stack(),
+            trunk.detach(), batch.cu_seqlens, batch.positions, batch.actions,
+            batch.first_states if self.returns.uses_first_state else None, batch.returns,
+            batch.has_return / return_temperature, action_temperature, self.bf16, self.decoder.tokens_per_step,
+        )  # fmt: skip
 
     def action_log_likelihood(self, errors: Tensor) -> Tensor:
         """log p(a_t | ...) per step [n] from squared errors [n, act_dim], under the fitted sigma_a."""

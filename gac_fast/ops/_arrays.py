@@ -11,7 +11,8 @@ from torch import Tensor
 
 def heads(x: Tensor) -> npt.NDArray[Any]:
     """float32 as it is, bfloat16 as int16 of its bits; copied only where the elements of a row lie apart."""
-    x = x.detach()
+    if x.requires_grad:
+        x = x.detach()
     if x.stride(-1) != 1:
         x = x.contiguous()
     return (x.view(torch.int16) if x.dtype == torch.bfloat16 else x).numpy()
@@ -33,7 +34,9 @@ def array(x: Tensor | None) -> npt.NDArray[Any] | None:
     """A tensor as the engine takes it: bfloat16 as int16."""
     if x is None:
         return None
-    x = x.detach()
+    # A call of torch takes longer than the question, and an update makes a thousand arrays.
+    if x.requires_grad:
+        x = x.detach()
     same: npt.NDArray[Any] = (x.view(torch.int16) if x.dtype == torch.bfloat16 else x).numpy()
     return same
 

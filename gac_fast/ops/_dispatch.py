@@ -203,6 +203,11 @@ def choose(op: str, device: torch.device, refused: str | None = None) -> str:
 choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def count(op: str, name: str, n: int = 1) -> None:
+    """``n`` calls of ``op`` by backend ``name``, which was chosen for several together."""
+    _counts[op, name] += n
+
+
 def again(op: str, name: str) -> bool:
     """Whether a call goes to backend ``name`` like the one before, then counted; False where it is not certain.
 

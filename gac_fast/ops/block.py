@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +22,11 @@ from gac_fast.ops._arrays import rows as _rows
 from gac_fast.reference import BlockWeights
 
 __all__ = ["decoder_block", "fixed_weights"]
+
+T = TypeVar("T")
+
+Call = Callable[[], object]
+"""One call of the engine on given memory."""
 
 OP = "block"
 _dispatch.register(OP, "triton", "cpp", triton_refuses=lambda sizes: _block_triton.refusal(sizes.dim, sizes.n_z))
@@ -63,35 +70,44 @@ def _unflatten(weights: Sequence[Tensor]) -> BlockWeights:
     return BlockWeights(*weights) if len(weights) == len(BlockWeights._fields) else BlockWeights(None, None, *weights)
 
 
-def _fold(norm_w: Tensor, norm_b: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """The map W (x * norm_w + norm_b) + b as one matrix and one bias."""
-    return w * norm_w, b + (w * norm_b).sum(-1)
-
-
 def _pack(weights: Sequence[Tensor], bf16: bool, backward: bool) -> Any:
-    w = _unflatten([x.detach() for x in weights])
-    folded = (
-        _fold(w.norm2_w, w.norm2_b, w.w_plan_q, w.b_plan_q),
-        (w.w_plan_o, w.b_plan_o),
-        _fold(w.norm3_w, w.norm3_b, w.w_in, w.b_in),
-        (w.w_out, w.b_out),
-        _fold(w.norm_w, w.norm_b, w.w_next, w.b_next),
-    )
-    matrices = [_array(w.w_o), *(_array(_rows(matrix, torch.float32)) for matrix, _ in folded)]
-    biases = [_array(w.b_o), *(_array(bias.contiguous()) for _, bias in folded)]
-    return _dispatch.cpp_engine()._BlockWeights(matrices, biases, bf16, backward)
+    w = _unflatten(weights)
+    maps = (
+        (w.w_o, w.b_o), (w.w_plan_q, w.b_plan_q), (w.w_plan_o, w.b_plan_o), (w.w_in, w.b_in), (w.w_out, w.b_out),
+        (w.w_next, w.b_next),
+    )  # fmt: skip
+    # The engine folds scale and offset of a norm into the map behind it.
+    norms = (w.norm2_w, w.norm2_b, w.norm3_w, w.norm3_b, w.norm_w, w.norm_b)
+    return _dispatch.cpp_engine()._BlockWeights(
+        [_array(_rows(matrix, torch.float32)) for matrix, _ in maps],
+        [None if bias is None else _array(bias.contiguous()) for _, bias in maps],
+        [_array(x.contiguous()) for x in norms], bf16, backward, _threads.count(),
+    )  # fmt: skip
 
 
-def _packed(weights: Sequence[Tensor], bf16: bool, backward: bool) -> Any:
+def packed(weights: Sequence[Tensor], bf16: bool, backward: bool) -> Any:
     """The engine's form of the weights."""
     engine = _dispatch.cpp_engine()
     if _fixed.packs is not None:
         place = (engine._isa(), bf16, backward, *(w.data_ptr() for w in weights), weights[-2].shape, weights[-6].shape)
         if place not in _fixed.packs:
-            # With the weights, for memory that was given back may be another tensor's next.
-            _fixed.packs[place] = _packed_by_content(engine, weights, bf16, backward), list(weights)
+            # With the weights, for memory that was given back may be another tensor's next. They are new: an update
+            # has moved them, and nobody has asked for their packs before.
+            _fixed.packs[place] = _pack(weights, bf16, backward), list(weights)
         return _fixed.packs[place][0]
     return _packed_by_content(engine, weights, bf16, backward)
+
+
+def while_fixed(owner: Any, make: Callable[[], T]) -> T:
+    """What ``make`` gives, kept for ``owner`` while its weights are fixed (in the calling thread), else made anew."""
+    if torch.compiler.is_compiling() or _fixed.packs is None:
+        return make()
+    # With the owner, whose address is not to be another's.
+    key = id(owner)
+    if key not in _fixed.packs:
+        _fixed.packs[key] = make(), owner
+    value: T = _fixed.packs[key][0]
+    return value
 
 
 def _packed_by_content(engine: ModuleType, weights: Sequence[Tensor], bf16: bool, backward: bool) -> Any:
@@ -147,6 +163,41 @@ def _outputs(
     )  # fmt: skip
 
 
+def run(
+    packs: Any,
+    x: Tensor,
+    attended: Tensor | None,
+    plan_k: Tensor,
+    plan_v: Tensor,
+    cu_seqlens: Tensor,
+    weights: Sequence[Tensor],
+    bf16: bool,
+    save: bool,
+    every: int,
+    calls: list[Call] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The engine's forward, with what :func:`packed` gave of the weights.
+
+    Args:
+        calls: the engine's call is added to it, for whoever runs it again on other contents of the same memory.
+    """
+    outputs = _outputs(x, plan_k, weights, bf16, save, every)
+    dtype = outputs[1].dtype
+    saved = [_array(y) if save else None for y in outputs[2:]]
+    if bf16:
+        saved[4:] = None, None
+    call = functools.partial(
+        _dispatch.cpp_engine()._block,
+        packs, _array(_rows(_first_of(x, every), torch.float32)), _array(_rows(_first_of(attended, every), dtype)),
+        _array(_rows(plan_k, plan_k.dtype)), _array(_rows(plan_v, plan_v.dtype)), _array(cu_seqlens),
+        _array(outputs[0]), _array(outputs[1]), *saved, _threads.count(),
+    )  # fmt: skip
+    call()
+    if calls is not None:
+        calls.append(call)
+    return outputs
+
+
 def _run(
     x: Tensor,
     attended: Tensor | None,
@@ -160,19 +211,8 @@ def _run(
     wants_weights: bool,
     every: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    outputs = _outputs(x, plan_k, weights, bf16, save, every)
-    dtype = outputs[1].dtype
-    with torch.autocast("cpu", enabled=False):
-        packs = _packed(weights, bf16, save)
-    saved = [_array(y) if save else None for y in outputs[2:]]
-    if bf16:
-        saved[4:] = None, None
-    _dispatch.cpp_engine()._block(
-        packs, _array(_rows(_first_of(x, every), torch.float32)), _array(_rows(_first_of(attended, every), dtype)),
-        _array(_rows(plan_k, plan_k.dtype)), _array(_rows(plan_v, plan_v.dtype)), _array(cu_seqlens),
-        _array(outputs[0]), _array(outputs[1]), *saved, _threads.count(),
-    )  # fmt: skip
-    return outputs
+    packs = packed(weights, bf16, save)
+    return run(packs, x, attended, plan_k, plan_v, cu_seqlens, weights, bf16, save, every)
 
 
 _block = torch.library.custom_op("gac_fast::block", mutates_args=())(_run)
@@ -203,6 +243,65 @@ def _gradients(
     return grads
 
 
+def run_backward(
+    packs: Any,
+    dplan: Sequence[Tensor],
+    dx_out: Tensor | None,
+    dy: Tensor | None,
+    saved: Sequence[Tensor],
+    attended: Tensor | None,
+    plan_k: Tensor,
+    plan_v: Tensor,
+    cu_seqlens: Tensor,
+    weights: Sequence[Tensor],
+    bf16: bool,
+    wants_dx: bool,
+    wants_weights: bool,
+    every: int,
+    calls: list[Call] | None = None,
+) -> list[Tensor]:
+    """The engine's backward. It fills ``dplan``, float32 [B, n_z, D] of keys and values; the rest it returns.
+
+    Args:
+        calls: as in :func:`run`, for gradients of weights none.
+    """
+    x_out = saved[0]
+    n, dim = x_out.shape
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    w = _unflatten(weights)
+    # Rows that the block does not read get a gradient of zero, written where the others are.
+    stream = [torch.empty((every * n, dim), dtype=torch.float32)] if wants_dx or wants_weights else []
+    if stream and w.w_o is not None:
+        stream.append(torch.empty((every * n, dim), dtype=dtype))
+    operands: list[Any] = []
+    dbias = None
+    hidden, n_next = w.w_in.shape[0], w.w_next.shape[0]
+    if wants_weights:
+        widths = (dim, dim, dim, hidden, dim, dim, hidden, dim)
+        operands = [_array(torch.empty((n, _padded(width)), dtype=dtype)) for width in widths]
+        dbias = torch.empty((3 if w.w_o is None else 4) * dim + hidden + n_next)
+    dy = _rows(dy, dtype)
+    read = [_array(x) for x in saved]
+    normed = read[1:3]
+    if bf16:
+        read[5:] = None, None
+    dx, dattended, *_ = (*(_array(x.view(n, every * dim)) for x in stream), None, None)
+    call = functools.partial(
+        _dispatch.cpp_engine()._block_backward,
+        packs, _array(_rows(dx_out, torch.float32)), _array(dy), *read, _array(_rows(plan_k, plan_k.dtype)),
+        _array(_rows(plan_v, plan_v.dtype)), _array(cu_seqlens), dx, dattended,
+        *(_array(x.view(x.shape[0], -1)) for x in dplan), operands, _array(dbias),
+        _threads.count(),
+    )  # fmt: skip
+    call()
+    if calls is not None:
+        calls.append(call)
+    if dbias is None:
+        return stream
+    attended_array = _array(_rows(_first_of(attended, every), dtype))
+    return [*stream, *_weight_gradients(w, _array(dy), attended_array, normed, operands, dbias)]
+
+
 def _run_backward(
     dx_out: Tensor | None,
     dy: Tensor | None,
@@ -217,83 +316,58 @@ def _run_backward(
     wants_weights: bool,
     every: int,
 ) -> list[Tensor]:
-    x_out = saved[0]
-    n, dim = x_out.shape
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    w = _unflatten(weights)
     dplan = [torch.empty(plan_k.shape, dtype=torch.float32) for _ in range(2)]
-    # Rows that the block does not read get a gradient of zero, written where the others are.
-    stream = [torch.empty((every * n, dim), dtype=torch.float32)] if wants_dx or wants_weights else []
-    if stream and w.w_o is not None:
-        stream.append(torch.empty((every * n, dim), dtype=dtype))
-    operands: list[Tensor] = []
-    dbias = None
-    hidden, n_next = w.w_in.shape[0], w.w_next.shape[0]
-    if wants_weights:
-        widths = (dim, dim, dim, hidden, dim, dim, hidden, dim)
-        operands = [torch.empty((n, _padded(width)), dtype=dtype) for width in widths]
-        dbias = torch.empty((3 if w.w_o is None else 4) * dim + hidden + n_next)
-    dy = _rows(dy, dtype)
-    with torch.autocast("cpu", enabled=False):
-        packs = _packed(weights, bf16, True)
-    read = [_array(x) for x in saved]
-    if bf16:
-        read[5:] = None, None
-    dx, dattended, *_ = (*(_array(x.view(n, every * dim)) for x in stream), None, None)
-    _dispatch.cpp_engine()._block_backward(
-        packs, _array(_rows(dx_out, torch.float32)), _array(dy), *read, _array(_rows(plan_k, plan_k.dtype)),
-        _array(_rows(plan_v, plan_v.dtype)), _array(cu_seqlens), dx, dattended,
-        *(_array(x.view(x.shape[0], -1)) for x in dplan), [_array(x) for x in operands], _array(dbias),
-        _threads.count(),
+    packs = packed(weights, bf16, True)
+    rest = run_backward(
+        packs, dplan, dx_out, dy, saved, attended, plan_k, plan_v, cu_seqlens, weights, bf16, wants_dx, wants_weights,
+        every,
     )  # fmt: skip
-    if dbias is None:
-        return [*dplan, *stream]
-    with torch.autocast("cpu", enabled=False):
-        return [*dplan, *stream, *_weight_gradients(w, dy, _first_of(attended, every), saved, operands, dbias)]
+    # An op may not give back several views of one tensor.
+    return [*dplan, *(x.clone() if x.nbytes < x.untyped_storage().nbytes() else x for x in rest)]
 
 
 def _weight_gradients(
     w: BlockWeights,
-    dy: Tensor | None,
-    attended: Tensor | None,
-    saved: Sequence[Tensor],
-    operands: Sequence[Tensor],
+    dy: Any | None,
+    attended: Any | None,
+    normed: Sequence[Any],
+    operands: Sequence[Any],
     dbias: Tensor,
 ) -> list[Tensor]:
-    """In the order of ``w``: products over all tokens of what the backward wrote down."""
+    """In the order of ``w``: products over all tokens of what the backward wrote down, arrays as the engine takes."""
     dim, hidden = w.w_plan_q.shape[0], w.w_in.shape[0]
     dx1, dq, dx2, dhidden, dx3, read, activated, normed3 = operands
-    sizes = [*([dim] if w.w_o is not None else []), dim, dim, hidden, dim, w.w_next.shape[0]]
-    *db_o, db_q, db_plan_o, db_in, db_out, db_next = (part.clone() for part in dbias.split(sizes))
+    ends = list(itertools.accumulate([*([dim] if w.w_o is not None else []), dim, dim, hidden, dim, w.w_next.shape[0]]))
+    *db_o, db_q, db_plan_o, db_in, db_out, db_next = (dbias[a:b] for a, b in zip([0, *ends], ends, strict=False))
 
-    maps: list[tuple[Any, Any, Any]] = []
+    maps: list[tuple[Any, Any, Any, list[Any]]] = []
 
-    def product(dy: Tensor, x: Tensor, like: Tensor) -> Tensor:
+    def product(dy: Any, x: Any, like: Tensor, norm: list[Any] | None = None) -> Tensor:
         """dy^T x over all tokens, once the engine has run."""
         n_out, n_in = like.shape
-        dw = torch.empty_like(like, memory_format=torch.contiguous_format)
-        maps.append((_array(dy[:, :n_out]), _array(_rows(x[:, :n_in], dy.dtype)), dw.numpy()))
+        dw = torch.empty((n_out, n_in))
+        maps.append((dy[:, :n_out], x[:, :n_in], dw.numpy(), norm or []))
         return dw
 
-    def unfold(dw: Tensor, db: Tensor, norm_w: Tensor, norm_b: Tensor, w: Tensor) -> tuple[Tensor, ...]:
-        """norm_w, norm_b, w and b from the gradient of the map that :func:`_fold` made of them."""
-        return (w * dw).sum(0), db @ w, torch.addcmul(torch.outer(db, norm_b), dw, norm_w), db
+    def behind_norm(
+        dy: Tensor | None, x: Tensor, norm_w: Tensor, norm_b: Tensor, w: Tensor, db: Tensor
+    ) -> list[Tensor]:
+        """Those of norm_w, norm_b, w and b; the operand x is the norm's result before scale and offset."""
+        if dy is None:
+            return [torch.zeros_like(norm_w), torch.zeros_like(norm_b), torch.zeros_like(w), db]
+        dnorm_w, dnorm_b = torch.empty(dim), torch.empty(dim)
+        norm = [_array(t.contiguous()) for t in (w, db, norm_w, norm_b, dnorm_w, dnorm_b)]
+        return [dnorm_w, dnorm_b, product(dy, x, w, norm), db]
 
     # The largest first, so that threads end together.
-    dw_in, dw_out = product(dhidden, saved[2], w.w_in), product(dx3, activated, w.w_out)
-    dw_next = torch.zeros_like(w.w_next) if dy is None else product(dy, normed3, w.w_next)
-    dw_plan_q, dw_plan_o = product(dq, saved[1], w.w_plan_q), product(dx2, read, w.w_plan_o)
+    d_in = behind_norm(dhidden, normed[1], w.norm3_w, w.norm3_b, w.w_in, db_in)
+    dw_out = product(dx3, activated, w.w_out)
+    d_next = behind_norm(dy, normed3, w.norm_w, w.norm_b, w.w_next, db_next)
+    d_plan_q = behind_norm(dq, normed[0], w.norm2_w, w.norm2_b, w.w_plan_q, db_q)
+    dw_plan_o = product(dx2, read, w.w_plan_o)
     dw_o = [product(dx1, attended, w.w_o)] if w.w_o is not None and attended is not None else []
     _dispatch.cpp_engine()._weight_gradients(maps, _threads.count())
-    return [
-        *dw_o, *db_o,
-        # The operands of the three norms are their results before scale and offset.
-        *unfold(dw_plan_q, db_q, w.norm2_w, w.norm2_b, w.w_plan_q),
-        dw_plan_o, db_plan_o,
-        *unfold(dw_in, db_in, w.norm3_w, w.norm3_b, w.w_in),
-        dw_out, db_out,
-        *unfold(dw_next, db_next, w.norm_w, w.norm_b, w.w_next),
-    ]  # fmt: skip
+    return [*dw_o, *db_o, *d_plan_q, dw_plan_o, db_plan_o, *d_in, dw_out, db_out, *d_next]
 
 
 _block_backward = torch.library.custom_op("gac_fast::block_backward", mutates_args=())(_run_backward)
@@ -364,6 +438,36 @@ _directly = _direct.function(
 )  # fmt: skip
 
 
+def checked_weights(weights: BlockWeights, x: Tensor, has_attended: bool) -> list[Tensor]:
+    """Those that a layer of a stream x [N, D] has, in order.
+
+    Raises:
+        ValueError: one of another dtype, device or shape, naming it.
+    """
+    dim = x.shape[1]
+    for name in ("w_in", "w_next"):
+        _check.shape(f"weights.{name}", getattr(weights, name), "out", "in")
+    hidden, n_next = weights.w_in.shape[0], weights.w_next.shape[0]
+    sizes = {
+        "w_in": (hidden, dim),
+        "b_in": (hidden,),
+        "w_out": (dim, hidden),
+        "w_next": (n_next, dim),
+        "b_next": (n_next,),
+    }
+    given = []
+    for name, weight in zip(weights._fields, weights, strict=True):
+        if weight is None and name in ("w_o", "b_o") and not has_attended:
+            continue
+        if weight is None:
+            raise ValueError(f"weights.{name}: expected a tensor, got None")
+        _check.dtype(f"weights.{name}", weight, x.dtype)
+        _check.device(f"weights.{name}", weight, "x", x)
+        _check.shape(f"weights.{name}", weight, *sizes.get(name, (dim, dim) if name.startswith("w_") else (dim,)))
+        given.append(weight)
+    return given
+
+
 def decoder_block(
     x: Tensor,
     attended: Tensor | None,
@@ -419,26 +523,7 @@ def decoder_block(
     if heads * width != dim:
         raise ValueError(f"plan_k: expected H * d = {dim}, the width of x, got {heads} * {width}")
     _check.shape("plan_v", plan_v, *plan_k.shape)
-    for name in ("w_in", "w_next"):
-        _check.shape(f"weights.{name}", getattr(weights, name), "out", "in")
-    hidden, n_next = weights.w_in.shape[0], weights.w_next.shape[0]
-    sizes = {
-        "w_in": (hidden, dim),
-        "b_in": (hidden,),
-        "w_out": (dim, hidden),
-        "w_next": (n_next, dim),
-        "b_next": (n_next,),
-    }
-    given = []
-    for name, weight in zip(weights._fields, weights, strict=True):
-        if weight is None and name in ("w_o", "b_o") and attended is None:
-            continue
-        if weight is None:
-            raise ValueError(f"weights.{name}: expected a tensor, got None")
-        _check.dtype(f"weights.{name}", weight, x.dtype)
-        _check.device(f"weights.{name}", weight, "x", x)
-        _check.shape(f"weights.{name}", weight, *sizes.get(name, (dim, dim) if name.startswith("w_") else (dim,)))
-        given.append(weight)
+    given = checked_weights(weights, x, attended is not None)
 
     refused = _dispatch.refusal(x)
     if refused is None and _dispatch.is_for_triton(OP, x.device):

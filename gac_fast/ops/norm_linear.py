@@ -48,7 +48,7 @@ def _run(
     bias = b if norm_b is None else b + (w * norm_b).sum(-1)
     _dispatch.cpp_engine()._norm_linear(
         _matrix(norm_w, w), bias.detach().contiguous().numpy(), norm_w is not None, bf16,
-        _arrays.array(_arrays.rows(x, x.dtype)), _arrays.array(y),
+        _arrays.array(_arrays.rows(x, x.dtype)), None, _arrays.array(y),
         _arrays.array(operand) if save and _keeps_operand(x, norm_w, bf16) else None,
         rstd.numpy() if save and norm_w is not None else None, _threads.count(),
     )  # fmt: skip
@@ -76,19 +76,21 @@ def _run_backward(
     has_norm = norm_w is not None
     _dispatch.cpp_engine()._norm_linear_backward(
         _matrix(norm_w, w), has_norm, bf16, _arrays.array(dy), _arrays.array(operand) if has_norm else None,
-        rstd.numpy() if has_norm else None, _arrays.array(dx), _arrays.array(db), _threads.count(),
+        rstd.numpy() if has_norm else None, None, None, _arrays.array(dx), _arrays.array(db), _threads.count(),
     )  # fmt: skip
     grads = [dx] if dx is not None else []
     if db is None:
         return grads
     dw = torch.empty(w.shape)
     product_of = operand[:, : w.shape[1]] if len(operand) > 0 else _arrays.rows(x, x.dtype)
+    dnorm = [] if norm_w is None else [torch.empty(w.shape[1]), torch.empty(w.shape[1])]
+    # The product is the gradient of the matrix that the norm is folded into; the engine takes it apart.
+    norm = [] if norm_w is None or norm_b is None else [t.contiguous() for t in (w, db, norm_w, norm_b, *dnorm)]
     _dispatch.cpp_engine()._weight_gradients(
-        [(_arrays.array(dy), _arrays.array(product_of), dw.numpy())], _threads.count()
+        [(_arrays.array(dy), _arrays.array(product_of), dw.numpy(), [_arrays.array(t) for t in norm])],
+        _threads.count(),
     )
-    if norm_w is None or norm_b is None:
-        return [*grads, dw, db]
-    return [*grads, (w * dw).sum(0), db @ w, torch.addcmul(torch.outer(db, norm_b), dw, norm_w), db]
+    return [*grads, *dnorm, dw, db]
 
 
 _backward = torch.library.custom_op("gac_fast::norm_linear_backward", mutates_args=())(_run_backward)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -97,33 +98,62 @@ def _run(
     return out, softmax
 
 
-def _run_qkv(
-    qkv: Tensor, cu_seqlens: Tensor, window: int, positions: Tensor | None, rope_base: float
-) -> tuple[Tensor, Tensor]:
+def run_qkv(
+    qkv: Tensor, cu_seqlens: Tensor, window: int, positions: Tensor | None, rope_base: float,
+    calls: list[Callable[[], object]] | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The engine's forward: output and softmax.
+
+    Args:
+        calls: the engine's call is added to it, for whoever runs it again on other contents of the same memory.
+    """
     q, k, v = qkv.unbind(1)
     out, softmax = _cpp_outputs(q, positions)
     inputs = _cpp_inputs(q, k, v, cu_seqlens, window, positions, rope_base)
-    _dispatch.cpp_engine()._window_attention(*inputs, _arrays.heads(out), softmax.numpy(), _threads.count())
+    call = functools.partial(
+        _dispatch.cpp_engine()._window_attention, *inputs, _arrays.heads(out), softmax.numpy(), _threads.count()
+    )
+    call()
+    if calls is not None:
+        calls.append(call)
     return out, softmax
+
+
+def run_backward(
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int, positions: Tensor | None,
+    rope_base: float, softmax: Tensor, calls: list[Callable[[], object]] | None = None,
+) -> Tensor:  # fmt: skip
+    """The engine's backward: gradients of queries, keys and values side by side; ``calls`` as in :func:`run_qkv`."""
+    grads = _empty_grads(q)
+    inputs = _cpp_inputs(q, k, v, cu_seqlens, window, positions, rope_base)
+    call = functools.partial(
+        _dispatch.cpp_engine()._window_attention_backward,
+        _arrays.heads(d_out), *inputs, softmax.numpy(), *map(_arrays.heads, grads.unbind(1)), _threads.count(),
+    )  # fmt: skip
+    call()
+    if calls is not None:
+        calls.append(call)
+    return grads
+
+
+def _run_qkv(
+    qkv: Tensor, cu_seqlens: Tensor, window: int, positions: Tensor | None, rope_base: float
+) -> tuple[Tensor, Tensor]:
+    return run_qkv(qkv, cu_seqlens, window, positions, rope_base)
 
 
 def _run_backward(
     d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int, positions: Tensor | None,
     rope_base: float, softmax: Tensor,
 ) -> Tensor:  # fmt: skip
-    grads = _empty_grads(q)
-    inputs = _cpp_inputs(q, k, v, cu_seqlens, window, positions, rope_base)
-    _dispatch.cpp_engine()._window_attention_backward(
-        _arrays.heads(d_out), *inputs, softmax.numpy(), *map(_arrays.heads, grads.unbind(1)), _threads.count()
-    )
-    return grads
+    return run_backward(d_out, q, k, v, cu_seqlens, window, positions, rope_base, softmax)
 
 
 _forward = torch.library.custom_op("gac_fast::window_attention", mutates_args=())(_run)
 _forward_qkv = torch.library.custom_op("gac_fast::window_attention_qkv", mutates_args=())(_run_qkv)
 _backward = torch.library.custom_op("gac_fast::window_attention_backward", mutates_args=())(_run_backward)
-_formula = _register(_forward, _forward_qkv, _backward, _cpp_outputs, 1, _run_backward)
-_directly, _directly_qkv = _direct.function(_run, *_formula), _direct.function(_run_qkv, *_formula)
+_formula = _register(_forward, _forward_qkv, _backward, _cpp_outputs, 1, run_backward)
+_directly, _directly_qkv = _direct.function(_run, *_formula), _direct.function(run_qkv, *_formula)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The Triton engine

@@ -124,6 +124,8 @@ class Parts(NamedTuple):
     trunk: Callable[[Batch], Tensor]
     energy: Callable[[Tensor, Batch, Tensor], Tensor]  # of z0, batch and detached trunk
     losses: Callable[[Tensor, Batch, Tensor], Losses]  # of z0, batch and trunk
+    # Of batch and detached trunk: the energy as the engine takes it, None where it does not.
+    seed_energy: Callable[[Batch, Tensor], ops.SeedEnergy | None] = lambda batch, trunk: None
 
 
 def parts_of(model: GAC, config: Config) -> Parts:
@@ -135,28 +137,22 @@ def parts_of(model: GAC, config: Config) -> Parts:
     def energy(z0: Tensor, batch: Batch, trunk: Tensor) -> Tensor:
         return model.energy(z0, batch, p.action_temperature, p.return_temperature, trunk)
 
-    def losses(z0: Tensor, batch: Batch, trunk: Tensor) -> Losses:
-        z = model.prior(z0)
-        errors = model.action_errors(batch, z, trunk)
-        action_loss = batch.mean_of_steps(errors)
-        first_states = batch.first_states
-        means, _ = model.predict_return(z, first_states, dropout=True)
-        seen = batch.has_return
-        squared = model.return_errors(batch, means)
-        return_loss = (squared * seen).sum() / (seen.sum().clamp_min(1) * len(means))
+    def seed_energy(batch: Batch, trunk: Tensor) -> ops.SeedEnergy | None:
+        return model.seed_energy(batch, p.action_temperature, p.return_temperature, trunk)
 
+    def losses(z0: Tensor, batch: Batch, trunk: Tensor) -> Losses:
+        z, errors = model.plan_and_errors(z0, batch, trunk)
+        action_loss = errors.mean()
         # The variances are fitted with means and plans held fixed. That of the return sees plans inferred from tau
         # alone, for a plan that has seen the return makes errors look small.
-        action_nll = -batch.mean_of_steps(model.action_log_likelihood(errors.detach()))
-        fixed_means, log_variances = model.predict_return(z.detach(), first_states)
-        return_nll = 0.5 * (model.return_errors(batch, fixed_means.detach()) * (-log_variances).exp() + log_variances)
-        honest = batch.has_label & ~seen
-        return_nll = (return_nll * honest).sum() / (honest.sum().clamp_min(1) * len(means))
+        action_nll = _mean_nll(model, errors)
+        seen = batch.has_return
+        return_loss, return_nll = model.return_losses(z, batch, seen, batch.has_label & ~seen)
 
         loss = action_loss + t.return_weight * return_loss + VARIANCE_WEIGHT * (action_nll + return_nll)
         return Losses(loss, action_loss, return_loss, action_nll)
 
-    return Parts(model.trunk, energy, losses)
+    return Parts(model.trunk, energy, losses, seed_energy)
 
 
 def _no_energy(z0: Tensor, batch: Batch, trunk: Tensor) -> Tensor:
@@ -165,10 +161,15 @@ def _no_energy(z0: Tensor, batch: Batch, trunk: Tensor) -> Tensor:
 
 def _action_losses(model: GAC, z0: Tensor, batch: Batch, trunk: Tensor) -> Losses:
     """Those of a baseline: the likelihood of the actions, weighted as in GAC's loss."""
-    errors = model.action_errors(batch, model.prior(z0), trunk)
-    action_loss = batch.mean_of_steps(errors)
-    action_nll = -batch.mean_of_steps(model.action_log_likelihood(errors.detach()))
+    _, errors = model.plan_and_errors(z0, batch, trunk)
+    action_loss = errors.mean()
+    action_nll = _mean_nll(model, errors)
     return Losses(action_loss + VARIANCE_WEIGHT * action_nll, action_loss, action_loss.new_zeros(()), action_nll)
+
+
+def _mean_nll(model: GAC, errors: Tensor) -> Tensor:
+    """Of a step, means held fixed, from the mean squared errors [act_dim]: the likelihood is linear in them."""
+    return -model.action_log_likelihood(errors.detach()[None])[0]
 
 
 def compiled(parts: Parts, backend: str = "inductor", mode: str | None = None) -> Parts:
@@ -210,9 +211,35 @@ def update(
         # The optimiser's step comes after all that reads the weights.
         with ops.fixed_weights():
             values = _gradients(model, optimizer, posterior, batch, rows, parts or parts_of(model, config))
-        values["grad_norm"] = nn.utils.clip_grad_norm_(model.parameters(), config.train.grad_clip)
-        optimizer.step()
+        values["grad_norm"] = clipped_step(model, optimizer, config.train.grad_clip)
         return values
+
+
+def clipped_step(model: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
+    """Clip the norm of the gradients, then move the parameters; the norm before, [].
+
+    The C++ engine does both in one call where it can; the optimiser's state is torch's in either case.
+    """
+    moved, gradients, decays = [], [], []
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if p.grad is not None:
+                moved.append(p)
+                gradients.append(p.grad)
+                decays.append(group["weight_decay"])
+    states = [optimizer.state[p] for p in moved]
+    # The first step of a parameter makes its state.
+    if not moved or not all(states) or not ops.adamw_takes(moved):
+        norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+        optimizer.step()
+        return norm
+    first, second, steps = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))
+    # One learning rate for all groups: set_learning_rate() sees to it.
+    group = optimizer.param_groups[0]
+    return ops.adamw(
+        moved, gradients, first, second, steps, decays, learning_rate=group["lr"], betas=group["betas"],
+        eps=group["eps"], max_norm=max_norm, kept=vars(optimizer).setdefault("_engine", {}),
+    )  # fmt: skip
 
 
 def _gradients(
@@ -230,11 +257,21 @@ def _gradients(
     if posterior is None:
         z0 = batch.observations.new_zeros(batch.n_trajectories, model.config.n_z, model.config.dim)
     else:
-        with frozen(model):
-            z0, stats = refine(posterior, rows, lambda z0: parts.energy(z0, batch, known), is_real=batch.is_real)
+        seed_energy = parts.seed_energy(batch, known)
+        # Where autograd differentiates the energy, not with respect to the weights.
+        with frozen(model) if seed_energy is None else contextlib.nullcontext():
+            z0, stats = refine(
+                posterior,
+                rows,
+                lambda z0: parts.energy(z0, batch, known),
+                is_real=batch.is_real,
+                seed_energy=seed_energy,
+            )
 
     losses = parts.losses(z0, batch, trunk)
-    optimizer.zero_grad(set_to_none=True)
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            p.grad = None
     losses.loss.backward()
     with torch.no_grad():
         values = {"loss": losses.loss.detach(), "action_error": losses.action_error.detach()}
