@@ -29,12 +29,14 @@ ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = (
     "date", "commit", "op", "provider", "mode", "shape", "dtype", "threads", "rounds", "p20_us", "p50_us", "p80_us",
     "speedup", "flops", "bytes", "flop_per_s", "bytes_per_s", "matmul_flop_per_s", "copy_bytes_per_s",
-    "isa", "cpu", "cores", "python", "torch", "gac_fast", "compiler",
+    "isa", "cpu", "cores", "python", "torch", "gac_fast", "compiler", "gain", "matmul_gain",
 )  # fmt: skip
 """Of the CSV. ``date`` names the run. ``speedup`` is the reference's time over this one's, the median over rounds in
-which both ran; ``matmul_flop_per_s`` (in ``dtype``) and ``copy_bytes_per_s`` were measured between those rounds."""
+which both ran; ``matmul_flop_per_s`` (in ``dtype``) and ``copy_bytes_per_s`` were measured between those rounds, and so
+were the time on one thread over the time on these (``gain``) and that of the large product (``matmul_gain``)."""
 
 REFERENCE = ("reference", "float32")
+ALONE = "on one thread"
 
 MATMUL_SIZE = 1536  # 512 to 2048 differ by 3% in float32; two threads are slow on bfloat16 below 1536
 COPY_BYTES = 256 * 2**20  # far beyond L2
@@ -92,6 +94,7 @@ def alternate(
     main: Any,
     pedantic: Callable[..., object],
     sometimes: Mapping[Any, Callable[[], object]] | None = None,
+    threads: Mapping[Any, int] | None = None,
 ) -> tuple[dict[Any, list[float]], int]:
     """Time all of ``runs`` in turn, round after round, so that a change of the machine's mood meets all alike.
 
@@ -101,15 +104,19 @@ def alternate(
             does before takes so long that the engine's threads may fall asleep.
         pedantic: ``benchmark.pedantic``.
         sometimes: timed in at most ``MAX_FLOOR_ROUNDS`` of the rounds.
+        threads: numbers of threads of those that run on others than torch's present number.
 
     Returns:
         seconds per round, and the number of rounds.
     """
-    sometimes = sometimes or {}
+    sometimes, threads = sometimes or {}, threads or {}
+    present = torch.get_num_threads()
     estimate = {}
     for name, run in {**runs, **sometimes}.items():
+        torch.set_num_threads(threads.get(name, present))
         run()
         estimate[name] = _timed(run)
+    torch.set_num_threads(present)
     # Runs in between leave the caches cold: short calls are repeated unmeasured before the measured one.
     n_warm = {name: min(20, max(3, math.ceil(1e-3 / t))) if t < 2e-2 else 0 for name, t in estimate.items()}
     settles = torch.get_num_threads() > 1 and settings.seconds > 0
@@ -126,11 +133,13 @@ def alternate(
     def others() -> None:
         nonlocal done
         for name, run in {**(sometimes if done % stride == 0 else {}), **runs}.items():
+            torch.set_num_threads(threads.get(name, present))
             if settles and not n_warm[name]:
                 time.sleep(SETTLE_SECONDS)
             for _ in range(n_warm[name]):
                 run()
             times[name].append(_timed(run))
+        torch.set_num_threads(present)
         done += 1
 
     # The main one has to come last.
@@ -151,7 +160,7 @@ def _timed(run: Callable[[], object]) -> float:
             gc.enable()
 
 
-def floor_runs(tiny: bool = False) -> dict[Provider, Callable[[], object]]:
+def floor_runs(tiny: bool = False) -> dict[Any, Callable[[], object]]:
     """What the machine does at best: large products by dtype and a large copy, on torch's threads."""
     n = 64 if tiny else MATMUL_SIZE
 
@@ -174,6 +183,8 @@ class Floors:
 
     matmul: Mapping[str, float]
     copy: float
+    gain: Mapping[str, float] = field(default_factory=dict)
+    """By dtype, what a large product gains over one thread; empty where it was not run there too."""
 
     @classmethod
     def of(cls, times: Mapping[Any, Sequence[float]], tiny: bool = False) -> Floors:
@@ -183,8 +194,13 @@ class Floors:
             for dtype in ("float32", "bfloat16")
             if times["matmul", dtype]
         }
+        gain = {
+            dtype: statistics.median(a / t for a, t in zip(alone, times["matmul", dtype], strict=True))
+            for dtype in ("float32", "bfloat16")
+            if (alone := times.get(("matmul", dtype, ALONE)))
+        }
         size = 2**16 if tiny else COPY_BYTES
-        return cls(flops, 2 * size / statistics.median(times["copy", "float32"]))
+        return cls(flops, 2 * size / statistics.median(times["copy", "float32"]), gain)
 
 
 def quantile(times: Sequence[float], q: float) -> float:
@@ -292,18 +308,25 @@ def append_rows(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence
 
 
 def row(
-    case: Case, provider: Provider, times: Sequence[float], reference: Sequence[float], floors: Floors | None
+    case: Case,
+    provider: Provider,
+    times: Sequence[float],
+    reference: Sequence[float],
+    floors: Floors | None,
+    alone: Sequence[float] = (),
 ) -> dict[str, Any]:
     """What was measured of one provider, as columns of the CSV.
 
     Args:
         times: seconds per round.
         reference: those of the reference in the same rounds; empty where it did not run.
+        alone: its own on one thread in the same rounds; empty where it ran on no more anyway.
     """
     name, dtype = provider
     p20, p50, p80 = (quantile(times, q) for q in (0.2, 0.5, 0.8))
     n_bytes = case.bytes_of(dtype)
     speedup = statistics.median(r / t for r, t in zip(reference, times, strict=True)) if reference else ""
+    gain = statistics.median(a / t for a, t in zip(alone, times, strict=True)) if alone else ""
     return {
         "op": case.op, "provider": name, "mode": case.mode, "shape": case.shape, "dtype": dtype,
         "threads": torch.get_num_threads(), "rounds": len(times),
@@ -312,7 +335,8 @@ def row(
         "flop_per_s": _short(case.flops / p50 if case.flops else ""),
         "bytes_per_s": _short(n_bytes / p50 if n_bytes else ""),
         "matmul_flop_per_s": _short(floors.matmul.get(dtype, "") if floors else ""),
-        "copy_bytes_per_s": _short(floors.copy if floors else ""), "isa": isa(),
+        "copy_bytes_per_s": _short(floors.copy if floors else ""), "isa": isa(), "gain": _short(gain),
+        "matmul_gain": _short(floors.gain.get(dtype, "") if floors and alone else ""),
     }  # fmt: skip
 
 
@@ -353,13 +377,24 @@ class Recorder:
                 self.missing[case.op, provider] = reason
         main = list(runs)[-1]
         benchmark.group = f"{case.op}: {case.mode}, {case.shape}"
-        times, rounds = alternate(runs, self.settings, main, benchmark.pedantic, floor_runs(self.tiny))
+        floor = floor_runs(self.tiny)
+        alone: dict[Any, Callable[[], object]] = {}
+        if torch.get_num_threads() > 1:
+            # A processor changes its speed within a minute, and its neighbours their ways: a gain is of neighbours in
+            # time.
+            alone = {(*provider, ALONE): run for provider, run in runs.items() if provider[0] == "cpp"}
+            floor |= {(*name, ALONE): run for name, run in floor.items() if name[0] == "matmul"}
+        times, rounds = alternate(
+            {**runs, **alone}, self.settings, main, benchmark.pedantic, floor, {n: 1 for n in (*alone, *floor) if ALONE in n}
+        )
         if benchmark.stats is None:  # --benchmark-disable
             return
         assert all(len(times[provider]) == rounds for provider in runs)
         floors = Floors.of(times, self.tiny)
         reference = times.get(REFERENCE, [])
-        rows = [row(case, provider, times[provider], reference, floors) for provider in runs]
+        rows = [
+            row(case, provider, times[provider], reference, floors, times.get((*provider, ALONE), ())) for provider in runs
+        ]
         benchmark.extra_info.update(
             {"op": case.op, "mode": case.mode, "shape": case.shape, "provider": main[0], "dtype": main[1]}
             | {"flops": case.flops, "bytes": case.bytes_of(main[1]), "providers": rows}

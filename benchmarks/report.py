@@ -123,6 +123,9 @@ def thread_gain(rows: Sequence[Row], row: Row) -> float | None:
     """Gain of ``row`` over one thread, divided by the gain that a large matrix product has in the same run."""
     if int(row["threads"]) == 1:
         return None
+    if row.get("gain") and row.get("matmul_gain"):
+        return float(row["gain"]) / float(row["matmul_gain"])
+    # Before a gain was measured within a case, the two were cases of their own.
     one = _find(rows, (*case_of(row)[:3], 1), row["provider"], row["dtype"])
     if one is None or one["date"] != row["date"] or not (row["matmul_flop_per_s"] and one["matmul_flop_per_s"]):
         return None

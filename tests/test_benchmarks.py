@@ -73,6 +73,37 @@ def test_providers_take_turns_with_the_main_one_last(harness):
     assert turns[-12:] == ["reference", "peer", "main"] * 4
 
 
+def test_a_gain_is_measured_within_a_round(harness, report, monkeypatch):
+    """The same call on one thread and on two, in turn, though the machine gets slower from round to round."""
+    clock = [0.0]
+
+    def timed(run):
+        run()
+        clock[0] += 1.0
+        return clock[0] * (2.0 if torch.get_num_threads() == 1 else 1.25)
+
+    class Enabled(FakeBenchmark):
+        stats, extra_info, group = object(), {}, ""
+
+    monkeypatch.setattr(harness, "_timed", timed)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        recorder = harness.Recorder(None, harness.Settings(1e6, 400, 400), tiny=True)
+        providers = {("reference", "float32"): lambda: None, ("cpp", "float32"): lambda: None}
+        recorder.compare(Enabled(), harness.Case("op", "fwd", "N=1"), providers)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    reference, engine = recorder.rows
+    assert (reference["threads"], reference["gain"], reference["matmul_gain"]) == (2, "", "")
+    # Of neighbours in time, 2 / 1.25 but for what the clock does from one to the next.
+    assert engine["gain"] == pytest.approx(1.6, rel=0.01)
+    assert engine["matmul_gain"] == pytest.approx(1.6, rel=0.02)
+    assert report.thread_gain(recorder.rows, engine) == engine["gain"] / engine["matmul_gain"]
+    assert report.thread_gain(recorder.rows, reference) is None
+
+
 @pytest.mark.parametrize(
     ("seconds_per_call", "rounds"),
     [
