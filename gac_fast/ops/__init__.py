@@ -14,7 +14,7 @@ from gac_fast.ops._dispatch import (
 from gac_fast.ops._memory import keep_freed_memory
 from gac_fast.ops._threads import left_to_the_engine
 from gac_fast.ops.block import decoder_block, fixed_weights
-from gac_fast.ops.decode_step import DecodeState, Units, WeightsOf, decode_step, has_fast_bf16
+from gac_fast.ops.decode_step import DecodeState, Units, WeightsOf, decode_step, has_fast_bf16, prepare_again
 from gac_fast.ops.norm_linear import norm_linear
 from gac_fast.ops.pack_batch import PackedBatch, draw_trajectories, drop_steps, pack_batch
 from gac_fast.ops.philox_normal import philox_normal
@@ -47,6 +47,7 @@ __all__ = [
     "plan_ascent",
     "plan_attention",
     "plan_langevin",
+    "prepare_again",
     "refusals",
     "reset_dispatch_counts",
     "status",
