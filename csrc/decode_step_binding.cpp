@@ -17,6 +17,7 @@
 #include "bindings.h"
 #include "check.h"
 #include "decode_step.h"
+#include "decode_step_watch.h"
 #include "gil.h"
 #include "thread_pool.h"
 
@@ -52,63 +53,6 @@ std::int64_t axis(const py::array& array, py::ssize_t i, const std::string& name
     if (array.ndim() <= i) fail(name, "at least " + std::to_string(i + 1) + " dimensions", shape_text(shape_of(array)));
     return array.shape(i);
 }
-
-// Says at each step whether a tensor's memory, its version or its first bytes are other ones than when it was made: the
-// version counts changes in place, the bytes show those made through `.data`, which do not count.
-class Watched {
-  public:
-    Watched(py::object tensor, py::array array) : tensor_(std::move(tensor)), array_(std::move(array)) {
-        // Looked up once: of the 60 tensors of a decoder each is asked at every step.
-        const py::type type = py::type::of(tensor_);
-        if (!py::hasattr(type, "_version") || !py::hasattr(type, "data_ptr")) {
-            fail("tensors", "torch tensors", std::string(py::str(type)));
-        }
-        version_of_ = type.attr("_version");
-        data_ptr_of_ = type.attr("data_ptr");
-        if (Py_TYPE(version_of_.ptr())->tp_descr_get == nullptr) fail("tensors", "torch tensors", "another kind");
-        version_ = version();
-        auto bytes = static_cast<std::size_t>(array_.nbytes());
-        // Tensors made in inference mode count nothing: all of their bytes are compared.
-        if (version_ >= 0) bytes = std::min<std::size_t>(bytes, 64);
-        data_ = static_cast<const char*>(array_.data());
-        sample_.assign(data_, data_ + bytes);
-    }
-
-    // The engine's own weights have driven all of this out of the near caches.
-    void fetch() const {
-        __builtin_prefetch(tensor_.ptr());
-        __builtin_prefetch(data_);
-        __builtin_prefetch(sample_.data());
-    }
-
-    bool changed() const {
-        if (version() != version_) return true;
-        const auto address = py::reinterpret_steal<py::object>(PyObject_CallOneArg(data_ptr_of_.ptr(), tensor_.ptr()));
-        if (!address) throw py::error_already_set();
-        if (PyLong_AsVoidPtr(address.ptr()) != data_) return true;
-        return std::memcmp(data_, sample_.data(), sample_.size()) != 0;
-    }
-
-  private:
-    std::int64_t version() const {
-        PyObject* const descriptor = version_of_.ptr();
-        PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(tensor_.ptr()));
-        const auto value =
-            py::reinterpret_steal<py::object>(Py_TYPE(descriptor)->tp_descr_get(descriptor, tensor_.ptr(), type));
-        if (!value) {
-            if (!PyErr_ExceptionMatches(PyExc_RuntimeError)) throw py::error_already_set();
-            PyErr_Clear();
-            return -1;
-        }
-        return PyLong_AsLongLong(value.ptr());
-    }
-
-    py::object tensor_, version_of_, data_ptr_of_;
-    py::array array_;
-    const char* data_;
-    std::int64_t version_ = -1;
-    std::vector<char> sample_;
-};
 
 // Of any state's step.
 std::atomic<std::int64_t> last_end{0};
@@ -180,7 +124,8 @@ class DecodeWeights {
 
         rotary_ = RotaryTable(width / 2, rope_base);
         // Before the weights are read: a change in between is then seen.
-        for (std::size_t i = 0; i < arrays.size(); ++i) watched_.emplace_back(tensors[i], arrays[i]);
+        for (std::size_t i = 0; i < arrays.size(); ++i) watched_.add(tensors[i], arrays[i]);
+        watched_.add_to(lines_);
         {
             const GilRelease release;
             const std::size_t bytes = GAC_FAST_DISPATCH(isa_, decode_step_pack(source_, nullptr, nullptr));
@@ -192,10 +137,12 @@ class DecodeWeights {
 
     // Whether the model's weights are other ones now, or another instruction set is asked for.
     bool stale() const {
-        if (isa_ != active_isa()) return true;
-        for (const Watched& w : watched_) w.fetch();
-        return std::any_of(watched_.begin(), watched_.end(), [](const Watched& w) { return w.changed(); });
+        fetch();
+        return changed();
     }
+
+    void fetch() const { lines_.fetch(); }
+    bool changed() const { return isa_ != active_isa() || watched_.changed(); }
 
     Isa isa() const { return isa_; }
     const PackedDecoder& packed() const { return packed_; }
@@ -206,7 +153,8 @@ class DecodeWeights {
     DecoderSource source_;
     PackedDecoder packed_;
     RotaryTable rotary_;
-    std::vector<Watched> watched_;
+    WatchedTensors watched_;
+    Lines lines_;
     std::unique_ptr<char, Release> memory_;
 };
 
@@ -251,7 +199,7 @@ class DecodeState {
         }
     }
 
-    std::int64_t step(const DecodeWeights& weights, const py::array& observations, py::array& out, int n_threads) {
+    void check(const DecodeWeights& weights) const {
         const DecodeSizes& s = weights.packed().sizes;
         if (s.bf16 != bf16_) fail("ring_k", s.bf16 ? "bfloat16 rings" : "float32 rings", "the other kind");
         if (s.n_layers != n_layers_ || s.n_heads != n_heads_ || s.dim != n_heads_ * width_ || s.act_dim != act_dim_) {
@@ -260,20 +208,27 @@ class DecodeState {
         if (obs_dim_ != kAny && obs_dim_ != s.obs_dim) {
             fail("obs_mean", "shape " + shape_text({s.obs_dim}), shape_text({obs_dim_}));
         }
+    }
+
+    std::int64_t step(const DecodeWeights& weights, const py::array& observations, py::array& out, int n_threads) {
+        check(weights);
         DecodeStepArgs args = args_;
         args.doubles = observations.dtype().equal(py::dtype::of<double>());
         if (!args.doubles) check_dtype<float>(observations, "observations");
-        check_shape(observations, {args.n_rows, s.obs_dim}, "observations");
+        check_shape(observations, {args.n_rows, weights.packed().sizes.obs_dim}, "observations");
         check_dtype<float>(out, "out");
         args.out = static_cast<float*>(whole(out, {args.n_rows, act_dim_}, "out"));
         args.observations = static_cast<const char*>(observations.data());
         args.row_bytes = observations.strides(0);
         args.element_bytes = observations.strides(1);
-        for (std::int64_t p = 0; p < args.n_rows; ++p) {
-            if (args.steps[p] < 0 || args.steps[p] > kMostSteps) {
-                fail("steps", "between 0 and 2^40", std::to_string(args.steps[p]));
-            }
+        if (const std::int64_t row = bad_row(); row >= 0) {
+            fail("steps", "between 0 and 2^40", std::to_string(args_.steps[row]));
         }
+        return run(weights, args, n_threads);
+    }
+
+    // Once checked: `args` is what args() gave, with observations and `out`.
+    static std::int64_t run(const DecodeWeights& weights, DecodeStepArgs& args, int n_threads) {
         args.weights = &weights.packed();
         args.rotary = &weights.rotary();
         args.n_threads = n_threads;
@@ -282,6 +237,16 @@ class DecodeState {
         const std::int64_t row = GAC_FAST_DISPATCH(weights.isa(), decode_step(args));
         last_end.store(microseconds_now());
         return row;
+    }
+
+    const DecodeStepArgs& args() const { return args_; }
+
+    // The first one at an impossible step, or -1.
+    std::int64_t bad_row() const {
+        for (std::int64_t p = 0; p < args_.n_rows; ++p) {
+            if (args_.steps[p] < 0 || args_.steps[p] > kMostSteps) return p;
+        }
+        return -1;
     }
 
   private:
@@ -299,6 +264,229 @@ class DecodeState {
     bool bf16_;
     std::vector<py::array> keep_;
 };
+
+// ---------------------------------------------------------------------------------------------------------------------
+// A step like the one before
+
+// All of a step in one call, with results that were allocated before: between two steps the engine's weights and rings
+// have driven Python, NumPy and torch out of the near caches, and each thing of theirs that is touched is waited for.
+// Answers None, and has done nothing, where anything is not as it was: whoever calls then goes the long way.
+class DecodeAgain {
+  public:
+    DecodeAgain(py::object owner, const py::list& entries, py::object weights, py::object state, py::object outputs,
+                const py::dict& surroundings)
+        : owner_(std::move(owner)),
+          entries_(entries),
+          weights_object_(std::move(weights)),
+          state_object_(std::move(state)),
+          make_outputs_(std::move(outputs)),
+          weights_(weights_object_.cast<DecodeWeights&>()),
+          state_(state_object_.cast<DecodeState&>()) {
+        state_.check(weights_);
+        forced_ = surroundings["forced"];
+        environment_ = surroundings["environment"];
+        variable_ = surroundings["variable"];
+        counts_ = surroundings["counts"];
+        count_ = surroundings["count"];
+        local_ = surroundings["local"];
+        n_threads_ = surroundings["n_threads"];
+        tensor_ = surroundings["tensor"];
+        array_ = surroundings["array"];
+        attribute_ = py::str("n_threads");
+        if (!PyContextVar_CheckExact(forced_.ptr()) || !PyDict_CheckExact(environment_.ptr()) ||
+            !PyDict_Check(counts_.ptr())) {
+            fail("surroundings", "a context variable and dictionaries", "other objects");
+        }
+        exchange_ = exchange_of(tensor_);
+        is_negative_ = tensor_.attr("is_neg");
+        entries_.add_to(lines_);
+        lines_.add(this, sizeof(*this));
+        lines_.add(&weights_, sizeof(weights_));
+        lines_.add(&state_, sizeof(state_));
+        lines_.add(state_.args().steps, 1);
+        for (const py::object* object :
+             {&forced_, &environment_, &counts_, &count_, &local_, &n_threads_, &tensor_, &array_, &attribute_}) {
+            lines_.add(object->ptr(), 64);
+        }
+        for (const py::object* dict : {&environment_, &counts_}) {
+            lines_.add(reinterpret_cast<const PyDictObject*>(dict->ptr())->ma_keys, 512);
+        }
+        if (exchange_ != nullptr) lines_.add(reinterpret_cast<const void*>(exchange_->view), kCode);
+        if (PyCFunction_Check(n_threads_.ptr())) {
+            lines_.add(reinterpret_cast<const void*>(PyCFunction_GET_FUNCTION(n_threads_.ptr())), kCode);
+        }
+    }
+
+    PyObject* call(PyObject* const* arguments, Py_ssize_t n) {
+        if (n != 3) fail("arguments", "owner, observations and n_threads", std::to_string(n));
+        lines_.fetch();
+        weights_.fetch();
+        DecodeStepArgs args = state_.args();
+        if (arguments[0] != owner_.ptr() || !goes_to_this_engine() || !read(arguments[1], args) || !entries_.same() ||
+            weights_.changed() || state_.bad_row() >= 0) {
+            Py_RETURN_NONE;
+        }
+        std::vector<Output>& outputs = is_tensor(arguments[1]) ? tensors_ : arrays_;
+        if (outputs.empty() && !allocate(outputs, is_tensor(arguments[1]))) Py_RETURN_NONE;
+        const int n_threads = threads(arguments[2]);
+        Output output = std::move(outputs.back());
+        outputs.pop_back();
+        args.out = output.data;
+        // Before the engine drives all of this away once more.
+        count(1);
+        if (DecodeState::run(weights_, args, n_threads) >= 0) {
+            count(-1);
+            outputs.push_back(std::move(output));
+            Py_RETURN_NONE;
+        }
+        return output.object.release().ptr();
+    }
+
+  private:
+    static constexpr std::size_t kCode = 512;  // of a function, as much as is worth fetching
+
+    struct Output {
+        py::object object;
+        float* data;
+    };
+
+    bool is_tensor(PyObject* observations) const { return Py_IS_TYPE(observations, type(tensor_)); }
+
+    static PyTypeObject* type(const py::object& object) { return reinterpret_cast<PyTypeObject*>(object.ptr()); }
+
+    bool goes_to_this_engine() const {
+        PyObject* found = nullptr;
+        if (PyContextVar_Get(forced_.ptr(), nullptr, &found) != 0) throw py::error_already_set();
+        const auto forced = py::reinterpret_steal<py::object>(found);
+        if (forced && !forced.is_none()) {
+            return PyUnicode_Check(forced.ptr()) && PyUnicode_CompareWithASCIIString(forced.ptr(), "cpp") == 0;
+        }
+        const int set = PyDict_Contains(environment_.ptr(), variable_.ptr());
+        if (set < 0) throw py::error_already_set();
+        return set == 0;
+    }
+
+    // What the step reads of observations that it takes as they are.
+    bool read(PyObject* observations, DecodeStepArgs& args) const {
+        const std::int64_t obs_dim = weights_.packed().sizes.obs_dim;
+        if (is_tensor(observations)) {
+            TensorView view;
+            if (!view_of(observations, view)) return false;
+            if (view.n_dims != 2 || view.shape[0] != args.n_rows || view.shape[1] != obs_dim) return false;
+            // A tensor may stand for the negative of what lies in its memory, if that is a part of complex numbers.
+            if (view.strides[1] != 1 || view.strides[0] != obs_dim) {
+                const auto negative =
+                    py::reinterpret_steal<py::object>(PyObject_CallOneArg(is_negative_.ptr(), observations));
+                if (!negative) throw py::error_already_set();
+                if (negative.ptr() != Py_False) return false;
+            }
+            args.doubles = view.type_bits == 64;
+            args.observations = view.data + view.byte_offset;
+            args.element_bytes = view.strides[1] * (view.type_bits / 8);
+            args.row_bytes = view.strides[0] * (view.type_bits / 8);
+            return true;
+        }
+        if (!Py_IS_TYPE(observations, type(array_))) return false;
+        const auto array = py::reinterpret_borrow<py::array>(observations);
+        const py::dtype dtype = array.dtype();
+        args.doubles = dtype.num() == py::detail::npy_api::NPY_DOUBLE_;
+        if ((!args.doubles && dtype.num() != py::detail::npy_api::NPY_FLOAT_) || dtype.byteorder() != '=') return false;
+        if (array.ndim() != 2 || array.shape(0) != args.n_rows || array.shape(1) != obs_dim) return false;
+        args.observations = static_cast<const char*>(array.data());
+        args.row_bytes = array.strides(0);
+        args.element_bytes = array.strides(1);
+        return true;
+    }
+
+    // Of a float tensor on the CPU.
+    bool view_of(PyObject* tensor, TensorView& view) const {
+        if (exchange_ == nullptr) return false;
+        if (exchange_->view(tensor, &view) != 0) {
+            PyErr_Clear();
+            return false;
+        }
+        return view.device_type == kCpu && view.type_code == kFloat && view.lanes == 1 &&
+               (view.type_bits == 32 || view.type_bits == 64);
+    }
+
+    bool allocate(std::vector<Output>& outputs, bool tensors) {
+        const py::list made = make_outputs_(tensors);
+        for (const py::handle object : made) {
+            TensorView view{};
+            if (!tensors) {
+                view.data = static_cast<char*>(py::reinterpret_borrow<py::array>(object).mutable_data());
+            } else if (!view_of(object.ptr(), view)) {
+                return false;
+            }
+            outputs.push_back(
+                {py::reinterpret_borrow<py::object>(object), reinterpret_cast<float*>(view.data + view.byte_offset)});
+        }
+        return !outputs.empty();
+    }
+
+    int threads(PyObject* given) const {
+        const auto number = [](const py::object& object) {
+            if (!object) throw py::error_already_set();
+            const long n = PyLong_AsLong(object.ptr());
+            if (n == -1 && PyErr_Occurred() != nullptr) throw py::error_already_set();
+            return static_cast<int>(n);
+        };
+        int n = number(py::reinterpret_borrow<py::object>(given));
+        if (n == 0) n = number(py::reinterpret_steal<py::object>(PyObject_GetAttr(local_.ptr(), attribute_.ptr())));
+        if (n == 0) n = number(py::reinterpret_steal<py::object>(PyObject_CallNoArgs(n_threads_.ptr())));
+        return n;
+    }
+
+    void count(std::int64_t change) const {
+        PyObject* before = PyDict_GetItemWithError(counts_.ptr(), count_.ptr());
+        if (before == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
+        const std::int64_t n = before == nullptr ? 0 : PyLong_AsLongLong(before);
+        const py::int_ after(n + change);
+        if (PyDict_SetItem(counts_.ptr(), count_.ptr(), after.ptr()) != 0) throw py::error_already_set();
+    }
+
+    py::object owner_;
+    WatchedEntries entries_;
+    py::object weights_object_, state_object_, make_outputs_;
+    DecodeWeights& weights_;
+    DecodeState& state_;
+    py::object forced_, environment_, variable_, counts_, count_, local_, n_threads_, tensor_, array_, attribute_;
+    py::object is_negative_;
+    const TensorExchange* exchange_ = nullptr;
+    std::vector<Output> tensors_, arrays_;
+    Lines lines_;
+};
+
+constexpr const char* kDecodeAgain = "gac_fast._DecodeAgain";
+
+PyObject* call_decode_again(PyObject* self, PyObject* const* arguments, Py_ssize_t n) {
+    try {
+        auto* again = static_cast<DecodeAgain*>(PyCapsule_GetPointer(self, kDecodeAgain));
+        return again == nullptr ? nullptr : again->call(arguments, n);
+    } catch (py::error_already_set& error) {
+        error.restore();
+    } catch (const std::invalid_argument& error) {
+        PyErr_SetString(PyExc_ValueError, error.what());
+    } catch (const std::exception& error) {
+        PyErr_SetString(PyExc_RuntimeError, error.what());
+    }
+    return nullptr;
+}
+
+// A function of C: those of pybind11 touch more memory than all the rest.
+py::object make_decode_again(py::object owner, const py::list& entries, py::object weights, py::object state,
+                             py::object outputs, const py::dict& surroundings) {
+    static PyMethodDef definition{"decode_again",
+                                  reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(call_decode_again)),
+                                  METH_FASTCALL, nullptr};
+    auto again = std::make_unique<DecodeAgain>(std::move(owner), entries, std::move(weights), std::move(state),
+                                               std::move(outputs), surroundings);
+    const py::capsule self(again.get(), kDecodeAgain, [](PyObject* capsule) {
+        delete static_cast<DecodeAgain*>(PyCapsule_GetPointer(capsule, kDecodeAgain));
+    });
+    again.release();
+    return py::reinterpret_steal<py::object>(PyCFunction_NewEx(&definition, self.ptr(), nullptr));
+}
 
 }  // namespace
 
@@ -340,6 +528,8 @@ void bind_decode_step(py::module_& m) {
             return true;
         },
         py::arg("entries"));
+    m.def("_decode_again", &make_decode_again, py::arg("owner"), py::arg("entries"), py::arg("weights"),
+          py::arg("state"), py::arg("outputs"), py::arg("surroundings"));
 }
 
 }  // namespace gac_fast

@@ -36,9 +36,12 @@ void pause() {
 #endif
 }
 
+// How long a caller of run_together() waits for workers to join: those that are awake need half a microsecond.
+constexpr std::chrono::microseconds kJoin{4};
+
 template <typename Done>
-bool spin_until(Done done) {
-    const auto end = std::chrono::steady_clock::now() + kSpin;
+bool spin_until(Done done, std::chrono::microseconds time = kSpin) {
+    const auto end = std::chrono::steady_clock::now() + time;
     do {
         for (int i = 0; i < 32; ++i) {
             if (done()) return true;
@@ -94,6 +97,17 @@ struct Job {
     int cpu;  // where the caller runs, -1 where that is not known
     // Workers inside; changed under the pool's mutex, read without it while spinning.
     std::atomic<int> active{0};
+    // Of run_together(), in place of `task`; `size` is 0 until it is settled who takes part.
+    void (*part)(void*, int, int) = nullptr;
+    std::atomic<int> joined{0};
+    std::atomic<int> size{0};
+
+    void take_part(int member) {
+        while (size.load(std::memory_order_acquire) == 0) pause();
+        inside_task = true;
+        part(context, member, size.load(std::memory_order_relaxed));
+        inside_task = false;
+    }
 
     void work() {
         inside_task = true;
@@ -112,6 +126,7 @@ struct Job {
 class Pool {
   public:
     void run(Job& job, int n_workers) {
+        remember(job);
         int n_wanted;
         {
             const std::lock_guard<std::mutex> lock(mutex_);
@@ -128,6 +143,45 @@ class Pool {
             close(job);
             jobs_.erase(std::find(jobs_.begin(), jobs_.end(), &job));
         }
+        wait_for_workers(job);
+    }
+
+    bool run_together(Job& job, int n_workers) {
+        remember(job);
+        int n_wanted;
+        {
+            const std::lock_guard<std::mutex> lock(mutex_);
+            grow(n_workers);
+            n_wanted = job.wanted = std::min(n_workers, n_started_);
+            jobs_.push_back(&job);
+            n_open_.fetch_add(n_wanted);
+        }
+        spin_until([&job, n_wanted] { return job.joined.load(std::memory_order_relaxed) == n_wanted; }, kJoin);
+        int n_missing;
+        {
+            const std::lock_guard<std::mutex> lock(mutex_);
+            n_missing = job.wanted;
+            close(job);
+            jobs_.erase(std::find(jobs_.begin(), jobs_.end(), &job));
+        }
+        job.size.store(1 + job.joined.load(std::memory_order_relaxed), std::memory_order_release);
+        for (int i = 0; i < n_missing; ++i) work_.notify_one();
+        if (job.size.load(std::memory_order_relaxed) == 1) return false;
+        together_runs_.fetch_add(1, std::memory_order_relaxed);
+        job.take_part(0);
+        wait_for_workers(job);
+        return true;
+    }
+
+    std::int64_t together_runs() const { return together_runs_.load(std::memory_order_relaxed); }
+
+  private:
+    void remember(const Job& job) {
+        last_cpu_.store(job.cpu, std::memory_order_relaxed);
+        last_n_threads_.store(job.n_threads, std::memory_order_relaxed);
+    }
+
+    void wait_for_workers(Job& job) {
         const auto done = [&job] { return job.active.load(std::memory_order_acquire) == 0; };
         // The last worker may still hold the mutex for its notification; it touches the job no more.
         if (spin_until(done)) return;
@@ -135,7 +189,6 @@ class Pool {
         done_.wait(lock, done);
     }
 
-  private:
     void grow(int n_workers) {
         while (n_started_ < std::min(n_workers, kMostWorkers)) {
             try {
@@ -154,13 +207,14 @@ class Pool {
         job.wanted = 0;
     }
 
-    Job* join() {
+    Job* join(int& member) {
         for (Job* job : jobs_) {
             if (job->next.load() >= job->n) close(*job);
             if (job->wanted == 0) continue;
             --job->wanted;
             n_open_.fetch_sub(1);
             job->active.fetch_add(1);
+            member = 1 + job->joined.fetch_add(1);
             return job;
         }
         return nullptr;
@@ -175,18 +229,34 @@ class Pool {
         Aside aside;
         for (;;) {
             Job* job = nullptr;
-            spin_until([this, &job] {
+            int member = 0;
+            spin_until([this, &job, &member, &aside, tries = 0]() mutable {
+                // Who shares the processor of a caller is not there before the caller has to wait.
+                if (++tries % 64 == 1) {
+                    const int cpu = last_cpu_.load(std::memory_order_relaxed);
+                    if (cpu >= 0 && this_cpu() == cpu) aside.step(cpu, last_n_threads_.load(std::memory_order_relaxed));
+                }
                 if (n_open_.load() == 0) return false;
                 const std::lock_guard<std::mutex> lock(mutex_);
-                job = join();
+                job = join(member);
                 return job != nullptr;
             });
             if (job == nullptr) {
                 std::unique_lock<std::mutex> lock(mutex_);
-                work_.wait(lock, [this, &job] { return (job = join()) != nullptr; });
+                job = join(member);
+                if (job == nullptr) {
+                    work_.wait(lock);
+                    job = join(member);
+                }
             }
+            // Too late, or woken for what comes next.
+            if (job == nullptr) continue;
             if (job->cpu >= 0 && this_cpu() == job->cpu) aside.step(job->cpu, job->n_threads);
-            job->work();
+            if (job->part != nullptr) {
+                job->take_part(member);
+            } else {
+                job->work();
+            }
             const std::lock_guard<std::mutex> lock(mutex_);
             leave(*job);
         }
@@ -198,6 +268,10 @@ class Pool {
     std::vector<Job*> jobs_;
     std::atomic<int> n_open_{0};  // sum of `wanted` over the jobs; changed under the mutex
     int n_started_ = 0;
+    std::atomic<std::int64_t> together_runs_{0};
+    // Of the last caller.
+    std::atomic<int> last_cpu_{-1};
+    std::atomic<int> last_n_threads_{0};
 };
 
 std::atomic<Pool*> the_pool{nullptr};
@@ -239,6 +313,34 @@ void parallel_for_each(std::int64_t n, int n_threads, void (*task)(void* context
     job.cpu = this_cpu();
     pool().run(job, n_workers);
     if (job.error) std::rethrow_exception(job.error);
+}
+
+bool run_together(int n_threads, void (*task)(void* context, int member, int size), void* context) {
+    const int n_workers = std::min(n_threads, kMostMembers) - 1;
+    if (n_workers <= 0 || inside_task) return false;
+    Job job{};
+    job.n = 1;
+    job.part = task;
+    job.context = context;
+    job.n_threads = n_workers + 1;
+    job.cpu = this_cpu();
+    return pool().run_together(job, n_workers);
+}
+
+std::int64_t together_runs() { return pool().together_runs(); }
+
+Meeting::Meeting() = default;
+
+void Meeting::wait(int member, int size) {
+    // A member that was sent off its processor comes back sooner where another makes room.
+    constexpr int kTries = 1 << 15;
+    const std::int64_t turn = places_[member].turn.load(std::memory_order_relaxed) + 1;
+    places_[member].turn.store(turn, std::memory_order_release);
+    for (int other = 0; other < size; ++other) {
+        for (int tries = 0; places_[other].turn.load(std::memory_order_acquire) < turn;) {
+            if (++tries % kTries == 0) std::this_thread::yield();
+        }
+    }
 }
 
 }  // namespace gac_fast

@@ -68,11 +68,47 @@ std::int64_t run(py::array counts, int n_threads, std::int64_t work_us, std::int
     return static_cast<std::int64_t>(loop.threads.size());
 }
 
+struct Talk {
+    std::int64_t n_turns;
+    Meeting meeting;
+    // Plain integers: who reads before another has written, or the other way round, adds up wrongly.
+    std::int64_t said[kMostMembers] = {};
+    std::int64_t heard[kMostMembers] = {};
+    int size = 0;
+};
+
+void talk(void* context, int member, int size) {
+    Talk& all = *static_cast<Talk*>(context);
+    if (member == 0) all.size = size;
+    for (std::int64_t turn = 1; turn <= all.n_turns; ++turn) {
+        all.said[member] = turn * (member + 1);
+        all.meeting.wait(member, size);
+        for (int other = 0; other < size; ++other) all.heard[member] += all.said[other];
+        all.meeting.wait(member, size);
+    }
+}
+
+// Members of one run in which each tells all others something at every turn; 0 where no worker was awake.
+int run_talk(int n_threads, std::int64_t n_turns) {
+    if (n_turns < 0 || n_turns > 1'000'000) fail("n_turns", "0 to 1000000", std::to_string(n_turns));
+    Talk all;
+    all.n_turns = n_turns;
+    const GilRelease release;
+    if (!run_together(n_threads, talk, &all)) return 0;
+    const std::int64_t expected = n_turns * (n_turns + 1) / 2 * all.size * (all.size + 1) / 2;
+    for (int member = 0; member < all.size; ++member) {
+        if (all.heard[member] != expected) throw std::runtime_error("a member met the others at the wrong time");
+    }
+    return all.size;
+}
+
 }  // namespace
 
 void bind_thread_pool(py::module_& m) {
     m.def("_parallel_for", &run, py::arg("counts"), py::arg("n_threads"), py::arg("work_us") = 0,
           py::arg("fail_at") = -1, py::arg("repeats") = 1);
+    m.def("_run_together", &run_talk, py::arg("n_threads"), py::arg("n_turns"));
+    m.def("_together_runs", &together_runs);
 }
 
 }  // namespace gac_fast

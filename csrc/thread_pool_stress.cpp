@@ -32,13 +32,42 @@ struct Loop {
     }
 };
 
+// Members that hear of each other at every turn, beside loops of other callers; true where all heard all.
+struct Talk {
+    gac_fast::Meeting meeting;
+    std::int64_t said[gac_fast::kMostMembers] = {};
+    std::int64_t heard[gac_fast::kMostMembers] = {};
+    int size = 0;
+
+    bool run(int n_threads) {
+        const auto task = [](void* context, int member, int size) {
+            Talk& all = *static_cast<Talk*>(context);
+            if (member == 0) all.size = size;
+            for (std::int64_t turn = 1; turn <= 20; ++turn) {
+                all.said[member] = turn;
+                all.meeting.wait(member, size);
+                for (int other = 0; other < size; ++other) all.heard[member] += all.said[other];
+                all.meeting.wait(member, size);
+            }
+        };
+        if (!gac_fast::run_together(n_threads, task, this)) return true;
+        for (int member = 0; member < size; ++member) {
+            if (heard[member] != 210 * size) return false;
+        }
+        return true;
+    }
+};
+
 bool drive(int number, int n_turns) {
     for (int turn = 0; turn < n_turns; ++turn) {
         const int n_threads = 1 + (number + turn) % 6;
         Loop loop;
         loop.counts.resize(static_cast<std::size_t>((number * 7 + turn) % 23));
         loop.nested_threads = turn % 3;
-        for (int repeat = 0; repeat < 5; ++repeat) loop.run(n_threads);
+        for (int repeat = 0; repeat < 5; ++repeat) {
+            loop.run(n_threads);
+            if (!Talk().run(n_threads)) return false;
+        }
         for (const std::int64_t count : loop.counts) {
             if (count != 5) return false;
         }

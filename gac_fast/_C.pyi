@@ -1,4 +1,4 @@
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,8 @@ def _gemm(
     repeats: int = 1,
 ) -> None: ...
 def _parallel_for(counts: _Ints, n_threads: int, work_us: int = 0, fail_at: int = -1, repeats: int = 1) -> int: ...
+def _run_together(n_threads: int, n_turns: int) -> int: ...
+def _together_runs() -> int: ...
 def _window_attention(
     q: _Heads,
     k: _Heads,
@@ -218,6 +220,14 @@ def _adamw(
 def _draw_trajectories(seed0: int, seed1: int, number: int, weights: npt.NDArray[np.float64], out: _Ints) -> None: ...
 def _drop_steps(seed0: int, seed1: int, number: int, threshold: int, out: npt.NDArray[np.bool_]) -> None: ...
 def _same_entries(entries: list[tuple[dict[str, Any], str, Any]]) -> bool: ...
+def _decode_again(
+    owner: object,
+    entries: list[tuple[dict[str, Any], str, Any]],
+    weights: _DecodeWeights,
+    state: _DecodeState,
+    outputs: Callable[[bool], list[Any]],
+    surroundings: dict[str, Any],
+) -> Callable[[object, Any, int], Any]: ...
 
 class _DecodeWeights:
     def __init__(

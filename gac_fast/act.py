@@ -244,6 +244,12 @@ class Actor:
             ValueError: wrong shape.
             FloatingPointError: an observation is NaN or infinite (checked in NumPy arrays and on the CPU).
         """
+        # Most steps are like the one before, and noise of parts needs what surrounds them.
+        again = self._state.again
+        if again is not None and self._awake is None and (self._noise_levels is None or self._n_threads == 0):
+            out = again(self.model, obs, self._n_threads)
+            if out is not None:
+                return out if self._noise_levels is None else self._add_noise(out, self._noise_levels)
         if not isinstance(obs, np.ndarray | Tensor):
             obs = torch.as_tensor(obs)
         # A module's own way to its parts is a function of Python, at every step.
@@ -260,6 +266,8 @@ class Actor:
     def _act(self, obs: Array) -> Array:
         if self._awake is None:
             out = ops.decode_step(self._weights(), self._state, obs, self._units)
+            if self._state.again is None:
+                ops.prepare_again(self.model, self._weights, self._state)
             return out if self._noise_levels is None else self._add_noise(out, self._noise_levels)
         if obs.shape[:1] != (len(self),):
             raise ValueError(f"obs: expected shape {[len(self), self.model.obs_dim]}, got {list(obs.shape)}")

@@ -149,6 +149,61 @@ def test_noise_is_seeded_clamped_and_remembered():
     assert not torch.allclose(noisy.act(obs[1]), clean.act(obs[1]), rtol=0, atol=1e-4)
 
 
+def test_a_step_like_the_one_before_is_one_call(engine):
+    """The same actions as the long way, new arrays each time, and nothing done where anything is another one."""
+    actor, other = make_actor("states_actions"), make_actor("states_actions")
+    state, seen = actor._state, []
+
+    def step(obs: torch.Tensor | np.ndarray, short: bool) -> None:
+        n_before = ops.dispatch_counts()["decode_step", engine] if seen else 0
+        again, steps = state.again, state.steps.clone()
+        if again is not None and not short:
+            assert again(actor.model, obs, 0) is None
+            assert torch.equal(state.steps, steps)
+        out = actor.act(obs)
+        assert ops.dispatch_counts()["decode_step", engine] == n_before + 1
+        assert (state.again is again and again is not None) == (short and engine == "cpp")
+        assert type(out) is type(obs)
+        other._state.again = other._state._kept_again = None
+        expected = other.act(obs)
+        assert torch.equal(torch.as_tensor(out), torch.as_tensor(expected))
+        assert all(not np.shares_memory(np.asarray(out), x) for x in seen)
+        seen.append(np.asarray(out))
+        ops._dispatch._counts["decode_step", engine] -= 1  # the other's
+
+    obs = observations(12)
+    step(obs[0], False)
+    for x in obs[1:3]:
+        step(x, True)
+    step(obs[3].numpy(), True)
+    step(obs[3].double().numpy(), True)
+    step(obs[4].flip(1).clone().flip(1), True)
+    step(torch.stack((obs[4], obs[4]), 2)[:, :, 0], True)
+    for model in (actor.model, other.model):
+        with torch.no_grad():
+            model.decoder.layers[1].mlp_in.weight[3, 70 % model.config.dim] += 1
+    step(obs[5], False)
+    step(obs[6], True)
+    for model in (actor.model, other.model):
+        model.decoder.head.weight = torch.nn.Parameter(-model.decoder.head.weight.detach())
+    step(obs[7], False)
+    step(obs[8], True)
+    if engine == "cpp":
+        with ops.backend("reference"):
+            assert state.again(actor.model, obs[0], 0) is None
+        for bad in (
+            obs[0][:2],
+            obs[0] / 0,
+            obs[0].int(),
+            [1.0],
+            torch.view_as_complex(torch.stack((obs[0],) * 2, 2)).conj().imag,
+        ):
+            assert state.again(actor.model, bad, 0) is None
+        assert state.again(other.model, obs[0], 0) is None
+        actor.reset(MASK)
+        assert state.again is None
+
+
 def test_the_actor_reads_the_models_present_weights():
     actor = make_actor()
     before = actor.act(observations(1)[0])

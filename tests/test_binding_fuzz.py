@@ -699,6 +699,9 @@ TARGETS: dict[str, Target] = {
 # No input to speak of.
 WITHOUT_TARGET = {
     "_build_info", "_has_variable", "_keep_freed_memory", "_isa", "_isa_reason", "_isa_problems", "_use_isa",
+    "_together_runs",
+    # Takes objects of the package alone, and numbers; tests/test_act.py and tests/test_thread_pool.py call them.
+    "_decode_again", "_run_together",
 }  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -228,6 +228,31 @@ def test_the_number_of_threads_changes_no_bit(isa, p, bf16):
     assert all(torch.equal(x, results[0]) for x in results[1:])
 
 
+@pytest.mark.parametrize(
+    ("p", "bf16", "context"), [(1, False, "states_actions"), (8, False, "states"), (3, True, "states")]
+)
+def test_threads_that_share_every_product_change_no_bit(cpp_engine, p, bf16, context):
+    # Weights beyond what one thread keeps near.
+    model = make_model(model_config(context=context, window=4, dim=256, n_heads=4))
+    z0, obs = random_seeds(p, model.config), torch.randn(6, p, OBS_DIM)
+    weights, before = model.decoder.step_weights(), torch.get_num_threads()
+    results = []
+    try:
+        for n_threads in (1, 2, 3):
+            torch.set_num_threads(n_threads)
+            runs = cpp_engine._together_runs()
+            for _ in range(200):
+                state = make_state(model, z0, bf16=bf16)
+                results.append(torch.stack([ops.decode_step(weights, state, x) for x in obs]))
+                assert torch.equal(results[-1], results[0])
+                if cpp_engine._together_runs() > runs:
+                    break
+            # Only workers that are awake take part, so once in a while none does.
+            assert (cpp_engine._together_runs() > runs) == (n_threads > 1)
+    finally:
+        torch.set_num_threads(before)
+
+
 def make_units() -> Units:
     return Units(*make_normalization()[:4])
 

@@ -169,9 +169,25 @@ def test_the_interpreter_ends_while_loops_run():
         assert run(BUSY + "print('end')") == "end\n"
 
 
+@pytest.mark.parametrize("n_threads", [2, 3, 16, 1000])
+def test_members_of_a_run_meet_each_other_at_every_turn(cpp_engine, n_threads):
+    counts = np.zeros((8, 1), np.int64)
+    sizes = set()
+    for _ in range(500):
+        cpp_engine._parallel_for(counts, n_threads, work_us=10)  # workers are awake after it
+        sizes.add(cpp_engine._run_together(n_threads, 20))
+        if max(sizes) >= 2:
+            break
+    # Who is late does not take part.
+    assert 2 <= max(sizes) <= min(n_threads, 16)
+    assert cpp_engine._run_together(1, 20) == 0
+
+
 def test_arguments_are_checked(cpp_engine):
     counts = np.zeros((3, 2), np.int64)
     with pytest.raises(ValueError, match="counts: expected dtype int64, got float64"):
         cpp_engine._parallel_for(counts.astype(float), 2)
     with pytest.raises(ValueError, match="work_us: expected 0 to 1000000, got -1"):
         cpp_engine._parallel_for(counts, 2, work_us=-1)
+    with pytest.raises(ValueError, match="n_turns: expected 0 to 1000000, got -1"):
+        cpp_engine._run_together(2, -1)

@@ -16,7 +16,7 @@ from gac_fast.ops._threads import left_to_the_engine
 from gac_fast.ops.action_errors import action_errors
 from gac_fast.ops.adamw import adamw, adamw_takes
 from gac_fast.ops.block import decoder_block, fixed_weights, while_fixed
-from gac_fast.ops.decode_step import DecodeState, Units, WeightsOf, decode_step, has_fast_bf16
+from gac_fast.ops.decode_step import DecodeState, Units, WeightsOf, decode_step, has_fast_bf16, prepare_again
 from gac_fast.ops.decoder_layers import LayerStack, decoder_layers, runs_directly
 from gac_fast.ops.norm_linear import norm_linear
 from gac_fast.ops.pack_batch import PackedBatch, draw_trajectories, drop_steps, pack_batch
@@ -62,6 +62,7 @@ __all__ = [
     "plan_attention",
     "plan_langevin",
     "posterior_langevin",
+    "prepare_again",
     "refusals",
     "reset_dispatch_counts",
     "return_losses",

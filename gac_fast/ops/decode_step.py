@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -13,7 +14,7 @@ from gac_fast import reference
 from gac_fast.ops import _dispatch, _threads
 from gac_fast.reference import StepWeights
 
-__all__ = ["DecodeState", "Units", "WeightsOf", "decode_step", "has_fast_bf16"]
+__all__ = ["DecodeState", "Units", "WeightsOf", "decode_step", "has_fast_bf16", "prepare_again"]
 
 OP = "decode_step"
 
@@ -50,6 +51,7 @@ class DecodeState:
         plan_k, plan_v: [L, P, n_z, H, d] keys and values of the plans.
         steps: int64 [P], steps fed so far.
         last_action: [P, act_dim] normalised.
+        again: see :func:`prepare_again`.
 
     The tensors may be written to; they are never replaced.
 
@@ -79,6 +81,9 @@ class DecodeState:
         # Slots that no token of the present episode has filled may hold anything, NaN included.
         self._stale = False
         self.cuda_graph = cuda_graph
+        self.again: Callable[[object, Any, int], Any] | None = None
+        # The same while it is not sure that the weights are still those.
+        self._kept_again: Callable[[object, Any, int], Any] | None = None
         self._forget()
 
     @property
@@ -97,6 +102,7 @@ class DecodeState:
             self.steps.masked_fill_(rows, 0)
         self._stale = True
         self._unsure = True
+        self._kept_again, self.again = self.again or self._kept_again, None
 
     def _forget(self) -> None:
         self._packed: Any = None
@@ -107,6 +113,7 @@ class DecodeState:
         # Of the observations, once the C++ engine has the memory of this state.
         self._shape: tuple[int, int] | None = None
         self._content: Any = None
+        self.again = self._kept_again = None
         # Whether all of the weights are to be compared before the next step.
         self._unsure = False
         # Whether all rows start anew with the next step.
@@ -135,7 +142,9 @@ class DecodeState:
             self._stale = False
 
 
-_ENGINE_PARTS = frozenset(("_packed", "_tensors", "_weights", "_memory", "_units", "_shape", "_content", "_triton"))
+_ENGINE_PARTS = frozenset(
+    ("_packed", "_tensors", "_weights", "_memory", "_units", "_shape", "_content", "again", "_kept_again", "_triton")
+)
 
 
 def has_fast_bf16(device: torch.device) -> bool:
@@ -316,7 +325,11 @@ def _pack(weights: StepWeights, state: DecodeState) -> None:
             tensors, arrays, decoder.n_heads, decoder.rope_base, weights.embed_action_w is not None, state.bf16
         )
         state._tensors, state._content = tensors, content
+        state.again = state._kept_again = None
+    if weights is not state._weights:
+        state.again = state._kept_again = None
     state._weights, state._unsure = weights, False
+    state.again, state._kept_again = state._kept_again, None
 
 
 def _bind(state: DecodeState, units: Units | None, n_inputs: int) -> None:
@@ -326,6 +339,52 @@ def _bind(state: DecodeState, units: Units | None, n_inputs: int) -> None:
     state._memory = _dispatch.cpp_engine()._DecodeState(*(x.numpy() for x in tensors), arrays)
     state._units = units
     state._shape = (state.steps.shape[0], n_inputs)
+    state.again = state._kept_again = None
+
+
+# Results that are allocated ahead, and the bytes that they may take.
+_OUTPUTS, _OUTPUT_BYTES = 32, 65536
+
+
+def prepare_again(owner: Any, weights_of: WeightsOf, state: DecodeState) -> None:
+    """After a step of the C++ engine, leave in ``state.again`` a function that does the next one in one call.
+
+    ``state.again(owner, observations, n_threads)`` is ``decode_step(weights_of(), state, observations, units)`` with
+    the units of the last step; it looks at the same things. Where anything is not as it was, where the engine would
+    have to pack or bind, or would raise an error, it answers None and has done nothing. ``n_threads`` is 0 for those
+    of the calling thread. After another engine's step, or with weights that are computed, nothing is prepared.
+
+    Args:
+        owner: a module whose ``decoder`` the weights belong to.
+    """
+    if state.again is not None or state._memory is None or state._unsure or weights_of._entries is None:
+        return
+    if weights_of._weights is not state._weights:
+        return
+    shape = tuple(state.last_action.shape)
+    n_outputs = max(1, min(_OUTPUTS, _OUTPUT_BYTES // max(1, 4 * state.last_action.numel())))
+
+    def outputs(tensors: bool) -> list[Any]:
+        if not tensors:
+            return [np.empty(shape, np.float32) for _ in range(n_outputs)]
+        # Whatever the mode of the caller, they may be written to in every mode.
+        with torch.inference_mode(False):
+            return [torch.empty(shape, dtype=torch.float32, device="cpu") for _ in range(n_outputs)]
+
+    surroundings = {
+        "forced": _dispatch._forced,
+        "environment": os.environ._data,  # type: ignore[attr-defined]
+        "variable": os.environ.encodekey(_dispatch.ENVIRONMENT_VARIABLE),
+        "counts": _dispatch._counts,
+        "count": (OP, "cpp"),
+        "local": _threads._local,
+        "n_threads": torch.get_num_threads,
+        "tensor": Tensor,
+        "array": np.ndarray,
+    }
+    entries = [(owner._modules, "decoder", weights_of.decoder), *weights_of._entries]
+    engine = _dispatch.cpp_engine()
+    state.again = engine._decode_again(owner, entries, state._packed, state._memory, outputs, surroundings)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
