@@ -445,6 +445,10 @@ _LOCOMOTION = Config(
         n_updates=4800, batch_size=16, final_lr_ratio=0.02, segment=128, bf16="auto", eval_every=1200,
         checkpoint_every=1200,
     ),
+    # Rounds of 8 episodes: 100,000 steps are few of them.
+    online=OnlineConfig(
+        n_envs=8, updates_per_round=100, radius=0.25, bold_radius=0.5, eval_every=2, checkpoint_every=2
+    ),
 )  # fmt: skip
 
 PRESETS: dict[str, Config] = {

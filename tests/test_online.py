@@ -26,6 +26,7 @@ from gac_fast.errors import CheckpointError, ConfigError, DataError, EnvError
 from gac_fast.plan import TargetSchedule
 from gac_fast.policy import Policy, load
 from gac_fast.train import online as online_module
+from gac_fast.train.metrics import N_COMPARED
 from gac_fast.train.online import OnlineTrainer, finetune
 from gac_fast.train.trainer import TrainingDivergedError
 
@@ -465,8 +466,6 @@ def test_a_run_is_resumed_with_its_own_configuration_and_data_only(offline_run, 
         tune(None, folder, data=data(seed=1), resume=True)
     with pytest.raises(CheckpointError, match="expected 'online' in its state"):
         tune(None, offline_run, resume=True)
-    with pytest.raises(ConfigError, match=r"^train\.segment: expected 0, .* got 8$"):
-        finetune(None, seeded_vector(4), config(train={"segment": 8}))
     with pytest.raises(ConfigError, match=r"^resume: expected run_dir"):
         finetune(None, seeded_vector(4), resume=True)
 
@@ -696,3 +695,144 @@ def test_a_run_without_a_checkpoint_yet_is_begun_anew(offline_run, tmp_path):
 def test_a_resumed_run_needs_no_configuration(offline_run, tmp_path):
     folder = tune(offline_run, tmp_path / "run", config(n_steps=40))
     finetune(None, seeded_vector(4), data=data(), run_dir=folder, resume=True, progress=False, tensorboard=False)
+
+
+# Runs that were trained on segments
+
+SEGMENT = 2
+
+
+def rewarded_data():
+    episodes = data()
+    rewards = np.random.default_rng(1).normal(size=episodes.num_steps).astype(np.float32)
+    sums = [part.sum(dtype=np.float64) for part in np.split(rewards, episodes.cu_seqlens[1:-1])]
+    return dataclasses.replace(episodes, rewards=rewards, returns=np.array(sums))
+
+
+def segment_config(**online) -> Config:
+    defaults = {"capacity": 16, "exploit_share": 0.5}
+    return config({"segment": SEGMENT}, plan={"replan_every": SEGMENT}, **(defaults | online))
+
+
+@pytest.fixture(scope="module")
+def segment_run(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("segments") / "run"
+    return gac_fast.train(rewarded_data(), segment_config(), folder, progress=False, tensorboard=False)
+
+
+def test_segments_have_their_own_plans_returns_and_chains(segment_run, tmp_path):
+    rounds, asked = [], []
+
+    class Watched(OnlineTrainer):
+        def add(self, explored):
+            check_actions(self, explored)
+            super().add(explored)
+            rows = self.rows[-len(explored.z0) :]
+            n = self.posterior.n_trajectories
+            for chain in (rows, n + rows):
+                np.testing.assert_array_equal(self.posterior.tensors["z0"][chain].numpy(), explored.z0)
+            assert self.opens[-len(explored.z0) :].tolist() == explored.opens.tolist()
+            rounds.append(explored)
+
+        def next_schedule(self):
+            known, achieved = self.advantages(self.data) * self.normalization.return_std.double(), list(self.achieved)
+            schedule = super().next_schedule()
+            asked.append((known.tolist(), achieved, schedule.target, []))
+            return schedule
+
+    explore = Policy.explore
+
+    def watched(policy, n, target, obs, *args, **kwargs):
+        plans = explore(policy, n, target, obs, *args, **kwargs)
+        asked[-1][3].append((torch.as_tensor(obs), target))
+        return plans
+
+    def check_actions(trainer, explored):
+        """Every segment acted by its plan: the same actions again, episode by episode."""
+        episodes, numbers = explored.episodes, explored.numbers
+        for number in set(numbers.tolist()):
+            parts = np.flatnonzero(numbers == number)
+            actor = None
+            for i in parts:
+                z0 = explored.z0[i][None]
+                actor = actor or trainer.policy().actor(z0)
+                actor.change_plans(z0)
+                part = episodes.episode(int(i))
+                for state, action in zip(part.observations, part.actions, strict=True):
+                    np.testing.assert_allclose(actor.act(state[None])[0], action, rtol=1e-4, atol=1e-5)
+
+    conf = segment_config(action_noise=0.0, n_steps=30, capacity=40)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(online_module, "OnlineTrainer", Watched)
+        patch.setattr(Policy, "explore", watched)
+        folder = tune(segment_run, tmp_path / "run", conf, counting(), data=rewarded_data())
+
+    first = rounds[0]
+    assert first.episodes.lengths.tolist() == [2, 1, 2, 2, 2, 2, 2, 2, 1]
+    assert first.numbers.tolist() == [0, 0, 1, 1, 2, 2, 2, 3, 3]
+    # (index, episode, step) of the first step of each; step t earned 100 index + episode + t / 10.
+    begins = first.episodes.observations[first.episodes.cu_seqlens[:-1]]
+    lengths = [3, 4, 6, 3]
+    expected = [
+        sum(100 * index + episode + t / 10 for t in range(int(step) + 1, lengths[int(index)] + 1))
+        for index, episode, step in begins.tolist()
+    ]
+    assert begins[:, 2].tolist() == [0, 2, 0, 2, 0, 2, 4, 0, 2]
+    np.testing.assert_allclose(first.episodes.returns, expected, rtol=1e-12)
+    assert all(np.abs(np.diff(first.z0, axis=0)).reshape(8, -1).max(axis=1) > 1e-3)
+
+    # The target: so much beyond what is expected of each start, and it follows what was achieved beyond that.
+    start, schedule = load(segment_run), TargetSchedule(conf.online.target_best)
+    raised = np.array([False, True, False, True])
+    for i, (known, achieved, target, calls) in enumerate(asked):
+        assert target == pytest.approx(schedule.update(known, achieved or None), rel=1e-6)
+        assert len(calls) == np.bincount(rounds[i].numbers).max()
+        if i:
+            before = rounds[i - 1]
+            mine = ~raised[before.episode]
+            np.testing.assert_allclose(achieved, (before.episodes.returns - before.expected)[mine])
+    states, wanted = asked[0][3][0]
+    model, units = start.model, start.normalization
+    z = model.prior(torch.randn(N_COMPARED, 2, 16, generator=torch.Generator().manual_seed(0)))
+    mean = model.return_moments_of_pairs(z, units.observations(states))[0].mean(dim=1) * units.return_std
+    np.testing.assert_allclose(wanted - asked[0][2], (mean + units.return_mean).detach(), rtol=1e-4, atol=1e-4)
+    assert column(folder, "segments/target") == pytest.approx([entry[2] for entry in asked])
+    assert column(folder, "online/episodes") == [4] * len(rounds)
+    assert json.loads((folder / "result.json").read_text())["episodes"] == 4 * len(rounds)
+
+
+def test_a_run_on_segments_is_resumed_bit_for_bit(segment_run, tmp_path):
+    options = {"conf": segment_config(), "data": rewarded_data()}
+    whole = tune(segment_run, tmp_path / "whole", **options)
+    # More than there is room for, and the best of them, by what was expected of their starts, are not the latest.
+    assert int(tensors_of(whole)["online.n_added"]) > len(tensors_of(whole)["online.born"]) == 16
+    run_update = OnlineTrainer.run_update
+
+    def interrupted(trainer):
+        if trainer.step == 13:
+            os.kill(os.getpid(), signal.SIGINT)
+        return run_update(trainer)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OnlineTrainer, "run_update", interrupted)
+        part = tune(segment_run, tmp_path / "part", **options)
+    tune(segment_run, part, resume=True, **options)
+    assert_same_run(whole, part)
+
+
+def test_segments_from_scratch_where_all_reward_comes_at_the_end(tmp_path):
+    conf = segment_config(n_steps=20, capacity=60)
+    folder = tune(None, tmp_path / "run", conf, DelayedReward(seeded_vector(4)), data=None)
+    tensors = tensors_of(folder)
+    opens, returns = tensors["online.opens"], tensors["online.returns"]
+    assert 1 < int(opens.sum()) < len(opens)
+    # Every part of an episode has its return.
+    assert torch.equal(returns, returns[opens][opens.cumsum(0) - 1])
+    assert torch.equal(load(folder).opens, opens)
+
+
+def test_segments_of_another_length_or_without_rewards_are_refused(offline_run, segment_run, tmp_path):
+    with pytest.raises(CheckpointError, match=r"expected train\.segment 2, the checkpoint has 0"):
+        tune(offline_run, tmp_path / "run", segment_config(), data=rewarded_data())
+    with pytest.raises(DataError, match="keep_rewards=True"):
+        tune(segment_run, tmp_path / "run", segment_config())
