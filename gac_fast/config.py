@@ -279,7 +279,8 @@ class OnlineConfig:
     explore: Literal["on", "off"] = "on"
     """off: the same updates without a new episode, the control run; it needs n_updates."""
     n_envs: int = 64
-    """Environments, each of which runs one episode per round under a plan of its own."""
+    """Environments, each of which runs one episode per round under a plan of its own; where trajectories are segments
+    (train.segment), under one for each."""
     updates_per_round: int = 40
     """Parameter updates M after every round."""
     online_share: float = 0.5
@@ -296,7 +297,7 @@ class OnlineConfig:
     noise_correlation: float = 0.0
     """Steps after which that noise has forgotten 1 - 1/e of itself; 0: drawn anew at every step."""
     target_best: int = 32
-    """Best returns whose mean the target return starts from."""
+    """Best returns whose mean the target return starts from; of segments, the best advantages over what is expected."""
     exploit_share: float = 0.5
     """Share of exploring environments that act by exploit's plans: what the ascent believes in is put to the test."""
     radius: float = 0.1
@@ -305,9 +306,9 @@ class OnlineConfig:
     """Trust region of exploit's plans in exploring environments at the start, to find what is beyond; it shrinks to
     radius over the budget."""
     capacity: int = 4096
-    """Online episodes kept; beyond it the oldest are dropped."""
+    """Online trajectories kept, episodes or segments; beyond it the oldest are dropped."""
     keep_best: int = 64
-    """Online episodes of the greatest return, which are never dropped."""
+    """Online episodes of the greatest return, or segments of the greatest advantage, which are never dropped."""
     fill_episodes: int = 256
     """Random-plan episodes that fill an empty buffer, where there is no offline data."""
     fill_noise: float = 1.0

@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import ROOT
 from core_fixtures import ACT_DIM, OBS_DIM, counting_vector, make_trajectories, model_config, seeded_vector
+from gymnasium.envs.registration import EnvSpec
 
 import gac_fast
 from gac_fast import checkpoint
@@ -294,6 +295,31 @@ def test_from_scratch_random_plans_fill_the_buffer_first(tmp_path):
     assert load(folder).prior_plans(2).return_mean.isfinite().all()
 
 
+def test_a_fill_that_is_killed_goes_on_where_it_was(tmp_path):
+    conf = segment_config(n_steps=10, fill_episodes=10, eval_every=0, capacity=40)
+    whole = tune(None, tmp_path / "whole", conf, data=None)
+    explore, calls = online_module.explore, 0
+
+    class Killed(BaseException):
+        pass
+
+    def killed(*args):
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise Killed
+        return explore(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(online_module, "explore", killed)
+        with pytest.raises(Killed):
+            tune(None, tmp_path / "part", conf, data=None)
+    saved = checkpoint.load(checkpoint.latest(tmp_path / "part"))[1]["online"]
+    assert (saved["episodes"], saved["filled"]) == (8, False)
+    tune(None, tmp_path / "part", conf, data=None, resume=True)
+    assert_same_run(whole, tmp_path / "part")
+
+
 def test_a_policy_without_its_data_goes_on_with_online_episodes_alone(offline_run, tmp_path):
     with pytest.warns(UserWarning, match="without the data it was trained on"):
         folder = tune(offline_run, tmp_path / "run", data=None)
@@ -496,19 +522,66 @@ def test_an_action_that_is_not_finite_names_step_environment_and_checkpoint(offl
     assert len(load(folder).returns) >= 14
 
 
-def test_a_loss_that_is_not_finite_names_the_update_and_the_checkpoint(offline_run, tmp_path):
-    run_update = OnlineTrainer.run_update
+RARELY_SAVED = {"checkpoint_every": 9, "exploit_share": 0.0}
 
-    def broken(trainer):
+
+@pytest.fixture(scope="module")
+def rarely_saved(offline_run, tmp_path_factory) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(online_module, "_write_plots", lambda run: None)
+        return tune(offline_run, tmp_path_factory.mktemp("rarely") / "run", config(**RARELY_SAVED))
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("loss", r"update 15: loss is nan; a smaller online\.learning_rate.*go on from .*step_00000012"),
+        ("chain", r"update 15: the plan of offline trajectory 3 is NaN or infinite.*go on from .*step_00000012"),
+        ("plan", r"step 0, environment 3: the model's plan is NaN.*go on from .*step_00000012"),
+    ],
+    ids=["loss", "chain", "plan"],
+)
+def test_what_is_not_finite_is_named_and_loses_nothing(offline_run, rarely_saved, tmp_path, fault, message):
+    """Though no checkpoint was written in the rounds before, what they brought is there to go on from."""
+    conf = config(**RARELY_SAVED)
+    run_update, explore, calls = OnlineTrainer.run_update, Policy.explore, 0
+
+    def broken_update(trainer):
         values, n = run_update(trainer)
-        return (values | {"loss": values["loss"] * torch.nan} if trainer.step >= 14 else values), n
+        if trainer.step == 15 and fault == "loss":
+            values = values | {"loss": values["loss"] * torch.nan}
+        elif trainer.step == 15 and fault == "chain":
+            trainer.posterior.z0[3, 0] = torch.nan
+        return values, n
+
+    def broken_plan(policy, *args, **kwargs):
+        nonlocal calls
+        calls += 1
+        plans = explore(policy, *args, **kwargs)
+        if calls == 3 and fault == "plan":
+            plans.z0[3, 0, 0] = np.inf
+        return plans
 
     folder = tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(OnlineTrainer, "run_update", broken)
-        with pytest.raises(TrainingDivergedError, match=r"update 15: loss is nan.*step_00000012"):
-            tune(offline_run, folder)
-    assert checkpoint.latest(folder).name == "step_00000012"
+        patch.setattr(OnlineTrainer, "run_update", broken_update)
+        patch.setattr(Policy, "explore", broken_plan)
+        with pytest.raises(TrainingDivergedError, match=message):
+            tune(offline_run, folder, conf)
+    # The episodes that the last updates were to learn from are there too.
+    assert len(load(folder).returns) == 10 + min(11, 8 if fault == "plan" else 12)
+    tune(offline_run, folder, conf, resume=True)
+    assert_same_run(rarely_saved, folder)
+
+
+def test_a_weight_that_is_not_finite_is_named(offline_run):
+    trainer = OnlineTrainer(config(), online_module.Spaces.of_data(data()), data())
+    trainer.begin_at(checkpoint.latest(offline_run))
+    trainer.check_finite()
+    trainer.model.decoder.log_sigma_a.data[0] = torch.nan
+    with pytest.raises(TrainingDivergedError, match=r"^update 6: the model's decoder\.log_sigma_a is NaN or infinite$"):
+        trainer.check_finite()
+    trainer.close()
 
 
 def test_what_does_not_fit_is_named_before_any_work(offline_run, tmp_path):
@@ -590,20 +663,6 @@ def test_two_halves_make_the_run_of_one_vector(offline_run, tmp_path):
     assert torch.equal(a["online.cu_seqlens"], b["online.cu_seqlens"])
     for name in ("online.observations", "online.returns", "posterior.z0", "model.decoder.log_sigma_a"):
         torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-3)
-
-
-def test_a_plan_that_is_not_finite_names_its_environment(offline_run, tmp_path):
-    explore = Policy.explore
-
-    def broken(policy, *args, **kwargs):
-        plans = explore(policy, *args, **kwargs)
-        plans.z0[3, 0, 0] = np.inf
-        return plans
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Policy, "explore", broken)
-        with pytest.raises(TrainingDivergedError, match=r"step 0, environment 3: the model's plan.*step_00000006"):
-            tune(offline_run, tmp_path / "run", config(exploit_share=0.0))
 
 
 def test_ranking_prefers_what_is_much_for_its_start(offline_run):
@@ -836,3 +895,7 @@ def test_segments_of_another_length_or_without_rewards_are_refused(offline_run, 
         tune(offline_run, tmp_path / "run", segment_config(), data=rewarded_data())
     with pytest.raises(DataError, match="keep_rewards=True"):
         tune(segment_run, tmp_path / "run", segment_config())
+    vector = seeded_vector(4)
+    vector.spec = EnvSpec("Toy-v0", max_episode_steps=7)
+    with pytest.raises(ConfigError, match=r"online\.keep_best \+ 4 environments of 4 segments each.*got 16"):
+        tune(segment_run, tmp_path / "run", segment_config(), vector, data=rewarded_data())

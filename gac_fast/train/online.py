@@ -9,7 +9,7 @@ import itertools
 import math
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -49,8 +49,11 @@ if TYPE_CHECKING:
 
 __all__ = ["OnlineTrainer", "Spaces", "finetune"]
 
-# What may differ between a run and its resumption beside all of plan.
+# What may differ between a run and its resumption beside all of plan; the first three for one that diverged.
 RESUME_MAY_CHANGE = {
+    "online.learning_rate",
+    "posterior.step_size",
+    "train.grad_clip",
     "online.n_steps",
     "online.n_updates",
     "online.eval_every",
@@ -148,7 +151,7 @@ class Explored(NamedTuple):
         """bool [n], trajectories that an episode begins with."""
         if self.numbers is None:
             return np.ones(len(self.episodes), np.bool_)
-        return np.diff(self.numbers, prepend=-1) > 0
+        return np.diff(self.numbers, prepend=-1) != 0
 
     @property
     def episode(self) -> np.ndarray:
@@ -416,6 +419,45 @@ class OnlineTrainer(Trainer):
 
     def save(self, run_dir: Path, settle: bool = False) -> Path:
         """Write the checkpoint of the present step and drop those beyond ``keep_checkpoints``."""
+        return self.write(run_dir, *self._whole(settle))
+
+    def snapshot(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What a checkpoint of the present step would hold, copied: for :meth:`write`, whatever happens until then."""
+        tensors, state = self._whole(settle=False)
+        return {name: x.detach().to("cpu", copy=True) for name, x in tensors.items()}, copy.deepcopy(state)
+
+    def write(self, run_dir: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> Path:
+        """Write a checkpoint and drop those beyond ``keep_checkpoints``."""
+        path = checkpoint.checkpoint_path(run_dir, state["step"])
+        checkpoint.save(path, tensors, state)
+        checkpoint.prune(run_dir, keep_last=self.config.train.keep_checkpoints)
+        return path
+
+    def check_finite(self) -> None:
+        """Raises :class:`TrainingDivergedError` if a parameter is NaN or infinite, or the plan of a trajectory."""
+        for name, value in self.model.named_parameters():
+            if not bool(value.isfinite().all()):
+                raise TrainingDivergedError(f"update {self.step}: the model's {name} is NaN or infinite")
+        lost = self.lost_chains()
+        if lost:
+            raise TrainingDivergedError(f"update {self.step}: {lost}")
+
+    def lost_chains(self) -> str:
+        """Says which trajectories' plans are NaN or infinite; empty where none is."""
+        if not self.has_episodes:
+            return ""
+        z0, n = self.posterior.tensors["z0"], self.posterior.n_trajectories
+        wrong = ~(z0[:n].isfinite() & z0[n:].isfinite()).flatten(1).all(dim=1).cpu()
+        found = wrong[self.rows].nonzero()[:, 0].tolist()
+        if not found:
+            return ""
+        others = f" and those of {len(found) - 1} others are" if len(found) > 1 else " is"
+        i = found[0] - self.buffer.n_offline
+        kind = f"online trajectory {self.buffer.born[i]}" if i >= 0 else f"offline trajectory {found[0]}"
+        return f"the plan of {kind}{others} NaN or infinite"
+
+    def _whole(self, settle: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and state of a checkpoint."""
         tensors, state = self._tensors((settle or self.opens is not None) and bool(self.usable.any()))
         tensors["data.rows"] = self.rows
         tensors |= {f"online.{name}": torch.from_numpy(array) for name, array in self.buffer.state().items()}
@@ -434,10 +476,7 @@ class OnlineTrainer(Trainer):
         }
         # Of the fixed episodes; the others are in here.
         state["data_fingerprint"] = None if self.offline is None else self._fingerprint()
-        path = checkpoint.checkpoint_path(run_dir, self.step)
-        checkpoint.save(path, tensors, state)
-        checkpoint.prune(run_dir, keep_last=self.config.train.keep_checkpoints)
-        return path
+        return tensors, state
 
     _known_fingerprint: str | None = None
 
@@ -531,9 +570,14 @@ class _Stopped(BaseException):
 
 
 class _Segments:
-    """What is known of the segments of a rollout, by episode and number of segment."""
+    """What is known of the segments of a rollout, by episode and number of segment.
 
-    def __init__(self) -> None:
+    Args:
+        before: number of the first episode.
+    """
+
+    def __init__(self, before: int) -> None:
+        self._before = before
         self._of: dict[tuple[int, int], tuple[np.ndarray, float, float]] = {}
 
     def add(self, starts: Starts, plans: Plans) -> None:
@@ -567,7 +611,7 @@ class _Segments:
         parts = dataclasses.replace(
             whole, cu_seqlens=np.append(first, begins[-1]), returns=to_go[first], complete=whole.complete[episode]
         )
-        numbers = result.numbers[episode]
+        numbers = self._before + result.numbers[episode]
         known = [self._of[key] for key in zip(numbers.tolist(), segment.tolist(), strict=True)]
         z0, predicted, expected = (np.array(column) for column in zip(*known, strict=True))
         return Explored(parts, z0, predicted, *times, expected, numbers)
@@ -580,11 +624,13 @@ def explore(
     episodes: int,
     action_noise: float,
     on_step: Callable[[int, int], None] | None = None,
+    before: int = 0,
 ) -> Explored:
     """Whole episodes, one plan for each, or one for each of their segments.
 
     Args:
         action_noise: of the noisiest environment; that of the others is spread evenly.
+        before: episodes made with the same seeds before, a multiple of the environments: these are others.
         on_step: as of :func:`gac_fast.rollout.rollout`.
 
     Raises:
@@ -594,7 +640,7 @@ def explore(
     started = time.perf_counter()
     policy = trainer.policy() if trainer.has_episodes else _untrained(trainer)
     length = trainer.config.train.segment
-    segments = _Segments() if length else None
+    segments = _Segments(before) if length else None
     predicted = np.zeros(episodes)
     watched: list[_Watched] = []
     planning = time.perf_counter() - started
@@ -621,10 +667,10 @@ def explore(
             planning += seconds
         return plans
 
-    def make_actor(obs: np.ndarray, first: int) -> _Watched:
-        rows = np.arange(len(obs))
+    def make_actor(obs: np.ndarray, done: int) -> _Watched:
+        rows, first = np.arange(len(obs)), before + done
         plans = planned(obs, first, rows, np.zeros_like(rows))
-        mine = slice(first, min(first + len(obs), episodes))
+        mine = slice(done, min(done + len(obs), episodes))
         predicted[mine] = plans.return_mean[: mine.stop - mine.start].cpu().numpy()
         seed = trainer.seed(NOISE) + first
         options: dict[str, Any] = {
@@ -654,7 +700,13 @@ def explore(
 
     try:
         result = rollout(
-            vectors, make_actor, episodes, trainer.seed(ENV), episodes, on_step, keep_rewards=segments is not None
+            vectors,
+            make_actor,
+            episodes,
+            trainer.seed(ENV) + before,
+            episodes,
+            on_step,
+            keep_rewards=segments is not None,
         )
     except EnvError as error:
         if error.finished is not None and error.finished.n_kept:
@@ -694,8 +746,9 @@ def finetune(
 
     In rounds: plans are sampled for a target return that follows what was achieved, one per environment; each acts for
     a whole episode; the episodes join the buffer, their posterior chains begun at the seeds that made them; updates
-    follow on offline and online episodes. SIGINT and SIGTERM save a checkpoint and stop cleanly; ``resume=True`` goes
-    on from the newest checkpoint, on the CPU bit for bit as if it had never stopped.
+    follow on offline and online episodes. Where ``config.train.segment`` says that trajectories are segments, plans are
+    made anew for each, and it is segments that are kept and learnt from. SIGINT and SIGTERM save a checkpoint and stop
+    cleanly; ``resume=True`` goes on from the newest checkpoint, on the CPU bit for bit as if it had never stopped.
 
     Args:
         policy: to begin with: folder of a run, or what :func:`gac_fast.load` returned. None begins with an untrained
@@ -715,7 +768,7 @@ def finetune(
     Raises:
         DataError, ConfigError, CheckpointError, EnvError: what does not fit, named. An environment that failed in the
             middle ends the run so, with the episodes finished until then kept in a checkpoint.
-        TrainingDivergedError: a loss, a plan or an action became NaN or infinite; the checkpoints saved before remain.
+        TrainingDivergedError: a loss, a parameter or a plan became NaN or infinite; what was before is in a checkpoint.
     """
     from gac_fast import envs
 
@@ -763,10 +816,13 @@ def finetune(
         spaces = Spaces.of(vectors[0], env_id or (offline.env_id if offline is not None else None))
         _check_spaces(spaces, offline)
         rows = sum(vector.num_envs for vector in vectors)
-        if online.capacity < online.keep_best + rows:
+        parts, what = _most_segments(vectors[0], t.segment), ""
+        if parts > 1:
+            what = f" of {parts} segments each"
+        if online.capacity < online.keep_best + rows * parts:
             raise ConfigError(
-                f"online.capacity must be at least online.keep_best + {rows} environments, or a round would drop its "
-                f"own episodes, got {online.capacity}"
+                f"online.capacity must be at least online.keep_best + {rows} environments{what}, or a round would drop "
+                f"its own episodes, got {online.capacity}"
             )
         trainer = OnlineTrainer(config, spaces, offline)
         if resume and checkpoint.list_checkpoints(folder):
@@ -838,6 +894,12 @@ def _check_spaces(spaces: Spaces, offline: Trajectories | None) -> None:
             raise EnvError(f"{spaces.env_id}: expected {name} {its} as in the data, the environment has {mine}")
 
 
+def _most_segments(vector: VectorEnv[Any, Any, Any], length: int) -> int:
+    """Of an episode; 1 where episodes are not cut, or may be of any length."""
+    horizon = getattr(vector.spec, "max_episode_steps", None)
+    return 1 if length == 0 or horizon is None else -(-horizon // length)
+
+
 def _begin_at(trainer: OnlineTrainer, policy: Policy) -> None:
     if policy.source is None:
         raise ConfigError("policy: expected one that was loaded from a run, got one that was not")
@@ -874,34 +936,59 @@ class _Loop:
         self.values: dict[str, Tensor] = {}
         self.learning_seconds = 0.0
         self.saved: tuple[int, int, bool, int] | None = None
+        # Where the run last was known to be finite, and the state that it had there.
+        self.kept: tuple[tuple[int, int, bool, int], dict[str, Tensor], dict[str, Any]] | None = None
 
     def run(self) -> None:
         trainer = self.trainer
         try:
             if not trainer.filled:
                 self._fill()
-            if not checkpoint.list_checkpoints(self.run_dir.path):
+            elif checkpoint.list_checkpoints(self.run_dir.path):
+                # Just restored.
+                self.saved = self._point
+            else:
                 self._save()
             while not self.finished and not self.stop.requested:
                 if not trainer.in_round:
+                    self._keep()
                     self._begin_round()
+                self._keep()
                 self._learn()
                 if trainer.updates_left == 0:
                     self._end_round()
         except _Stopped:
             pass
         except (TrainingDivergedError, FloatingPointError) as error:
-            raise TrainingDivergedError(f"{error}; the last good checkpoint is {self._last()}") from error
+            if self.kept is not None and self.saved != self.kept[0]:
+                trainer.write(self.run_dir.path, *self.kept[1:])
+            lost = trainer.lost_chains()
+            more = f"; {lost}" if lost and lost not in str(error) else ""
+            raise TrainingDivergedError(
+                f"{error}{more}; nothing of the rounds before is lost, go on from {self._last()}"
+            ) from error
         if self.stop.requested and trainer.has_episodes:
-            check_finite(self.values, trainer.step, self.run_dir.checkpoints)
+            self._check(self.values)
             if self.saved != self._point:
                 self._save()
+
+    def _keep(self) -> None:
+        """Hold on to the state as it is, for a checkpoint should what follows not be finite.
+
+        Raises:
+            TrainingDivergedError: it is not itself.
+        """
+        self.trainer.check_finite()
+        self.kept = self._point, *self.trainer.snapshot()
 
     @property
     def _point(self) -> tuple[int, int, bool, int]:
         """Where the run is."""
         t = self.trainer
         return t.step, t.round, t.in_round, t.buffer.n_added
+
+    def _check(self, values: Mapping[str, float | Tensor]) -> None:
+        check_finite(values, self.trainer.step, remedy="online.learning_rate")
 
     def _save(self, settle: bool = False) -> None:
         self.trainer.save(self.run_dir.path, settle)
@@ -918,7 +1005,7 @@ class _Loop:
         found = checkpoint.list_checkpoints(self.run_dir.path)
         return found[-1] if found else "none"
 
-    def _explore(self, plans_for: PlansFor, episodes: int, noise: float) -> Explored:
+    def _explore(self, plans_for: PlansFor, episodes: int, noise: float, before: int = 0) -> Explored:
         """Episodes, added to the buffer; those of a round that failed too.
 
         Raises:
@@ -935,15 +1022,17 @@ class _Loop:
             counted = steps
 
         try:
-            explored = explore(trainer, self.vectors, plans_for, episodes, noise, on_step)
+            explored = explore(trainer, self.vectors, plans_for, episodes, noise, on_step, before)
         except EnvError as error:
             finished: Explored | None = getattr(error, "explored", None)
             if finished is not None:
                 trainer.add(finished)
                 # The round does not come again: what is left of it would repeat what is kept.
                 trainer.round += 1
-            if not all(bool(p.isfinite().all()) for p in trainer.model.parameters()):
-                raise TrainingDivergedError(f"{error}; parameters of the model are NaN or infinite") from error
+            try:
+                trainer.check_finite()
+            except TrainingDivergedError as wrong:
+                raise TrainingDivergedError(f"{error}; {wrong}") from error
             if trainer.has_episodes:
                 trainer.save(self.run_dir.path)
             number = 0 if finished is None else int(finished.opens.sum())
@@ -961,10 +1050,14 @@ class _Loop:
         def plans_for(starts: Starts, policy: Policy) -> Plans:
             return _prior_plans(policy, starts, self.num_envs, trainer.seed(PLAN) + starts.first)
 
-        missing = o.fill_episodes - trainer.n_episodes
-        if missing > 0:
-            self._explore(plans_for, missing, noise)
+        # In parts, each of them in a checkpoint of its own.
+        while (missing := o.fill_episodes - trainer.n_episodes) > 0:
+            some = min(missing, o.checkpoint_every * self.num_envs)
+            self._explore(plans_for, some, noise, trainer.n_episodes)
+            if some < missing:
+                self._save()
         trainer.end_fill()
+        self._save()
 
     def _begin_round(self) -> None:
         trainer, o = self.trainer, self.online
@@ -1000,7 +1093,7 @@ class _Loop:
             self.values, _ = trainer.run_update()
             trainer.updates_left -= 1
             if trainer.step % trainer.config.train.log_every == 0:
-                check_finite(self.values, trainer.step, self.run_dir.checkpoints)
+                self._check(self.values)
             self.bar.update(0 if self.explores else 1, loss=self.values["loss"])
         self.learning_seconds += time.perf_counter() - started
 
@@ -1010,7 +1103,8 @@ class _Loop:
         row = trainer.row | {name: float(value) for name, value in self.values.items()}
         row["online/round"] = trainer.round
         row["online/updates"] = trainer.n_updates
-        check_finite(row, trainer.step, self.run_dir.checkpoints)
+        self._check(row)
+        trainer.check_finite()
         last = self.finished
         seconds = {name: row.pop(f"time/{name}", 0.0) for name in ("env", "planning", "acting")}
         seconds["learning"] = self.learning_seconds

@@ -388,11 +388,18 @@ def split(data: Trajectories, config: Config) -> tuple[Trajectories, Tensor, Ten
     return data, torch.isin(of, held_out).nonzero().flatten(), usable[of], opens
 
 
-def check_finite(row: Mapping[str, float | Tensor], step: int, checkpoints: Path) -> None:
-    """Raises :class:`TrainingDivergedError` naming the first value that is NaN or infinite."""
+def check_finite(
+    row: Mapping[str, float | Tensor], step: int, checkpoints: Path | None = None, remedy: str = "train.learning_rate"
+) -> None:
+    """Raises :class:`TrainingDivergedError` naming the first value that is NaN or infinite.
+
+    Args:
+        checkpoints: folder of those that are from before; None: whoever catches it names one.
+        remedy: a field that is better smaller.
+    """
     for name, value in row.items():
         if not math.isfinite(value):
+            before = "" if checkpoints is None else f"; the checkpoints in {checkpoints} are from before"
             raise TrainingDivergedError(
-                f"update {step}: {name} is {value}; the checkpoints in {checkpoints} are from before; "
-                "a smaller train.learning_rate or posterior.step_size usually helps"
+                f"update {step}: {name} is {value}{before}; a smaller {remedy} or posterior.step_size usually helps"
             )
