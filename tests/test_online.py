@@ -535,9 +535,12 @@ def rarely_saved(offline_run, tmp_path_factory) -> Path:
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        ("loss", r"update 15: loss is nan; a smaller online\.learning_rate.*go on from .*step_00000012"),
-        ("chain", r"update 15: the plan of offline trajectory 3 is NaN or infinite.*go on from .*step_00000012"),
-        ("plan", r"step 0, environment 3: the model's plan is NaN.*go on from .*step_00000012"),
+        ("loss", r"update 15: loss is nan; a smaller online\.learning_rate.*last good checkpoint.*step_00000012"),
+        (
+            "chain",
+            r"update 15: the plan of offline trajectory 3 is NaN or infinite.*last good checkpoint.*step_00000012",
+        ),
+        ("plan", r"step 0, environment 3: the model's plan is NaN.*last good checkpoint.*step_00000012"),
     ],
     ids=["loss", "chain", "plan"],
 )

@@ -942,35 +942,38 @@ class _Loop:
     def run(self) -> None:
         trainer = self.trainer
         try:
-            if not trainer.filled:
-                self._fill()
-            elif checkpoint.list_checkpoints(self.run_dir.path):
-                # Just restored.
-                self.saved = self._point
-            else:
+            with contextlib.suppress(_Stopped):
+                self._rounds()
+            if self.stop.requested and trainer.has_episodes and self.saved != self._point:
+                self._check(self.values)
+                trainer.check_finite()
                 self._save()
-            while not self.finished and not self.stop.requested:
-                if not trainer.in_round:
-                    self._keep()
-                    self._begin_round()
-                self._keep()
-                self._learn()
-                if trainer.updates_left == 0:
-                    self._end_round()
-        except _Stopped:
-            pass
         except (TrainingDivergedError, FloatingPointError) as error:
             if self.kept is not None and self.saved != self.kept[0]:
                 trainer.write(self.run_dir.path, *self.kept[1:])
             lost = trainer.lost_chains()
             more = f"; {lost}" if lost and lost not in str(error) else ""
             raise TrainingDivergedError(
-                f"{error}{more}; nothing of the rounds before is lost, go on from {self._last()}"
+                f"{error}{more}; the last good checkpoint, with all that came before, is {self._last()}"
             ) from error
-        if self.stop.requested and trainer.has_episodes:
-            self._check(self.values)
-            if self.saved != self._point:
-                self._save()
+
+    def _rounds(self) -> None:
+        trainer = self.trainer
+        if not trainer.filled:
+            self._fill()
+        elif checkpoint.list_checkpoints(self.run_dir.path):
+            # Just restored.
+            self.saved = self._point
+        else:
+            self._save()
+        while not self.finished and not self.stop.requested:
+            if not trainer.in_round:
+                self._keep()
+                self._begin_round()
+            self._keep()
+            self._learn()
+            if trainer.updates_left == 0:
+                self._end_round()
 
     def _keep(self) -> None:
         """Hold on to the state as it is, for a checkpoint should what follows not be finite.
