@@ -296,7 +296,7 @@ def test_from_scratch_random_plans_fill_the_buffer_first(tmp_path):
 
 
 def test_a_fill_that_is_killed_goes_on_where_it_was(tmp_path):
-    conf = segment_config(n_steps=10, fill_episodes=10, eval_every=0, capacity=40)
+    conf = segment_config(n_steps=10, fill_episodes=10, eval_every=0, capacity=40, checkpoint_every=1)
     whole = tune(None, tmp_path / "whole", conf, data=None)
     explore, calls = online_module.explore, 0
 
@@ -772,7 +772,7 @@ def rewarded_data():
 
 
 def segment_config(**online) -> Config:
-    defaults = {"capacity": 16, "exploit_share": 0.5}
+    defaults = {"capacity": 16, "n_steps": 40, "checkpoint_every": 2}
     return config({"segment": SEGMENT}, plan={"replan_every": SEGMENT}, **(defaults | online))
 
 
@@ -871,7 +871,7 @@ def test_a_run_on_segments_is_resumed_bit_for_bit(segment_run, tmp_path):
     run_update = OnlineTrainer.run_update
 
     def interrupted(trainer):
-        if trainer.step == 13:
+        if trainer.step == 10:
             os.kill(os.getpid(), signal.SIGINT)
         return run_update(trainer)
 

@@ -419,6 +419,8 @@ class OnlineTrainer(Trainer):
 
     def save(self, run_dir: Path, settle: bool = False) -> Path:
         """Write the checkpoint of the present step and drop those beyond ``keep_checkpoints``."""
+        # Of segments the greatest returns, from which planning begins without settled seeds, tell little.
+        settle |= self.opens is not None and self.filled
         return self.write(run_dir, *self._whole(settle))
 
     def snapshot(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -458,7 +460,7 @@ class OnlineTrainer(Trainer):
 
     def _whole(self, settle: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and state of a checkpoint."""
-        tensors, state = self._tensors((settle or self.opens is not None) and bool(self.usable.any()))
+        tensors, state = self._tensors(settle and bool(self.usable.any()))
         tensors["data.rows"] = self.rows
         tensors |= {f"online.{name}": torch.from_numpy(array) for name, array in self.buffer.state().items()}
         state["online"] = {
