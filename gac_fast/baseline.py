@@ -136,11 +136,11 @@ class BaselinePolicy(Policy):
         """As of any policy's own plans; a return that was named as the target."""
         return plans if target is None else f"target {target:g}"
 
-    def _plans(self, n: int, target: float) -> Plans:
+    def _plans(self, n: int, target: float | np.ndarray | Tensor) -> Plans:
         z0 = self.normalization.obs_mean.new_zeros(n, self.config.model.n_z, self.config.model.dim)
         std = 0.0 if self.method == "dt" else float("nan")
         # float64: a target is taken as it was given.
-        mean = torch.full((n,), target, dtype=torch.float64, device=self.device)
+        mean = torch.as_tensor(target, dtype=torch.float64, device=self.device).expand(n).clone()
         return Plans(z0, mean, torch.full_like(mean, std))
 
     def exploit(self, n: int, obs: np.ndarray | Tensor | None = None, seed: int = 0, **overrides: Any) -> Plans:
@@ -159,20 +159,21 @@ class BaselinePolicy(Policy):
     def explore(
         self,
         n: int,
-        target: float,
+        target: float | np.ndarray | Tensor,
         obs: np.ndarray | Tensor | None = None,
         seed: int = 0,
         start: Tensor | None = None,
+        numbers: np.ndarray | Tensor | None = None,
         **overrides: Any,
     ) -> Plans:
-        """Ask the decision transformer for ``target``, in environment units.
+        """Ask the decision transformer for ``target``, in environment units, one for all or [n].
 
         Raises:
             ConfigError: behaviour cloning, which cannot be asked; or a target that is not finite.
         """
         if self.method != "dt":
             raise ConfigError(f"target: expected none, as behaviour cloning cannot be asked for a return, got {target}")
-        if not np.isfinite(target):
+        if not bool(torch.as_tensor(target).isfinite().all()):
             raise ConfigError(f"target: expected a finite return, got {target}")
         return self._plans(n, target)
 

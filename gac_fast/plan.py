@@ -123,11 +123,12 @@ def explore(
     model: GAC,
     normalization: Normalization,
     n: int,
-    target: float,
+    target: float | Tensor,
     config: PlanConfig,
     first_states: Tensor | None = None,
     seed: int = 0,
     start: Tensor | None = None,
+    numbers: Tensor | None = None,
 ) -> Plans:
     """Plans sampled from p(z0 | y = target) by Langevin steps, with a return of less variance.
 
@@ -136,14 +137,15 @@ def explore(
 
     Args:
         n: number of plans.
-        target: wanted return in environment units.
+        target: wanted return in environment units, one for all or [n].
         first_states: normalised [n, G, obs_dim] starts per plan, where the return model takes them.
         seed: of start and noise.
         start: [n, n_z, D] seeds to start from; None draws them from the prior.
+        numbers: int64 [n], which of the draws of ``seed`` are theirs; None: 0 to n - 1.
     """
     c = model.config
     device = normalization.obs_mean.device
-    plans = torch.arange(n, device=device)
+    plans = torch.arange(n, device=device) if numbers is None else numbers
     key = (seed & 0xFFFFFFFF, 0x45585052)
 
     z0 = ops.philox_normal(key, plans, 0, c.n_z * c.dim).view(n, c.n_z, c.dim) if start is None else start

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +19,7 @@ from gac_fast.model import GAC
 from gac_fast.model.normalization import Normalization
 from gac_fast.plan import Plans
 
-__all__ = ["ExploitActor", "Policy", "load"]
+__all__ = ["ExploitActor", "PlansAnew", "Policy", "ReplanningActor", "load"]
 
 # Starts over which plans for unknown first states are averaged.
 N_STARTS = 16
@@ -121,34 +121,41 @@ class Policy:
     def explore(
         self,
         n: int,
-        target: float,
+        target: float | np.ndarray | Tensor,
         obs: np.ndarray | Tensor | None = None,
         seed: int = 0,
         start: Tensor | None = None,
+        numbers: np.ndarray | Tensor | None = None,
         **overrides: Any,
     ) -> Plans:
         """Plans sampled from p(z0 | y = target).
 
         Args:
             n: number of plans P.
-            target: wanted return in environment units.
+            target: wanted return in environment units, one for all or [n].
             obs: [n, obs_dim] first observations, as in :meth:`exploit`.
             seed: of the samples.
             start: [n, n_z, D] seeds that sampling starts from; None draws them from the prior.
+            numbers: int64 [n], which of the draws of ``seed`` are theirs, so that plans asked for apart are other ones;
+                None: 0 to n - 1.
             overrides: fields of :class:`PlanConfig`.
 
         Raises:
-            ConfigError: the target is not finite, or its square in the model's units is not.
+            ConfigError: a target is not finite, or its square in the model's units is not.
         """
         _check_count(n)
-        y = self.normalization.returns(torch.tensor(target, dtype=torch.float64, device=self.device).float())
+        wanted = torch.as_tensor(target, dtype=torch.float64, device=self.device).float()
+        if wanted.shape not in ((), (n,)):
+            raise ValueError(f"target: expected a number or shape [{n}], got {list(wanted.shape)}")
         # The energy squares it.
-        if not bool(torch.isfinite(y.square())):
+        if not bool(torch.isfinite(self.normalization.returns(wanted).square()).all()):
             raise ConfigError(f"target: expected a finite return, also when squared in float32, got {target}")
         starts = self._per_plan(n, self._starts(n, obs, seed))
+        rows = None if numbers is None else torch.as_tensor(numbers, device=self.device)
         return planning.explore(
-            self.model, self.normalization, n, target, self._plan_config(overrides), starts, seed=seed, start=start
-        )
+            self.model, self.normalization, n, wanted, self._plan_config(overrides), starts, seed=seed, start=start,
+            numbers=rows,
+        )  # fmt: skip
 
     def best(self, n: int) -> Tensor:
         """Numbers of the n best training trajectories whose return is known, int64 [n], best first; they repeat."""
@@ -210,31 +217,36 @@ class Policy:
         return ExploitActor(self, plans, every, plan_seed, overrides, **options)
 
 
-class ExploitActor(Actor):
-    """An :class:`Actor` that exploits: every so many steps of an episode it plans anew, for the state at hand.
+PlansAnew = Callable[[Tensor, np.ndarray, np.ndarray], Plans]
+"""(states [m, obs_dim] in environment units, their environments int64 [m], time steps of their episodes int64 [m]) ->
+m plans."""
+
+
+class ReplanningActor(Actor):
+    """An :class:`Actor` that gets a plan for the state at hand every so many steps of an episode.
 
     Args:
-        policy: plans, and gives model and units.
+        policy: gives model and units.
         plans: of the first steps, one per environment.
         every: time steps that a plan is followed for, at least 1.
-        plan_seed: of planning.
-        overrides: fields of :class:`PlanConfig`.
+        plan_anew: asked for the plans to go on with. Parts of a split actor ask at the same time, each for
+            environments of its own.
         **options: as for :class:`Actor`.
 
     Attributes:
         age: int64 [P], time steps of the present episode so far.
     """
 
-    def __init__(
-        self, policy: Policy, plans: Plans, every: int, plan_seed: int, overrides: dict[str, Any], **options: Any
-    ) -> None:
+    def __init__(self, policy: Policy, plans: Plans | Tensor, every: int, plan_anew: PlansAnew, **options: Any) -> None:
         if every < 1:
             raise ValueError(f"every: expected at least 1 time step, got {every}")
-        super().__init__(policy.model, policy.normalization, plans.z0, **options)
-        self.policy, self.every, self.plan_seed, self.overrides = policy, every, plan_seed, overrides
+        super().__init__(policy.model, policy.normalization, plans.z0 if isinstance(plans, Plans) else plans, **options)
+        self.every, self.plan_anew = every, plan_anew
         self.age = np.zeros(len(self), np.int64)
         self._planned = np.ones(len(self), np.bool_)
         self._rests = np.zeros(len(self), np.bool_)
+        # Of the actor that this one is a part of.
+        self._first_row = 0
 
     def reset(
         self, mask: np.ndarray | Tensor | None = None, plans: np.ndarray | Tensor | HasSeeds | None = None
@@ -256,7 +268,7 @@ class ExploitActor(Actor):
             rows = torch.from_numpy(due).to(self.device)
             states = torch.as_tensor(obs, device=self.device)[rows]
             z0 = self.z0.clone()
-            z0[rows] = self.policy.exploit(len(due), states, self.plan_seed, **self.overrides).z0
+            z0[rows] = self.plan_anew(states, due + self._first_row, self.age[due]).z0
             mask = torch.zeros(len(self), dtype=torch.bool, device=self.device)
             mask[rows] = True
             self.change_plans(z0, mask)
@@ -265,14 +277,37 @@ class ExploitActor(Actor):
         self.age += 1
         return actions
 
-    def split(self, sizes: Sequence[int]) -> list[ExploitActor]:  # type: ignore[override]
+    def split(self, sizes: Sequence[int]) -> list[ReplanningActor]:  # type: ignore[override]
         """As :meth:`Actor.split`."""
-        parts: list[ExploitActor] = super().split(sizes)  # type: ignore[assignment]
+        parts: list[ReplanningActor] = super().split(sizes)  # type: ignore[assignment]
         for part, start in zip(parts, np.cumsum(sizes) - sizes, strict=True):
             rows = slice(start, start + len(part))
             part.age, part._rests = self.age[rows].copy(), self._rests[rows].copy()
             part._planned = self._planned[rows].copy()
+            part._first_row = self._first_row + int(start)
         return parts
+
+
+class ExploitActor(ReplanningActor):
+    """A :class:`ReplanningActor` whose plans are those of :meth:`Policy.exploit`.
+
+    Args:
+        policy: plans, and gives model and units.
+        plans: of the first steps, one per environment.
+        every: time steps that a plan is followed for, at least 1.
+        plan_seed: of planning.
+        overrides: fields of :class:`PlanConfig`.
+        **options: as for :class:`Actor`.
+    """
+
+    def __init__(
+        self, policy: Policy, plans: Plans, every: int, plan_seed: int, overrides: dict[str, Any], **options: Any
+    ) -> None:
+        def plan_anew(states: Tensor, rows: np.ndarray, age: np.ndarray) -> Plans:
+            return policy.exploit(len(rows), states, plan_seed, **overrides)
+
+        super().__init__(policy, plans, every, plan_anew, **options)
+        self.policy, self.plan_seed, self.overrides = policy, plan_seed, overrides
 
 
 def _check_count(n: int) -> None:

@@ -84,12 +84,16 @@ class Rollout:
     """float32 [n, obs_dim]."""
     z0: np.ndarray | None = None
     """float32 [n, n_z, D], the plan seeds that acted; None where an actor had none."""
+    numbers: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    """int64 [n], round and environment of each: round r's environment i has r * num_envs + i."""
     n_kept: int = 0
     """Episodes whose steps are kept."""
     packed_observations: np.ndarray = field(default_factory=lambda: np.empty((0, 0), np.float32))
     """float32 [N, obs_dim]."""
     packed_actions: np.ndarray = field(default_factory=lambda: np.empty((0, 0), np.float32))
     """float32 [N, act_dim]."""
+    packed_rewards: np.ndarray | None = None
+    """float64 [N], where they were asked for."""
 
     @property
     def cu_seqlens(self) -> npt.NDArray[np.int64]:
@@ -141,6 +145,7 @@ def rollout(
     keep: int = 0,
     on_step: Callable[[int, int], None] | None = None,
     timeout: float | None = TIMEOUT,
+    keep_rewards: bool = False,
 ) -> Rollout:
     """Run ``episodes`` whole episodes in rounds of one episode per environment.
 
@@ -165,6 +170,7 @@ def rollout(
             are stepped in threads of their own, some times a second and at the end of a round.
         timeout: seconds that a step or a reset may take. None waits for ever, and steps a single vector in the calling
             thread: for simulators that must stay in it.
+        keep_rewards: keep the rewards of the kept episodes' steps too.
 
     Raises:
         EnvError: an observation or reward is not finite, or an environment raised, died or did not answer in time. Its
@@ -175,7 +181,7 @@ def rollout(
         raise EnvError(f"episodes: expected at least 1, got {episodes}")
     if timeout is not None and not timeout > 0:
         raise EnvError(f"timeout: expected more than 0 seconds, got {timeout}")
-    run = _Run(list(env) if isinstance(env, Sequence) else [env], episodes, keep, on_step, timeout)
+    run = _Run(list(env) if isinstance(env, Sequence) else [env], episodes, keep, on_step, timeout, keep_rewards)
     try:
         while run.finished.n < episodes:
             run.round(make_actor, seed)
@@ -227,10 +233,10 @@ class _Finished:
         self.n += len(columns["returns"])
         self.n_kept += n_kept
 
-    def keep(self, observations: np.ndarray, actions: np.ndarray) -> None:
-        """Append the steps of one episode."""
-        self._columns.setdefault("packed_observations", _Grows()).append(observations)
-        self._columns.setdefault("packed_actions", _Grows()).append(actions)
+    def keep(self, **steps: np.ndarray) -> None:
+        """Append the steps of one episode, columns of [H, ...]."""
+        for name, rows in steps.items():
+            self._columns.setdefault(f"packed_{name}", _Grows()).append(rows)
 
     def rollout(self) -> Rollout:
         arrays = {name: grows.rows() for name, grows in self._columns.items()}
@@ -242,26 +248,33 @@ class _Finished:
 
 
 class _Steps:
-    """Observations and actions of those of a part's rows that are kept, by time step: [T, n, ...], T doubling."""
+    """The steps of those of a part's rows that are kept, by time: [T, n, ...], T doubling."""
 
-    def __init__(self, rows: slice, n_keep: int, obs_dim: int, act_dim: int) -> None:
+    def __init__(self, rows: slice, n_keep: int, obs_dim: int, act_dim: int, keep_rewards: bool) -> None:
         self._first = rows.start
         self._n = max(0, min(rows.stop, n_keep) - rows.start)
-        self._observations = np.empty((FIRST_STEPS, self._n, obs_dim), np.float32)
-        self._actions = np.empty((FIRST_STEPS, self._n, act_dim), np.float32)
+        self._columns = {
+            "observations": np.empty((FIRST_STEPS, self._n, obs_dim), np.float32),
+            "actions": np.empty((FIRST_STEPS, self._n, act_dim), np.float32),
+        }
+        if keep_rewards:
+            self._columns["rewards"] = np.empty((FIRST_STEPS, self._n))
 
     def write(self, t: int, observations: np.ndarray, actions: np.ndarray) -> None:
-        """Step ``t`` of the part's rows."""
+        """What the part's rows saw and did at step ``t``."""
         if self._n == 0:
             return
-        if t >= len(self._observations):
-            self._observations, self._actions = (
-                np.concatenate((x, np.empty_like(x))) for x in (self._observations, self._actions)
-            )
-        self._observations[t], self._actions[t] = observations[: self._n], actions[: self._n]
+        if t >= len(self._columns["observations"]):
+            self._columns = {name: np.concatenate((x, np.empty_like(x))) for name, x in self._columns.items()}
+        self._columns["observations"][t], self._columns["actions"][t] = observations[: self._n], actions[: self._n]
 
-    def episode(self, row: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-        return self._observations[:length, row - self._first], self._actions[:length, row - self._first]
+    def pay(self, t: int, rewards: np.ndarray) -> None:
+        """What step ``t`` earned."""
+        if self._n and "rewards" in self._columns:
+            self._columns["rewards"][t] = rewards[: self._n]
+
+    def episode(self, row: int, length: int) -> dict[str, np.ndarray]:
+        return {name: x[:length, row - self._first] for name, x in self._columns.items()}
 
 
 class _PartError(Exception):
@@ -509,8 +522,10 @@ class _Run:
         keep: int,
         on_step: Callable[[int, int], None] | None,
         timeout: float | None,
+        keep_rewards: bool,
     ) -> None:
         self.episodes, self.keep, self.on_step = episodes, keep, on_step
+        self.keep_rewards = keep_rewards
         self.obs_dim, self.act_dim = _checked_dims(envs)
         self.n = sum(env.num_envs for env in envs)
         self.finished = _Finished(self.obs_dim, self.act_dim)
@@ -547,7 +562,9 @@ class _Run:
         self.rewards = np.zeros(n)
         self.terminated = np.zeros(n, np.bool_)
         self.n_keep = max(0, min(self.wanted, self.keep - start))
-        self.steps = [_Steps(part.rows, self.n_keep, self.obs_dim, self.act_dim) for part in self.parts]
+        self.steps = [
+            _Steps(part.rows, self.n_keep, self.obs_dim, self.act_dim, self.keep_rewards) for part in self.parts
+        ]
         try:
             self._reset(None if seed is None else _round_seed(seed, self.round_index, n))
             self.firsts = self.obs.copy()
@@ -663,6 +680,7 @@ class _Run:
         row = self._lost(part, np.isfinite(reward))
         if row is not None:
             raise _PartError(f"environment {row} returned a non-finite reward", row, part.t)
+        self.steps[self.parts.index(part)].pay(part.t - 1, reward)
         total = self.total[rows]
         np.add(total, reward, out=total, where=running)
         if keeps_rewards:
@@ -721,7 +739,7 @@ class _Run:
         kept = rows[rows < self.n_keep]
         for part, steps in zip(self.parts, self.steps, strict=True):
             for row in kept[(kept >= part.rows.start) & (kept < part.rows.stop)]:
-                self.finished.keep(*steps.episode(int(row), int(self.length[row])))
+                self.finished.keep(**steps.episode(int(row), int(self.length[row])))
         self.finished.add(
             len(kept),
             None if self.z0 is None else self.z0[rows],
@@ -729,6 +747,7 @@ class _Run:
             lengths=self.length[rows],
             terminated=self.terminated[rows],
             first_observations=self.firsts[rows],
+            numbers=self.round_index * self.n + rows,
         )
 
 

@@ -107,7 +107,7 @@ def test_offline_episodes_are_not_copied_until_something_comes():
     offline = episodes([1.0, 2.0], 0)
     buffer = EpisodeBuffer(offline, 4, 1)
     assert buffer.trajectories is offline
-    assert buffer.state().keys() == {"slots", "born", "n_added"}
+    assert buffer.state().keys() == {"slots", "born", "n_added", "worth", "opens"}
 
 
 def test_what_does_not_fit_changes_nothing():
@@ -132,5 +132,23 @@ def test_saved_arrays_that_do_not_fit_are_named():
     state, like = buffer.state(), buffer.trajectories
     with pytest.raises(DataError, match=r"slots: expected distinct ones in \[0, 4\), got \[0, 4\]"):
         EpisodeBuffer(None, 4, 1).load({**state, "slots": np.array([0, 4])}, like)
-    with pytest.raises(DataError, match="born and returns: expected 2 entries"):
+    with pytest.raises(DataError, match="born, returns, worth and opens: expected 2 entries"):
         EpisodeBuffer(None, 4, 1).load({**state, "born": np.array([0])}, like)
+
+
+def test_the_best_may_be_told_by_something_else_than_returns():
+    buffer = EpisodeBuffer(None, 4, 1)
+    buffer.add(episodes([9.0, 1.0, 5.0], 1), np.array([0.0, 2.0, 1.0]), np.array([True, False, False]))
+    assert buffer.best().tolist() == [1]
+    # What it is worth may change while it is here.
+    slots = buffer.add(episodes([6.0, 3.0], 2), np.array([0.0, 0.0, 7.0, 6.0, 5.0]), np.array([False, True]))
+    assert (slots >= 0).all()
+    assert buffer.born.tolist() == [1, 2, 3, 4]
+    assert buffer.best().tolist() == [1]
+    assert buffer.opens.tolist() == [False, False, False, True]
+    other = EpisodeBuffer(None, 4, 1)
+    other.load(buffer.state(), buffer.trajectories)
+    assert (other.best().tolist(), other.opens.tolist()) == ([1], [False, False, False, True])
+    # A checkpoint from before segments: by return, all of them episodes.
+    other.load({k: v for k, v in buffer.state().items() if k not in ("worth", "opens")}, buffer.trajectories)
+    assert (other.best().tolist(), other.opens.all()) == ([2], True)

@@ -24,6 +24,7 @@ from gac_fast.errors import CheckpointError, ConfigError, DataError, EnvError
 from gac_fast.policy import load
 from gac_fast.train import offline
 from gac_fast.train import trainer as trainer_module
+from gac_fast.train.metrics import N_COMPARED
 from gac_fast.train.offline import OfflineTrainer, TrainingDivergedError, pick_device, uses_bf16
 from gac_fast.train.update import compiled
 
@@ -575,7 +576,7 @@ def test_segments_of_one_episode_are_held_out_together_and_resume(tmp_path):
     assert not set(episode[out]) & set(episode[~out])
     assert not trainer.usable[torch.from_numpy(out)].any()
     # The best of them are those above what plans from their starts are expected to bring, not the longest way to go.
-    z = trainer.model.prior(torch.randn(offline.N_COMPARED, 2, 16, generator=torch.Generator().manual_seed(0)))
+    z = trainer.model.prior(torch.randn(N_COMPARED, 2, 16, generator=torch.Generator().manual_seed(0)))
     for i in (0, 5):
         start = trainer.batches.of(torch.tensor([i])).first_states.expand(len(z), -1)
         expected = trainer.model.return_moments(z, start)[0].mean()

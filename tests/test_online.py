@@ -18,6 +18,7 @@ import pytest
 import torch
 from conftest import ROOT
 from core_fixtures import ACT_DIM, OBS_DIM, counting_vector, make_trajectories, model_config, seeded_vector
+from gymnasium.envs.registration import EnvSpec
 
 import gac_fast
 from gac_fast import checkpoint
@@ -28,6 +29,7 @@ from gac_fast.plan import TargetSchedule
 from gac_fast.policy import Policy, load
 from gac_fast.rollout import rollout
 from gac_fast.train import online as online_module
+from gac_fast.train.metrics import N_COMPARED
 from gac_fast.train.online import OnlineTrainer, finetune
 from gac_fast.train.trainer import TrainingDivergedError
 
@@ -329,6 +331,31 @@ def test_from_scratch_random_plans_fill_the_buffer_first(tmp_path):
     assert load(folder).prior_plans(2).return_mean.isfinite().all()
 
 
+def test_a_fill_that_is_killed_goes_on_where_it_was(tmp_path):
+    conf = segment_config(n_steps=10, fill_episodes=10, eval_every=0, capacity=40, checkpoint_every=1)
+    whole = tune(None, tmp_path / "whole", conf, data=None)
+    explore, calls = online_module.explore, 0
+
+    class Killed(BaseException):
+        pass
+
+    def killed(*args):
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise Killed
+        return explore(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(online_module, "explore", killed)
+        with pytest.raises(Killed):
+            tune(None, tmp_path / "part", conf, data=None)
+    saved = checkpoint.load(checkpoint.latest(tmp_path / "part"))[1]["online"]
+    assert (saved["episodes"], saved["filled"]) == (8, False)
+    tune(None, tmp_path / "part", conf, data=None, resume=True)
+    assert_same_run(whole, tmp_path / "part")
+
+
 def test_a_policy_without_its_data_goes_on_with_online_episodes_alone(offline_run, tmp_path):
     with pytest.warns(UserWarning, match="without the data it was trained on"):
         folder = tune(offline_run, tmp_path / "run", data=None)
@@ -501,8 +528,6 @@ def test_a_run_is_resumed_with_its_own_configuration_and_data_only(offline_run, 
         tune(None, folder, data=data(seed=1), resume=True)
     with pytest.raises(CheckpointError, match="expected 'online' in its state"):
         tune(None, offline_run, resume=True)
-    with pytest.raises(ConfigError, match=r"^train\.segment: expected 0, .* got 8$"):
-        finetune(None, seeded_vector(4), config(train={"segment": 8}))
     with pytest.raises(ConfigError, match=r"^resume: expected run_dir"):
         finetune(None, seeded_vector(4), resume=True)
 
@@ -547,19 +572,69 @@ def test_an_action_that_is_not_finite_names_step_environment_and_checkpoint(offl
     assert len(load(folder).returns) >= 14
 
 
-def test_a_loss_that_is_not_finite_names_the_update_and_the_checkpoint(offline_run, tmp_path):
-    run_update = OnlineTrainer.run_update
+RARELY_SAVED = {"checkpoint_every": 9, "exploit_share": 0.0}
 
-    def broken(trainer):
+
+@pytest.fixture(scope="module")
+def rarely_saved(offline_run, tmp_path_factory) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(online_module, "_write_plots", lambda run: None)
+        return tune(offline_run, tmp_path_factory.mktemp("rarely") / "run", config(**RARELY_SAVED))
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("loss", r"update 15: loss is nan; a smaller online\.learning_rate.*last good checkpoint.*step_00000012"),
+        (
+            "chain",
+            r"update 15: the plan of offline trajectory 3 is NaN or infinite.*last good checkpoint.*step_00000012",
+        ),
+        ("plan", r"step 0, environment 3: the model's plan is NaN.*last good checkpoint.*step_00000012"),
+    ],
+    ids=["loss", "chain", "plan"],
+)
+def test_what_is_not_finite_is_named_and_loses_nothing(offline_run, rarely_saved, tmp_path, fault, message):
+    """Though no checkpoint was written in the rounds before, what they brought is there to go on from."""
+    conf = config(**RARELY_SAVED)
+    run_update, explore, calls = OnlineTrainer.run_update, Policy.explore, 0
+
+    def broken_update(trainer):
         values, n = run_update(trainer)
-        return (values | {"loss": values["loss"] * torch.nan} if trainer.step >= 14 else values), n
+        if trainer.step == 15 and fault == "loss":
+            values = values | {"loss": values["loss"] * torch.nan}
+        elif trainer.step == 15 and fault == "chain":
+            trainer.posterior.z0[3, 0] = torch.nan
+        return values, n
+
+    def broken_plan(policy, *args, **kwargs):
+        nonlocal calls
+        calls += 1
+        plans = explore(policy, *args, **kwargs)
+        if calls == 3 and fault == "plan":
+            plans.z0[3, 0, 0] = np.inf
+        return plans
 
     folder = tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(OnlineTrainer, "run_update", broken)
-        with pytest.raises(TrainingDivergedError, match=r"update 15: loss is nan.*step_00000012"):
-            tune(offline_run, folder)
-    assert checkpoint.latest(folder).name == "step_00000012"
+        patch.setattr(OnlineTrainer, "run_update", broken_update)
+        patch.setattr(Policy, "explore", broken_plan)
+        with pytest.raises(TrainingDivergedError, match=message):
+            tune(offline_run, folder, conf)
+    # The episodes that the last updates were to learn from are there too.
+    assert len(load(folder).returns) == 10 + min(11, 8 if fault == "plan" else 12)
+    tune(offline_run, folder, conf, resume=True)
+    assert_same_run(rarely_saved, folder)
+
+
+def test_a_weight_that_is_not_finite_is_named(offline_run):
+    trainer = OnlineTrainer(config(), online_module.Spaces.of_data(data()), data())
+    trainer.begin_at(checkpoint.latest(offline_run))
+    trainer.check_finite()
+    trainer.model.decoder.log_sigma_a.data[0] = torch.nan
+    with pytest.raises(TrainingDivergedError, match=r"^update 6: the model's decoder\.log_sigma_a is NaN or infinite$"):
+        trainer.check_finite()
+    trainer.close()
 
 
 def test_what_does_not_fit_is_named_before_any_work(offline_run, tmp_path):
@@ -644,20 +719,6 @@ def test_two_halves_make_the_run_of_one_vector(offline_run, tmp_path):
     assert torch.equal(a["online.cu_seqlens"], b["online.cu_seqlens"])
     for name in ("online.observations", "online.returns", "posterior.z0", "model.decoder.log_sigma_a"):
         torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-3)
-
-
-def test_a_plan_that_is_not_finite_names_its_environment(offline_run, tmp_path):
-    explore = Policy.explore
-
-    def broken(policy, *args, **kwargs):
-        plans = explore(policy, *args, **kwargs)
-        plans.z0[3, 0, 0] = np.inf
-        return plans
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Policy, "explore", broken)
-        with pytest.raises(TrainingDivergedError, match=r"step 0, environment 3: the model's plan.*step_00000006"):
-            tune(offline_run, tmp_path / "run", config(exploit_share=0.0))
 
 
 def test_ranking_prefers_what_is_much_for_its_start(offline_run):
@@ -749,3 +810,148 @@ def test_a_run_without_a_checkpoint_yet_is_begun_anew(offline_run, tmp_path):
 def test_a_resumed_run_needs_no_configuration(offline_run, tmp_path):
     folder = tune(offline_run, tmp_path / "run", config(n_steps=40))
     finetune(None, seeded_vector(4), data=data(), run_dir=folder, resume=True, progress=False, tensorboard=False)
+
+
+# Runs that were trained on segments
+
+SEGMENT = 2
+
+
+def rewarded_data():
+    episodes = data()
+    rewards = np.random.default_rng(1).normal(size=episodes.num_steps).astype(np.float32)
+    sums = [part.sum(dtype=np.float64) for part in np.split(rewards, episodes.cu_seqlens[1:-1])]
+    return dataclasses.replace(episodes, rewards=rewards, returns=np.array(sums))
+
+
+def segment_config(**online) -> Config:
+    defaults = {"capacity": 16, "n_steps": 40, "checkpoint_every": 2}
+    return config({"segment": SEGMENT}, plan={"replan_every": SEGMENT}, **(defaults | online))
+
+
+@pytest.fixture(scope="module")
+def segment_run(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("segments") / "run"
+    return gac_fast.train(rewarded_data(), segment_config(), folder, progress=False, tensorboard=False)
+
+
+def test_segments_have_their_own_plans_returns_and_chains(segment_run, tmp_path):
+    rounds, asked = [], []
+
+    class Watched(OnlineTrainer):
+        def add(self, explored):
+            check_actions(self, explored)
+            super().add(explored)
+            rows = self.rows[-len(explored.z0) :]
+            n = self.posterior.n_trajectories
+            for chain in (rows, n + rows):
+                np.testing.assert_array_equal(self.posterior.tensors["z0"][chain].numpy(), explored.z0)
+            assert self.opens[-len(explored.z0) :].tolist() == explored.opens.tolist()
+            rounds.append(explored)
+
+        def next_schedule(self):
+            known, achieved = self.advantages(self.data) * self.normalization.return_std.double(), list(self.achieved)
+            schedule = super().next_schedule()
+            asked.append((known.tolist(), achieved, schedule.target, []))
+            return schedule
+
+    explore = Policy.explore
+
+    def watched(policy, n, target, obs, *args, **kwargs):
+        plans = explore(policy, n, target, obs, *args, **kwargs)
+        asked[-1][3].append((torch.as_tensor(obs), target))
+        return plans
+
+    def check_actions(trainer, explored):
+        """Every segment acted by its plan: the same actions again, episode by episode."""
+        episodes, numbers = explored.episodes, explored.numbers
+        for number in set(numbers.tolist()):
+            parts = np.flatnonzero(numbers == number)
+            actor = None
+            for i in parts:
+                z0 = explored.z0[i][None]
+                actor = actor or trainer.policy().actor(z0)
+                actor.change_plans(z0)
+                part = episodes.episode(int(i))
+                for state, action in zip(part.observations, part.actions, strict=True):
+                    np.testing.assert_allclose(actor.act(state[None])[0], action, rtol=1e-4, atol=1e-5)
+
+    conf = segment_config(action_noise=0.0, n_steps=30, capacity=40)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(online_module, "OnlineTrainer", Watched)
+        patch.setattr(Policy, "explore", watched)
+        folder = tune(segment_run, tmp_path / "run", conf, counting(), data=rewarded_data())
+
+    first = rounds[0]
+    assert first.episodes.lengths.tolist() == [2, 1, 2, 2, 2, 2, 2, 2, 1]
+    assert first.numbers.tolist() == [0, 0, 1, 1, 2, 2, 2, 3, 3]
+    # (index, episode, step) of the first step of each; step t earned 100 index + episode + t / 10.
+    begins = first.episodes.observations[first.episodes.cu_seqlens[:-1]]
+    lengths = [3, 4, 6, 3]
+    expected = [
+        sum(100 * index + episode + t / 10 for t in range(int(step) + 1, lengths[int(index)] + 1))
+        for index, episode, step in begins.tolist()
+    ]
+    assert begins[:, 2].tolist() == [0, 2, 0, 2, 0, 2, 4, 0, 2]
+    np.testing.assert_allclose(first.episodes.returns, expected, rtol=1e-12)
+    assert all(np.abs(np.diff(first.z0, axis=0)).reshape(8, -1).max(axis=1) > 1e-3)
+
+    # The target: so much beyond what is expected of each start, and it follows what was achieved beyond that.
+    start, schedule = load(segment_run), TargetSchedule(conf.online.target_best)
+    raised = np.array([False, True, False, True])
+    for i, (known, achieved, target, calls) in enumerate(asked):
+        assert target == pytest.approx(schedule.update(known, achieved or None), rel=1e-6)
+        assert len(calls) == np.bincount(rounds[i].numbers).max()
+        if i:
+            before = rounds[i - 1]
+            mine = ~raised[before.episode]
+            np.testing.assert_allclose(achieved, (before.episodes.returns - before.expected)[mine])
+    states, wanted = asked[0][3][0]
+    model, units = start.model, start.normalization
+    z = model.prior(torch.randn(N_COMPARED, 2, 16, generator=torch.Generator().manual_seed(0)))
+    mean = model.return_moments_of_pairs(z, units.observations(states))[0].mean(dim=1) * units.return_std
+    np.testing.assert_allclose(wanted - asked[0][2], (mean + units.return_mean).detach(), rtol=1e-4, atol=1e-4)
+    assert column(folder, "segments/target") == pytest.approx([entry[2] for entry in asked])
+    assert column(folder, "online/episodes") == [4] * len(rounds)
+    assert json.loads((folder / "result.json").read_text())["episodes"] == 4 * len(rounds)
+
+
+def test_a_run_on_segments_is_resumed_bit_for_bit(segment_run, tmp_path):
+    options = {"conf": segment_config(), "data": rewarded_data()}
+    whole = tune(segment_run, tmp_path / "whole", **options)
+    # More than there is room for, and the best of them, by what was expected of their starts, are not the latest.
+    assert int(tensors_of(whole)["online.n_added"]) > len(tensors_of(whole)["online.born"]) == 16
+    run_update = OnlineTrainer.run_update
+
+    def interrupted(trainer):
+        if trainer.step == 10:
+            os.kill(os.getpid(), signal.SIGINT)
+        return run_update(trainer)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OnlineTrainer, "run_update", interrupted)
+        part = tune(segment_run, tmp_path / "part", **options)
+    tune(segment_run, part, resume=True, **options)
+    assert_same_run(whole, part)
+
+
+def test_segments_from_scratch_where_all_reward_comes_at_the_end(tmp_path):
+    conf = segment_config(n_steps=20, capacity=60)
+    folder = tune(None, tmp_path / "run", conf, DelayedReward(seeded_vector(4)), data=None)
+    tensors = tensors_of(folder)
+    opens, returns = tensors["online.opens"], tensors["online.returns"]
+    assert 1 < int(opens.sum()) < len(opens)
+    # Every part of an episode has its return.
+    assert torch.equal(returns, returns[opens][opens.cumsum(0) - 1])
+    assert torch.equal(load(folder).opens, opens)
+
+
+def test_segments_of_another_length_or_without_rewards_are_refused(offline_run, segment_run, tmp_path):
+    with pytest.raises(CheckpointError, match=r"expected train\.segment 2, the checkpoint has 0"):
+        tune(offline_run, tmp_path / "run", segment_config(), data=rewarded_data())
+    with pytest.raises(DataError, match="keep_rewards=True"):
+        tune(segment_run, tmp_path / "run", segment_config())
+    vector = seeded_vector(4)
+    vector.spec = EnvSpec("Toy-v0", max_episode_steps=7)
+    with pytest.raises(ConfigError, match=r"online\.keep_best \+ 4 environments of 4 segments each.*got 16"):
+        tune(segment_run, tmp_path / "run", segment_config(), vector, data=rewarded_data())

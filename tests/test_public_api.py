@@ -54,7 +54,7 @@ def parameters(function: Callable[..., Any]) -> list[str]:
     [
         ("load", ["run_dir", "step=None", "device=cpu"]),
         ("Policy.exploit", ["n", "obs=None", "seed=0"]),
-        ("Policy.explore", ["n", "target", "obs=None", "seed=0", "start=None"]),
+        ("Policy.explore", ["n", "target", "obs=None", "seed=0", "start=None", "numbers=None"]),
         (
             "Policy.actor",
             ["plans", "action_noise=0.0", "seed=0", "bf16=auto", "cuda_graph=False", "noise_correlation=0.0"],

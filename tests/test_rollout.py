@@ -601,7 +601,7 @@ def test_a_simulator_that_hangs(policy, sizes):
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        (functools.partial(time.sleep, 60), "no answer within 1 s"),
+        (functools.partial(time.sleep, 600), "no answer within 1 s"),
         (functools.partial(os._exit, 3), "EOFError|ConnectionResetError"),
         (functools.partial(int, "x"), "invalid literal for int"),
     ],
@@ -617,7 +617,8 @@ def test_a_process_that_fails_is_named(fault, message, policy):
     assert caught.value.finished.lengths.tolist()[:3] == [3, 3, 3]
     for part in parts:
         close_vector(part)
-    assert time.monotonic() - started < 30
+    # Nobody waits for the one that hangs.
+    assert time.monotonic() - started < 300
 
 
 def test_processes_take_turns_with_the_actor():

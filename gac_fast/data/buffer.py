@@ -35,11 +35,13 @@ class EpisodeBuffer:
     Args:
         offline: fixed episodes, copied once; None for none.
         capacity: online episodes kept; beyond it the oldest are dropped.
-        keep_best: online episodes of the greatest return, which are never dropped.
+        keep_best: online episodes of the greatest worth, which are never dropped.
 
     Attributes:
         slots: int64 [b], slot in [0, capacity) of each online episode, in the order of storage, oldest first.
         born: int64 [b], number of each, counted over all that ever were added.
+        worth: float64 [b], by which the best are told: their returns, unless others were given.
+        opens: bool [b], trajectories that an episode begins with: all, unless they are segments.
         n_added: online episodes ever added.
 
     Raises:
@@ -54,6 +56,8 @@ class EpisodeBuffer:
         self.n_offline = 0 if offline is None else len(offline)
         self.slots = np.zeros(0, np.int64)
         self.born = np.zeros(0, np.int64)
+        self.worth = np.zeros(0)
+        self.opens = np.zeros(0, np.bool_)
         self.n_added = 0
         self._data = offline
         # [rows, dim]; `_data` views their first rows once something was added.
@@ -75,8 +79,18 @@ class EpisodeBuffer:
             raise DataError("episodes: expected at least one, the buffer is empty")
         return self._data
 
-    def add(self, episodes: Trajectories) -> npt.NDArray[np.int64]:
+    def add(
+        self,
+        episodes: Trajectories,
+        worth: npt.NDArray[np.float64] | None = None,
+        opens: npt.NDArray[np.bool_] | None = None,
+    ) -> npt.NDArray[np.int64]:
         """Append episodes, and drop the oldest that are too many.
+
+        Args:
+            worth: [b + n], of the online episodes that are here and of the new ones; those that were cut have none
+                whatever it says. None: their returns.
+            opens: bool [n], of the new ones; None: all.
 
         Returns:
             slots int64 [n] of the new episodes, -1 for those that were dropped at once (only if more come than the
@@ -89,7 +103,12 @@ class EpisodeBuffer:
             self._check(episodes)
         n = len(episodes)
         born = np.concatenate((self.born, self.n_added + np.arange(n)))
-        kept = self._kept(np.concatenate((self._online_returns(), _known_returns(episodes))))
+        if worth is None:
+            worth = np.concatenate((self.worth, episodes.returns))
+        known = np.concatenate((self._complete(), episodes.complete))
+        worth = np.where(known, worth, -np.inf)
+        opens = np.ones(n, np.bool_) if opens is None else opens
+        kept = self._kept(worth)
         stays, comes = kept[: self.n_online], kept[self.n_online :]
         self._drop(~stays)
         free = np.setdiff1d(np.arange(self.capacity), self.slots)
@@ -98,29 +117,30 @@ class EpisodeBuffer:
         if comes.any():
             self._append(episodes if comes.all() else episodes.subset(comes))
         self.slots = np.concatenate((self.slots, slots[comes]))
-        self.born = born[kept]
+        self.born, self.worth = born[kept], worth[kept]
+        self.opens = np.concatenate((self.opens[stays], opens[comes]))
         self.n_added += n
         return slots
 
-    def _online_returns(self) -> npt.NDArray[np.float64]:
-        return np.zeros(0) if self._data is None else _known_returns(self._data)[self.n_offline :]
+    def _complete(self) -> npt.NDArray[np.bool_]:
+        return np.zeros(0, np.bool_) if self._data is None else self._data.complete[self.n_offline :]
 
-    def _kept(self, returns: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
+    def _kept(self, worth: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
         """Which of the online episodes, oldest first, stay."""
-        kept = np.ones(len(returns), np.bool_)
-        too_many = len(returns) - self.capacity
+        kept = np.ones(len(worth), np.bool_)
+        too_many = len(worth) - self.capacity
         if too_many > 0:
-            best = self._best_of(returns)
-            may_go = np.setdiff1d(np.arange(len(returns)), best)
+            best = self._best_of(worth)
+            may_go = np.setdiff1d(np.arange(len(worth)), best)
             kept[may_go[:too_many]] = False
         return kept
 
-    def _best_of(self, returns: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
-        return np.argsort(-returns, kind="stable")[: self.keep_best]
+    def _best_of(self, worth: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
+        return np.argsort(-worth, kind="stable")[: self.keep_best]
 
     def best(self) -> npt.NDArray[np.int64]:
         """The online episodes that would not be dropped now, as positions among those kept, best first."""
-        return self._best_of(self._online_returns())
+        return self._best_of(self.worth)
 
     def _check(self, episodes: Trajectories) -> None:
         mine = self.trajectories
@@ -191,7 +211,10 @@ class EpisodeBuffer:
     def state(self) -> dict[str, npt.NDArray[Any]]:
         """Arrays of the online episodes, for :meth:`load`; views."""
         data = self._data
-        arrays = {"slots": self.slots, "born": self.born, "n_added": np.array(self.n_added, np.int64)}
+        arrays = {
+            "slots": self.slots, "born": self.born, "n_added": np.array(self.n_added, np.int64),
+            "worth": self.worth, "opens": self.opens,
+        }  # fmt: skip
         if data is None or self.n_online == 0:
             return arrays
         begin = int(data.cu_seqlens[self.n_offline])
@@ -215,8 +238,12 @@ class EpisodeBuffer:
         slots = arrays["slots"]
         if len(slots) and (slots.min() < 0 or slots.max() >= self.capacity or len(np.unique(slots)) < len(slots)):
             raise DataError(f"slots: expected distinct ones in [0, {self.capacity}), got {slots.tolist()}")
-        if len(arrays["born"]) != len(slots) or len(arrays.get("returns", ())) != len(slots):
-            raise DataError(f"born and returns: expected {len(slots)} entries, one per slot")
+        # Before segments there were none of these.
+        returns = arrays.get("returns", np.zeros(0))
+        worth = arrays.get("worth", np.where(arrays.get("complete", np.zeros(0, np.bool_)), returns, -np.inf))
+        opens = arrays.get("opens", np.ones(len(slots), np.bool_))
+        if any(len(x) != len(slots) for x in (arrays["born"], returns, worth, opens)):
+            raise DataError(f"born, returns, worth and opens: expected {len(slots)} entries, one per slot")
         if self.n_online:
             self._drop(np.ones(self.n_online, np.bool_))
         if len(slots):
@@ -228,12 +255,8 @@ class EpisodeBuffer:
                 )
             )  # fmt: skip
         self.slots, self.born = slots.copy(), arrays["born"].copy()
+        self.worth, self.opens = worth.copy(), opens.copy()
         self.n_added = int(arrays["n_added"])
-
-
-def _known_returns(data: Trajectories) -> npt.NDArray[np.float64]:
-    """[B]; a cut episode's is as good as none."""
-    return np.where(data.complete, data.returns, -np.inf)
 
 
 def _grown(old: npt.NDArray[np.float32] | None, rows: int, dim: int) -> npt.NDArray[np.float32]:

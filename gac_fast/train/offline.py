@@ -31,7 +31,6 @@ from gac_fast.train.log import (
     read_result,
     start_run,
 )
-from gac_fast.train.metrics import N_COMPARED
 from gac_fast.train.trainer import (
     Trainer,
     TrainingDivergedError,
@@ -39,8 +38,8 @@ from gac_fast.train.trainer import (
     check_finite,
     check_state,
     fingerprint,
-    hold_out,
     pick_device,
+    split,
     uses_bf16,
 )
 from gac_fast.train.update import learning_rate
@@ -62,14 +61,7 @@ class OfflineTrainer(Trainer):
     def __init__(self, data: Trajectories, config: Config) -> None:
         super().__init__(config)
         self._settled: tuple[int, tuple[Tensor, Tensor]] | None = None
-        self.held_out, self.usable = hold_out(data, config)
-        if config.train.segment:
-            data, episode = data.segments(config.train.segment)
-            # Parts of one episode share what became of it: they are held out together.
-            of = torch.from_numpy(episode)
-            self.held_out = torch.isin(of, self.held_out).nonzero().flatten()
-            self.usable = self.usable[of]
-            self.opens = torch.cat((torch.ones(1, dtype=torch.bool), of[1:] != of[:-1]))
+        data, self.held_out, self.usable, self.opens = split(data, config)
         self.data = data
         self.rows = torch.arange(len(data))
         self.normalization = Normalization.fit(data)
@@ -96,17 +88,9 @@ class OfflineTrainer(Trainer):
         Their returns; of segments, whose starts lie anywhere in an episode, how far these are above what the model
         expects of plans from that start (where it takes the first state).
         """
-        returns = torch.from_numpy(self.data.returns)
-        if not self.config.train.segment or not self.model.returns.uses_first_state:
-            return returns
-        model, units, data = self.config.model, self.batches.normalization, self.data
-        generator = torch.Generator().manual_seed(self.config.train.seed)
-        z0 = torch.randn(N_COMPARED, model.n_z, model.dim, generator=generator).to(self.device)
-        starts = units.observations(torch.from_numpy(data.observations[data.cu_seqlens[:-1]]).to(self.device))
-        with torch.no_grad():
-            expected, _ = self.model.return_moments_of_pairs(self.model.prior(z0), starts)
-        above = units.returns(returns.to(self.device, torch.float32)) - expected.mean(dim=1)
-        return above.double().cpu()
+        if self.opens is None or not self.model.returns.uses_first_state:
+            return torch.from_numpy(self.data.returns)
+        return self.advantages(self.data)
 
     @functools.cached_property
     def fingerprint(self) -> str:

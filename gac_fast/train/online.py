@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
+import itertools
 import math
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,8 +25,8 @@ from gac_fast.errors import CheckpointError, ConfigError, DataError, EnvError
 from gac_fast.evaluate import EvalResult, check_fit, check_task, evaluate, same_task
 from gac_fast.files import read_json
 from gac_fast.model.normalization import SMALLEST_STD, Normalization
-from gac_fast.plan import Plans, TargetSchedule
-from gac_fast.policy import Policy, load
+from gac_fast.plan import Plans, TargetSchedule, predict
+from gac_fast.policy import Policy, ReplanningActor, load
 from gac_fast.posterior import ONLINE, PosteriorState
 from gac_fast.rollout import SEED_LIMIT, Rollout, rollout
 from gac_fast.train.batches import Batches, Mix
@@ -36,7 +38,7 @@ from gac_fast.train.trainer import (
     check_finite,
     check_state,
     fingerprint,
-    hold_out,
+    split,
     uses_bf16,
 )
 
@@ -47,11 +49,19 @@ if TYPE_CHECKING:
 
 __all__ = ["OnlineTrainer", "Spaces", "finetune"]
 
-# What else may differ between a run and its resumption.
-MAY_CHANGE = {f"online.{name}" for name in ("n_steps", "n_updates", "eval_every", "eval_episodes", "checkpoint_every")}
+# What else may differ between a run and its resumption; the first three for one that diverged.
+MAY_CHANGE = {
+    "online.learning_rate",
+    "posterior.step_size",
+    "train.grad_clip",
+    *(f"online.{name}" for name in ("n_steps", "n_updates", "eval_every", "eval_episodes", "checkpoint_every")),
+}
 
 # First words of what a round's seeds are made of.
 ENV, PLAN, NOISE, EVALUATION, COMPARED = range(5)
+
+# Second word of the key of random plans ("FILL").
+FILL_KEY = 0x46494C4C
 
 # Plans that ranking compares an episode with, and the least spread of their returns, standardised.
 N_COMPARED = 16
@@ -90,12 +100,27 @@ class Spaces(NamedTuple):
 Vectors = Sequence["VectorEnv[Any, Any, Any]"]
 """Vector environments that are run as one."""
 
-PlansFor = Callable[[np.ndarray, int, Policy], Plans]
-"""(first observations [n, obs_dim], number of the first episode, policy) -> n plans."""
+
+class Starts(NamedTuple):
+    """Where n plans are to begin."""
+
+    states: np.ndarray | Tensor
+    """[n, obs_dim], in environment units."""
+    first: int
+    """Number of the episode that environment 0 is in."""
+    rows: np.ndarray
+    """int64 [n], their environments."""
+    segments: np.ndarray
+    """int64 [n], segments of the episode before; 0 where it begins."""
+    expected: np.ndarray | None
+    """float64 [n], return that the model expects from there of plans of the prior, where trajectories are segments."""
+
+
+PlansFor = Callable[[Starts, Policy], Plans]
 
 
 class Explored(NamedTuple):
-    """Episodes of one round."""
+    """Trajectories of one round: its episodes, or their segments."""
 
     episodes: Trajectories
     z0: np.ndarray
@@ -106,6 +131,22 @@ class Explored(NamedTuple):
     acting_seconds: float
     seconds: float
     """All of it."""
+    expected: np.ndarray | None = None
+    """[n], of segments: return that it expected of plans of the prior from there."""
+    numbers: np.ndarray | None = None
+    """int64 [n], of segments: the episode of each, in order."""
+
+    @property
+    def opens(self) -> np.ndarray:
+        """bool [n], trajectories that an episode begins with."""
+        if self.numbers is None:
+            return np.ones(len(self.episodes), np.bool_)
+        return np.diff(self.numbers, prepend=-1) != 0
+
+    @property
+    def episode(self) -> np.ndarray:
+        """int64 [n], which of the round's episodes each belongs to."""
+        return np.cumsum(self.opens) - 1
 
 
 class OnlineTrainer(Trainer):
@@ -115,29 +156,34 @@ class OnlineTrainer(Trainer):
         config: of the run.
         spaces: of the environment, and of the data where there is some.
         offline: episodes of a fixed data set, or None.
+
+    Attributes:
+        offline: its trajectories: the episodes, or their segments.
+        n_episodes: episodes that came in.
+        env_steps: their time steps.
     """
 
     def __init__(self, config: Config, spaces: Spaces, offline: Trajectories | None = None) -> None:
         super().__init__(config)
-        self.spaces = spaces
-        self.offline = offline
         online = config.online
+        self.spaces = spaces
+        self.held_out, self._offline_usable = torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.bool)
+        self._offline_opens: Tensor | None = torch.zeros(0, dtype=torch.bool) if config.train.segment else None
+        if offline is not None:
+            offline, self.held_out, self._offline_usable, self._offline_opens = split(offline, config)
+        self.offline = offline
         self.buffer = EpisodeBuffer(offline, online.capacity, online.keep_best)
         self.schedule = TargetSchedule(online.target_best)
         self.round = 0
         self.in_round = False
         self.updates_left = 0
+        self.n_episodes = 0
         self.env_steps = 0
         self.fill_steps = 0
         self.filled = offline is not None
         self.achieved: list[float] = []
         self.row: dict[str, float] = {}
-        if offline is None:
-            self.held_out, self._offline_usable = torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.bool)
-            self.normalization = _units_of(spaces)
-        else:
-            self.held_out, self._offline_usable = hold_out(offline, config)
-            self.normalization = Normalization.fit(offline)
+        self.normalization = _units_of(spaces) if offline is None else Normalization.fit(offline)
         self._make_model(spaces.obs_dim, spaces.act_dim)
         n_chains = self.buffer.n_offline + online.capacity
         self.posterior = PosteriorState(
@@ -186,6 +232,8 @@ class OnlineTrainer(Trainer):
         self.data = data = buffer.trajectories
         online = torch.arange(len(data)) >= buffer.n_offline
         self.usable = torch.cat((self._offline_usable, torch.from_numpy(data.complete[buffer.n_offline :])))
+        if self._offline_opens is not None:
+            self.opens = torch.cat((self._offline_opens, torch.from_numpy(buffer.opens)))
         self.rows = torch.cat((torch.arange(buffer.n_offline), buffer.n_offline + torch.from_numpy(buffer.slots)))
         o = self.config.online
         best = torch.zeros(len(data), dtype=torch.bool)
@@ -212,6 +260,11 @@ class OnlineTrainer(Trainer):
         if method != self.config.posterior.method:
             raise CheckpointError(
                 f"{path}: expected posterior.method {self.config.posterior.method!r}, the checkpoint has {method!r}"
+            )
+        saved_segment = Config.from_dict(state["config"]).train.segment
+        if saved_segment != self.config.train.segment:
+            raise CheckpointError(
+                f"{path}: expected train.segment {self.config.train.segment}, the checkpoint has {saved_segment}"
             )
         if self.offline is not None and state.get("data_fingerprint") != fingerprint(self.offline):
             raise CheckpointError(f"{path}: the run was trained on other episodes than the data given now")
@@ -242,13 +295,21 @@ class OnlineTrainer(Trainer):
         """
         if not self.has_episodes and self.step == 0:
             self.normalization = Normalization.fit(explored.episodes)
-        slots = torch.from_numpy(self.buffer.add(explored.episodes))
+        worth = self._worth(explored.episodes) if self.config.train.segment else None
+        slots = torch.from_numpy(self.buffer.add(explored.episodes, worth, explored.opens))
         kept = slots >= 0
         z0 = torch.from_numpy(explored.z0)[kept].to(self.device)
         self.posterior.begin_at((self.buffer.n_offline + slots[kept]).to(self.device), z0)
+        self.n_episodes += int(explored.opens.sum())
         self.env_steps += explored.episodes.num_steps
         self._refresh()
         self._fit_units()
+
+    def _worth(self, new: Trajectories) -> np.ndarray:
+        """float64 [b + n], advantages of the online segments that are here and of new ones, under the model as it is:
+        what a return is worth that most of all depends on where the segment begins."""
+        here = [self.advantages(self.data, self.buffer.n_offline)] if self.buffer.n_online else []
+        return torch.cat([*here, self.advantages(new)]).numpy()
 
     def end_fill(self) -> None:
         """The buffer holds what learning begins with; its steps are no part of the budget."""
@@ -283,10 +344,13 @@ class OnlineTrainer(Trainer):
     def ranking(self) -> Tensor:
         """float64 [B], by which the trajectories are picked that exploit starts from.
 
-        Their returns; where the return model takes the first state, minus the better of two ranks: by return, and by
-        how far it lies above what the model expects of plans from that start, in standard deviations over plans. The
-        best returns alone are those of the luckiest starts, whose plans know nothing of the way there.
+        Of segments, whose starts lie anywhere in an episode, their advantages. Of episodes their returns; where the
+        return model takes the first state, minus the better of two ranks: by return, and by how far it lies above what
+        the model expects of plans from that start, in standard deviations over plans. The best returns alone are those
+        of the luckiest starts, whose plans know nothing of the way there.
         """
+        if self.opens is not None:
+            return self.advantages(self.data)
         returns = torch.from_numpy(self.data.returns)
         if not self.model.returns.uses_first_state:
             return returns
@@ -320,10 +384,23 @@ class OnlineTrainer(Trainer):
             self.batches.close()
 
     def next_schedule(self) -> TargetSchedule:
-        """The schedule as it is in the next round; it becomes the trainer's own once that round is over."""
+        """The schedule as it is in the next round; it becomes the trainer's own once that round is over.
+
+        Its target is a return. A segment's return mostly tells where it began: there the target is an advantage, asked
+        for beyond what the model expects of each start.
+        """
         data, schedule = self.data, copy.copy(self.schedule)
-        schedule.update(data.returns[data.complete].tolist(), self.achieved or None)
+        known = data.returns
+        if self.opens is not None:
+            known = (self.advantages(data) * self.normalization.return_std.double()).numpy()
+        schedule.update(known[data.complete].tolist(), self.achieved or None)
         return schedule
+
+    def expected_returns(self, states: np.ndarray | Tensor) -> np.ndarray:
+        """float64 [n], mean return in environment units that the model expects of plans of the prior."""
+        units = self.normalization
+        expected = self.expected(states).double().cpu()
+        return (expected * units.return_std.double() + units.return_mean.double()).numpy()
 
     def seed(self, kind: int) -> int:
         """Of one part of the present round, within [0, SEED_LIMIT)."""
@@ -332,6 +409,47 @@ class OnlineTrainer(Trainer):
 
     def save(self, run_dir: Path, settle: bool = False) -> Path:
         """Write the checkpoint of the present step and drop those beyond ``keep_checkpoints``."""
+        # Of segments the greatest returns, from which planning begins without settled seeds, tell little.
+        settle |= self.opens is not None and self.filled
+        return self.write(run_dir, *self._whole(settle))
+
+    def snapshot(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What a checkpoint of the present step would hold, copied: for :meth:`write`, whatever happens until then."""
+        tensors, state = self._whole(settle=False)
+        return {name: x.detach().to("cpu", copy=True) for name, x in tensors.items()}, copy.deepcopy(state)
+
+    def write(self, run_dir: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> Path:
+        """Write a checkpoint and drop those beyond ``keep_checkpoints``."""
+        path = checkpoint.checkpoint_path(run_dir, state["step"])
+        checkpoint.save(path, tensors, state)
+        checkpoint.prune(run_dir, keep_last=self.config.train.keep_checkpoints)
+        return path
+
+    def check_finite(self) -> None:
+        """Raises :class:`TrainingDivergedError` if a parameter is NaN or infinite, or the plan of a trajectory."""
+        for name, value in self.model.named_parameters():
+            if not bool(value.isfinite().all()):
+                raise TrainingDivergedError(f"update {self.step}: the model's {name} is NaN or infinite")
+        lost = self.lost_chains()
+        if lost:
+            raise TrainingDivergedError(f"update {self.step}: {lost}")
+
+    def lost_chains(self) -> str:
+        """Says which trajectories' plans are NaN or infinite; empty where none is."""
+        if not self.has_episodes:
+            return ""
+        z0, n = self.posterior.tensors["z0"], self.posterior.n_trajectories
+        wrong = ~(z0[:n].isfinite() & z0[n:].isfinite()).flatten(1).all(dim=1).cpu()
+        found = wrong[self.rows].nonzero()[:, 0].tolist()
+        if not found:
+            return ""
+        others = f" and those of {len(found) - 1} others are" if len(found) > 1 else " is"
+        i = found[0] - self.buffer.n_offline
+        kind = f"online trajectory {self.buffer.born[i]}" if i >= 0 else f"offline trajectory {found[0]}"
+        return f"the plan of {kind}{others} NaN or infinite"
+
+    def _whole(self, settle: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and state of a checkpoint."""
         tensors, state = self._tensors(settle and bool(self.usable.any()))
         tensors["data.rows"] = self.rows
         tensors |= {f"online.{name}": torch.from_numpy(array) for name, array in self.buffer.state().items()}
@@ -339,6 +457,7 @@ class OnlineTrainer(Trainer):
             "round": self.round,
             "in_round": self.in_round,
             "updates_left": self.updates_left,
+            "episodes": self.n_episodes,
             "env_steps": self.env_steps,
             "fill_steps": self.fill_steps,
             "filled": self.filled,
@@ -349,10 +468,7 @@ class OnlineTrainer(Trainer):
         }
         # Of the fixed episodes; the others are in here.
         state["data_fingerprint"] = None if self.offline is None else self._fingerprint()
-        path = checkpoint.checkpoint_path(run_dir, self.step)
-        checkpoint.save(path, tensors, state)
-        checkpoint.prune(run_dir, keep_last=self.config.train.keep_checkpoints)
-        return path
+        return tensors, state
 
     _known_fingerprint: str | None = None
 
@@ -391,6 +507,7 @@ class OnlineTrainer(Trainer):
             self._take_over_split(tensors["data.usable"])
             self.round, self.in_round, self.updates_left = saved["round"], saved["in_round"], saved["updates_left"]
             self.env_steps, self.first_step = saved["env_steps"], saved["first_step"]
+            self.n_episodes = saved.get("episodes", self.buffer.n_added)
             self.fill_steps, self.filled = saved["fill_steps"], saved["filled"]
             self.schedule.target, self.achieved, self.row = saved["target"], saved["achieved"], saved["row"]
         except (KeyError, DataError) as error:
@@ -440,6 +557,54 @@ class _Stopped(BaseException):
     """Raised out of a rollout that was asked to stop."""
 
 
+class _Segments:
+    """What is known of the segments of a rollout, by episode and number of segment.
+
+    Args:
+        before: number of the first episode.
+    """
+
+    def __init__(self, before: int) -> None:
+        self._before = before
+        self._of: dict[tuple[int, int], tuple[np.ndarray, float, float]] = {}
+
+    def add(self, starts: Starts, plans: Plans) -> None:
+        """Plans of segments that begin."""
+        assert starts.expected is not None
+        z0, predicted = plans.z0.cpu().numpy(), plans.return_mean.cpu().numpy()
+        for i, key in enumerate(zip((starts.first + starts.rows).tolist(), starts.segments.tolist(), strict=True)):
+            self._of[key] = z0[i], float(predicted[i]), float(starts.expected[i])
+
+    def cut(
+        self, result: Rollout, trainer: OnlineTrainer, vectors: Vectors, times: tuple[float, float, float]
+    ) -> Explored:
+        """The kept episodes, cut where plans began.
+
+        Args:
+            times: of planning, of acting, and all of it.
+        """
+        length, n = trainer.config.train.segment, result.n_kept
+        lengths, begins = result.lengths[:n], result.cu_seqlens
+        counts = -(-lengths // length)
+        episode = np.repeat(np.arange(n), counts)
+        segment = np.arange(len(episode)) - np.repeat(np.cumsum(counts) - counts, counts)
+        first = begins[episode] + segment * length
+        to_go = np.empty(begins[-1])
+        assert result.packed_rewards is not None
+        for start, stop in itertools.pairwise(begins):
+            np.cumsum(result.packed_rewards[start:stop][::-1], out=to_go[start:stop][::-1])
+        # The sum in step order.
+        to_go[begins[:-1]] = result.returns[:n]
+        whole = result.trajectories(vectors[0], trainer.spaces.env_id)
+        parts = dataclasses.replace(
+            whole, cu_seqlens=np.append(first, begins[-1]), returns=to_go[first], complete=whole.complete[episode]
+        )
+        numbers = self._before + result.numbers[episode]
+        known = [self._of[key] for key in zip(numbers.tolist(), segment.tolist(), strict=True)]
+        z0, predicted, expected = (np.array(column) for column in zip(*known, strict=True))
+        return Explored(parts, z0, predicted, *times, expected, numbers)
+
+
 def explore(
     trainer: OnlineTrainer,
     vectors: Vectors,
@@ -447,59 +612,95 @@ def explore(
     episodes: int,
     action_noise: float,
     on_step: Callable[[int, int], None] | None = None,
+    before: int = 0,
 ) -> Explored:
-    """Whole episodes, one plan each.
+    """Whole episodes, one plan for each, or one for each of their segments.
 
     Args:
         action_noise: of the noisiest environment; that of the others is spread evenly.
+        before: episodes made with the same seeds before, a multiple of the environments: these are others.
         on_step: as of :func:`gac_fast.rollout.rollout`.
 
     Raises:
-        EnvError: as ``rollout``.
+        EnvError: as ``rollout``; its ``explored`` holds what was finished.
         TrainingDivergedError: a plan is NaN or infinite.
     """
     started = time.perf_counter()
     policy = trainer.policy() if trainer.has_episodes else _untrained(trainer)
+    length = trainer.config.train.segment
+    segments = _Segments(before) if length else None
     predicted = np.zeros(episodes)
     watched: list[_Watched] = []
     planning = time.perf_counter() - started
+    anew = 0.0
 
-    def make_actor(obs: np.ndarray, first: int) -> _Watched:
-        nonlocal planning
+    def planned(states: np.ndarray | Tensor, first: int, rows: np.ndarray, age: np.ndarray) -> Plans:
+        nonlocal planning, anew
         begin = time.perf_counter()
-        plans = plans_for(obs, first, policy)
-        wrong = ~plans.z0.isfinite().flatten(1).all(dim=1).cpu()
-        if bool(wrong.any()):
-            row = int(wrong.nonzero()[0])
-            raise TrainingDivergedError(f"step 0, environment {row}: the model's plan is NaN or infinite")
-        rows = slice(first, min(first + len(obs), episodes))
-        predicted[rows] = plans.return_mean[: rows.stop - rows.start].cpu().numpy()
+        if segments is None:
+            starts = Starts(states, first, rows, np.zeros_like(rows), None)
+        else:
+            starts = Starts(states, first, rows, age // length, trainer.expected_returns(states))
+        plans = plans_for(starts, policy)
+        wrong = ~plans.z0.isfinite().flatten(1).all(dim=1).cpu().numpy()
+        if wrong.any():
+            i = int(wrong.argmax())
+            raise TrainingDivergedError(f"step {age[i]}, environment {rows[i]}: the model's plan is NaN or infinite")
+        if segments is not None:
+            segments.add(starts, plans)
+        seconds = time.perf_counter() - begin
+        if age.any():
+            anew += seconds
+        else:
+            planning += seconds
+        return plans
+
+    def make_actor(obs: np.ndarray, done: int) -> _Watched:
+        rows, first = np.arange(len(obs)), before + done
+        plans = planned(obs, first, rows, np.zeros_like(rows))
+        mine = slice(done, min(done + len(obs), episodes))
+        predicted[mine] = plans.return_mean[: mine.stop - mine.start].cpu().numpy()
         seed = trainer.seed(NOISE) + first
-        levels = action_noise * _levels(seed, len(obs))
-        actor = policy.actor(plans, levels, seed, noise_correlation=trainer.config.online.noise_correlation)
+        options: dict[str, Any] = {
+            "action_noise": action_noise * _levels(seed, len(obs)),
+            "seed": seed,
+            "noise_correlation": trainer.config.online.noise_correlation,
+        }
+        if segments is None:
+            actor = policy.actor(plans, **options)
+        else:
+            actor = ReplanningActor(
+                policy, plans, length, lambda states, rows, age: planned(states, first, rows, age), **options
+            )
         watched.append(_Watched(actor))
-        planning += time.perf_counter() - begin
         return watched[-1]
 
-    result = rollout(vectors, make_actor, episodes, trainer.seed(ENV), episodes, on_step)
-    seconds = time.perf_counter() - started
-    # Parts act at the same time: their share of the time is that of one of them.
-    acting = sum(w.seconds for w in watched) / len(vectors)
-    return _explored(result, trainer, vectors, predicted, planning, acting, seconds)
+    def explored(result: Rollout) -> Explored:
+        seconds = time.perf_counter() - started
+        # Parts act at the same time: their share of the time is that of one of them.
+        acting = (sum(w.seconds for w in watched) - anew) / len(vectors)
+        times = planning + anew / len(vectors), acting, seconds
+        if segments is not None:
+            return segments.cut(result, trainer, vectors, times)
+        assert result.z0 is not None
+        whole = result.trajectories(vectors[0], trainer.spaces.env_id)
+        return Explored(whole, result.z0, predicted[result.numbers], *times)
 
-
-def _explored(
-    result: Rollout,
-    trainer: OnlineTrainer,
-    vectors: Vectors,
-    predicted: np.ndarray,
-    planning: float = 0.0,
-    acting: float = 0.0,
-    seconds: float = 0.0,
-) -> Explored:
-    assert result.z0 is not None
-    episodes = result.trajectories(vectors[0], trainer.spaces.env_id)
-    return Explored(episodes, result.z0, predicted, planning, acting, seconds)
+    try:
+        result = rollout(
+            vectors,
+            make_actor,
+            episodes,
+            trainer.seed(ENV) + before,
+            episodes,
+            on_step,
+            keep_rewards=segments is not None,
+        )
+    except EnvError as error:
+        if error.finished is not None and error.finished.n_kept:
+            error.explored = explored(error.finished)  # type: ignore[attr-defined]
+        raise
+    return explored(result)
 
 
 def _levels(seed: int, n: int) -> np.ndarray:
@@ -533,8 +734,9 @@ def finetune(
 
     In rounds: plans are sampled for a target return that follows what was achieved, one per environment; each acts for
     a whole episode; the episodes join the buffer, their posterior chains begun at the seeds that made them; updates
-    follow on offline and online episodes. SIGINT and SIGTERM save a checkpoint and stop cleanly; ``resume=True`` goes
-    on from the newest checkpoint, on the CPU bit for bit as if it had never stopped.
+    follow on offline and online episodes. Where ``config.train.segment`` says that trajectories are segments, plans are
+    made anew for each, and it is segments that are kept and learnt from. SIGINT and SIGTERM save a checkpoint and stop
+    cleanly; ``resume=True`` goes on from the newest checkpoint, on the CPU bit for bit as if it had never stopped.
 
     Args:
         policy: to begin with: folder of a run, or what :func:`gac_fast.load` returned. None begins with an untrained
@@ -554,7 +756,7 @@ def finetune(
     Raises:
         DataError, ConfigError, CheckpointError, EnvError: what does not fit, named. An environment that failed in the
             middle ends the run so, with the episodes finished until then kept in a checkpoint.
-        TrainingDivergedError: a loss, a plan or an action became NaN or infinite; the checkpoints saved before remain.
+        TrainingDivergedError: a loss, a parameter or a plan became NaN or infinite; what was before is in a checkpoint.
     """
     from gac_fast import envs
 
@@ -572,11 +774,6 @@ def finetune(
                 f"baseline.method: expected none, as a baseline has no plans to explore with, got "
                 f"{known.baseline.method!r}"
             )
-        if known.train.segment:
-            raise ConfigError(
-                "train.segment: expected 0, as what comes in is learnt from in whole episodes, got "
-                f"{known.train.segment}"
-            )
     t, online = config.train, config.online
     config = config.replace(plan={"radius": online.radius})
     if t.n_threads:
@@ -591,7 +788,7 @@ def finetune(
         data = source
     elif isinstance(data, str | Path):
         source = str(data)
-    offline = _load(data)
+    offline = _load(data, keep_rewards=t.segment > 0)
     if isinstance(env, str) and offline is not None:
         # Now, not at the first evaluation.
         check_task(offline.env_id, env, "the data are of")
@@ -611,10 +808,13 @@ def finetune(
         spaces = Spaces.of(vectors[0], env_id or (offline.env_id if offline is not None else None))
         _check_spaces(spaces, offline)
         rows = sum(vector.num_envs for vector in vectors)
-        if online.capacity < online.keep_best + rows:
+        parts, what = _most_segments(vectors[0], t.segment), ""
+        if parts > 1:
+            what = f" of {parts} segments each"
+        if online.capacity < online.keep_best + rows * parts:
             raise ConfigError(
-                f"online.capacity must be at least online.keep_best + {rows} environments, or a round would drop its "
-                f"own episodes, got {online.capacity}"
+                f"online.capacity must be at least online.keep_best + {rows} environments{what}, or a round would drop "
+                f"its own episodes, got {online.capacity}"
             )
         trainer = OnlineTrainer(config, spaces, offline)
         if resume and checkpoint.list_checkpoints(folder):
@@ -673,10 +873,12 @@ def _recorded_data(run: Path | Policy | None) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _load(data: Trajectories | str | Path | None) -> Trajectories | None:
+def _load(data: Trajectories | str | Path | None, keep_rewards: bool) -> Trajectories | None:
     from gac_fast import data as data_module
 
-    return data if data is None or isinstance(data, Trajectories) else data_module.load(data)
+    if data is None or isinstance(data, Trajectories):
+        return data
+    return data_module.load(data, keep_rewards=keep_rewards)
 
 
 def _check_spaces(spaces: Spaces, offline: Trajectories | None) -> None:
@@ -687,6 +889,12 @@ def _check_spaces(spaces: Spaces, offline: Trajectories | None) -> None:
         mine, its = getattr(spaces, name), getattr(of_data, name)
         if not np.array_equal(mine, its):
             raise EnvError(f"{spaces.env_id}: expected {name} {its} as in the data, the environment has {mine}")
+
+
+def _most_segments(vector: VectorEnv[Any, Any, Any], length: int) -> int:
+    """Of an episode; 1 where episodes are not cut, or may be of any length."""
+    horizon = getattr(vector.spec, "max_episode_steps", None)
+    return 1 if length == 0 or horizon is None else -(-horizon // length)
 
 
 def _begin_at(trainer: OnlineTrainer, policy: Policy) -> None:
@@ -725,34 +933,62 @@ class _Loop:
         self.values: dict[str, Tensor] = {}
         self.learning_seconds = 0.0
         self.saved: tuple[int, int, bool, int] | None = None
+        # Where the run last was known to be finite, and the state that it had there.
+        self.kept: tuple[tuple[int, int, bool, int], dict[str, Tensor], dict[str, Any]] | None = None
 
     def run(self) -> None:
         trainer = self.trainer
         try:
-            if not trainer.filled:
-                self._fill()
-            if not checkpoint.list_checkpoints(self.run_dir.path):
+            with contextlib.suppress(_Stopped):
+                self._rounds()
+            if self.stop.requested and trainer.has_episodes and self.saved != self._point:
+                self._check(self.values)
+                trainer.check_finite()
                 self._save()
-            while not self.finished and not self.stop.requested:
-                if not trainer.in_round:
-                    self._begin_round()
-                self._learn()
-                if trainer.updates_left == 0:
-                    self._end_round()
-        except _Stopped:
-            pass
         except (TrainingDivergedError, FloatingPointError) as error:
-            raise TrainingDivergedError(f"{error}; the last good checkpoint is {self._last()}") from error
-        if self.stop.requested and trainer.has_episodes:
-            check_finite(self.values, trainer.step, self.run_dir.checkpoints)
-            if self.saved != self._point:
-                self._save()
+            if self.kept is not None and self.saved != self.kept[0]:
+                trainer.write(self.run_dir.path, *self.kept[1:])
+            lost = trainer.lost_chains()
+            more = f"; {lost}" if lost and lost not in str(error) else ""
+            raise TrainingDivergedError(
+                f"{error}{more}; the last good checkpoint, with all that came before, is {self._last()}"
+            ) from error
+
+    def _rounds(self) -> None:
+        trainer = self.trainer
+        if not trainer.filled:
+            self._fill()
+        elif checkpoint.list_checkpoints(self.run_dir.path):
+            # Just restored.
+            self.saved = self._point
+        else:
+            self._save()
+        while not self.finished and not self.stop.requested:
+            if not trainer.in_round:
+                self._keep()
+                self._begin_round()
+            self._keep()
+            self._learn()
+            if trainer.updates_left == 0:
+                self._end_round()
+
+    def _keep(self) -> None:
+        """Hold on to the state as it is, for a checkpoint should what follows not be finite.
+
+        Raises:
+            TrainingDivergedError: it is not itself.
+        """
+        self.trainer.check_finite()
+        self.kept = self._point, *self.trainer.snapshot()
 
     @property
     def _point(self) -> tuple[int, int, bool, int]:
         """Where the run is."""
         t = self.trainer
         return t.step, t.round, t.in_round, t.buffer.n_added
+
+    def _check(self, values: Mapping[str, float | Tensor]) -> None:
+        check_finite(values, self.trainer.step, remedy="online.learning_rate")
 
     def _save(self, settle: bool = False) -> None:
         self.trainer.save(self.run_dir.path, settle)
@@ -769,7 +1005,7 @@ class _Loop:
         found = checkpoint.list_checkpoints(self.run_dir.path)
         return found[-1] if found else "none"
 
-    def _explore(self, plans_for: PlansFor, episodes: int, noise: float) -> Explored:
+    def _explore(self, plans_for: PlansFor, episodes: int, noise: float, before: int = 0) -> Explored:
         """Episodes, added to the buffer; those of a round that failed too.
 
         Raises:
@@ -786,18 +1022,20 @@ class _Loop:
             counted = steps
 
         try:
-            explored = explore(trainer, self.vectors, plans_for, episodes, noise, on_step)
+            explored = explore(trainer, self.vectors, plans_for, episodes, noise, on_step, before)
         except EnvError as error:
-            finished = error.finished
-            if finished is not None and finished.n_kept:
-                trainer.add(_explored(finished, trainer, self.vectors, np.zeros(0)))
+            finished: Explored | None = getattr(error, "explored", None)
+            if finished is not None:
+                trainer.add(finished)
                 # The round does not come again: what is left of it would repeat what is kept.
                 trainer.round += 1
-            if not all(bool(p.isfinite().all()) for p in trainer.model.parameters()):
-                raise TrainingDivergedError(f"{error}; parameters of the model are NaN or infinite") from error
+            try:
+                trainer.check_finite()
+            except TrainingDivergedError as wrong:
+                raise TrainingDivergedError(f"{error}; {wrong}") from error
             if trainer.has_episodes:
                 trainer.save(self.run_dir.path)
-            number = 0 if finished is None else finished.n_kept
+            number = 0 if finished is None else int(finished.opens.sum())
             raise EnvError(
                 f"{error}; {number} finished episodes of this round are kept, go on from {self._last()}"
             ) from error
@@ -809,13 +1047,17 @@ class _Loop:
         trainer, o = self.trainer, self.online
         noise = o.fill_noise if trainer.step == 0 else o.action_noise
 
-        def plans_for(obs: np.ndarray, first: int, policy: Policy) -> Plans:
-            return policy.prior_plans(len(obs), trainer.seed(PLAN) + first)
+        def plans_for(starts: Starts, policy: Policy) -> Plans:
+            return _prior_plans(policy, starts, self.num_envs, trainer.seed(PLAN) + starts.first)
 
-        missing = o.fill_episodes - trainer.buffer.n_added
-        if missing > 0:
-            self._explore(plans_for, missing, noise)
+        # In parts, each of them in a checkpoint of its own.
+        while (missing := o.fill_episodes - trainer.n_episodes) > 0:
+            some = min(missing, o.checkpoint_every * self.num_envs)
+            self._explore(plans_for, some, noise, trainer.n_episodes)
+            if some < missing:
+                self._save()
         trainer.end_fill()
+        self._save()
 
     def _begin_round(self) -> None:
         trainer, o = self.trainer, self.online
@@ -826,10 +1068,9 @@ class _Loop:
             assert target is not None
             raised = _raised(self.num_envs, o.exploit_share)
 
-            def plans_for(obs: np.ndarray, first: int, policy: Policy) -> Plans:
-                # The halves of a pair each ask for their own rows; a last round may have some too many.
-                mine = np.resize(raised[first:], len(obs))
-                return _plans(policy, obs, target, mine, trainer.exploring_radius(), trainer.seed(PLAN) + first)
+            def plans_for(starts: Starts, policy: Policy) -> Plans:
+                seed = trainer.seed(PLAN) + starts.first
+                return _plans(policy, starts, target, raised, trainer.exploring_radius(), seed)
 
             explored = self._explore(plans_for, self.num_envs, o.action_noise)
             trainer.schedule = schedule
@@ -838,8 +1079,9 @@ class _Loop:
                 "online/env_steps": trainer.env_steps,
             }
             # Where nothing was sampled for the target, all that was achieved speaks to it.
-            sampled = raised if raised.all() else ~raised
-            trainer.achieved = explored.episodes.returns[sampled].tolist()
+            sampled = (raised if raised.all() else ~raised)[explored.episode]
+            beyond = 0.0 if explored.expected is None else explored.expected
+            trainer.achieved = (explored.episodes.returns - beyond)[sampled].tolist()
         left = o.n_updates - trainer.n_updates if o.n_updates else o.updates_per_round
         trainer.updates_left, trainer.in_round = min(o.updates_per_round, left), True
         self.learning_seconds = 0.0
@@ -851,7 +1093,7 @@ class _Loop:
             self.values, _ = trainer.run_update()
             trainer.updates_left -= 1
             if trainer.step % trainer.config.train.log_every == 0:
-                check_finite(self.values, trainer.step, self.run_dir.checkpoints)
+                self._check(self.values)
             self.bar.update(0 if self.explores else 1, loss=self.values["loss"])
         self.learning_seconds += time.perf_counter() - started
 
@@ -861,7 +1103,8 @@ class _Loop:
         row = trainer.row | {name: float(value) for name, value in self.values.items()}
         row["online/round"] = trainer.round
         row["online/updates"] = trainer.n_updates
-        check_finite(row, trainer.step, self.run_dir.checkpoints)
+        self._check(row)
+        trainer.check_finite()
         last = self.finished
         seconds = {name: row.pop(f"time/{name}", 0.0) for name in ("env", "planning", "acting")}
         seconds["learning"] = self.learning_seconds
@@ -897,27 +1140,44 @@ class _Loop:
             "step": trainer.step,
             "rounds": trainer.round,
             "env_steps": trainer.env_steps,
-            "episodes": trainer.buffer.n_added,
+            "episodes": trainer.n_episodes,
             "exploit": result.summary(),
         }
 
 
 def _summary(explored: Explored, target: float, raised: np.ndarray) -> dict[str, float]:
-    """Of a round, for the log; times in seconds."""
-    returns = explored.episodes.returns
+    """Of a round, for the log; times in seconds.
+
+    Args:
+        target: a return, or of segments an advantage.
+        raised: bool [episodes], those that acted by exploit's plans.
+    """
+    opens, expected = explored.opens, explored.expected
+    returns, predicted = explored.episodes.returns, explored.predicted
     row = {
         "explore/target": target,
-        "explore/best": float(returns.max()),
-        "online/episodes": len(returns),
+        "explore/best": float(returns[opens].max()),
+        "online/episodes": int(opens.sum()),
         "online/env_steps_per_second": explored.episodes.num_steps / max(explored.seconds, 1e-9),
         "time/planning": explored.planning_seconds,
         "time/acting": explored.acting_seconds,
         "time/env": max(0.0, explored.seconds - explored.planning_seconds - explored.acting_seconds),
     }
+    if expected is not None:
+        # What whole episodes were asked for: from their starts.
+        row["explore/target"] = float(expected[opens].mean()) + target
+        row["segments/target"] = target
+        row["segments/number"] = len(opens)
     for name, rows in (("explore", ~raised), ("noisy_exploit", raised)):
-        if rows.any():
-            row[f"{name}/achieved"] = float(returns[rows].mean())
-            row[f"{name}/predicted"] = float(explored.predicted[rows].mean())
+        if not rows.any():
+            continue
+        mine = rows[explored.episode]
+        row[f"{name}/achieved"] = float(returns[mine & opens].mean())
+        row[f"{name}/predicted"] = float(predicted[mine & opens].mean())
+        if expected is not None:
+            # Beyond what the model expects of each segment's start.
+            row[f"segments/{name}_achieved"] = float((returns - expected)[mine].mean())
+            row[f"segments/{name}_predicted"] = float((predicted - expected)[mine].mean())
     return row
 
 
@@ -927,14 +1187,34 @@ def _raised(n: int, share: float) -> np.ndarray:
     return np.floor((i + 1) * share) > np.floor(i * share)
 
 
-def _plans(policy: Policy, obs: np.ndarray, target: float, raised: np.ndarray, radius: float, seed: int) -> Plans:
-    """One for each start: sampled for the target, or ``raised`` by ascent within ``radius``."""
-    plans = policy.explore(len(obs), target, obs, seed)
-    if raised.any():
-        better = policy.exploit(int(raised.sum()), obs[raised], seed, radius=radius)
-        where = torch.from_numpy(np.flatnonzero(raised)).to(policy.device)
-        plans = Plans(*(getattr(plans, f).index_copy(0, where, getattr(better, f)) for f in Plans.__dataclass_fields__))
+def _plans(policy: Policy, starts: Starts, target: float, raised: np.ndarray, radius: float, seed: int) -> Plans:
+    """One for each start: sampled for the target, or by ascent within ``radius``.
+
+    Args:
+        target: a return, or of segments what is asked for beyond what is expected.
+        raised: bool [num_envs], environments whose plans are exploit's.
+    """
+    states, n = starts.states, len(starts.rows)
+    wanted = target if starts.expected is None else starts.expected + target
+    # Later segments of an environment have draws of their own.
+    plans = policy.explore(n, wanted, states, seed, numbers=starts.rows + len(raised) * starts.segments)
+    better = raised[starts.rows]
+    if better.any():
+        found = policy.exploit(int(better.sum()), states[better], seed, radius=radius)
+        where = torch.from_numpy(np.flatnonzero(better)).to(policy.device)
+        plans = Plans(*(getattr(plans, f).index_copy(0, where, getattr(found, f)) for f in Plans.__dataclass_fields__))
     return plans
+
+
+def _prior_plans(policy: Policy, starts: Starts, num_envs: int, seed: int) -> Plans:
+    """Random ones; of segments each has a draw of its own, whichever of them ask at the same time."""
+    if starts.expected is None:
+        return policy.prior_plans(len(starts.rows), seed)
+    c = policy.model.config
+    numbers = torch.from_numpy(starts.rows + num_envs * starts.segments).to(policy.device)
+    z0 = ops.philox_normal((seed, FILL_KEY), numbers, 0, c.n_z * c.dim).view(-1, c.n_z, c.dim)
+    states = policy.normalization.observations(torch.as_tensor(starts.states, device=policy.device))
+    return predict(policy.model, policy.normalization, z0, states)
 
 
 def _write_plots(run: RunDir) -> None:

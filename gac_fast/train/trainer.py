@@ -23,7 +23,7 @@ from gac_fast.model.normalization import Normalization
 from gac_fast.policy import Policy, plan_seeds
 from gac_fast.posterior import PosteriorState, refine
 from gac_fast.train.batches import Batches
-from gac_fast.train.metrics import INFERENCE_STEPS, held_out_metrics
+from gac_fast.train.metrics import INFERENCE_STEPS, N_COMPARED, held_out_metrics
 from gac_fast.train.recorded import RecordedUpdate
 from gac_fast.train.update import (
     compiled,
@@ -46,6 +46,7 @@ __all__ = [
     "hold_out",
     "pick_device",
     "replay_seed",
+    "split",
     "uses_bf16",
 ]
 
@@ -164,6 +165,25 @@ class Trainer:
         """float64 [B], by which the best trajectories are picked: their returns."""
         return torch.from_numpy(self.data.returns)
 
+    @torch.no_grad()
+    def expected(self, observations: np.ndarray | Tensor) -> Tensor:
+        """Mean return over plans of the prior that the model expects from states, standardised, on the device.
+
+        Args:
+            observations: [n, obs_dim] in environment units.
+        """
+        c = self.config.model
+        generator = torch.Generator().manual_seed(self.config.train.seed)
+        z0 = torch.randn(N_COMPARED, c.n_z, c.dim, generator=generator).to(self.device)
+        states = self.normalization.to(self.device).observations(torch.as_tensor(observations, device=self.device))
+        return self.model.return_moments_of_pairs(self.model.prior(z0), states)[0].mean(dim=1)
+
+    def advantages(self, data: Trajectories, first: int = 0) -> Tensor:
+        """float64 [B - first], how far the returns of trajectories, from number ``first`` on, lie above what the model
+        expects from their first states, in standard deviations of the return."""
+        y = self.normalization.returns(torch.from_numpy(data.returns[first:])).to(torch.float32)
+        return (y - self.expected(data.observations[data.cu_seqlens[first:-1]]).cpu()).double()
+
     def best_ids(self) -> Tensor:
         """int64 [min(plan.n_best, episodes of known return)], the best training trajectories, best first."""
         n = min(max(1, self.config.plan.n_best), int(self.usable.sum()))
@@ -204,6 +224,8 @@ class Trainer:
             settle: plan from :meth:`best_seeds`, as a finished run does.
         """
         ids, seeds = self.best_seeds() if settle else (None, None)
+        # The greatest returns, from which planning begins otherwise, tell little of segments.
+        first = self.best_ids() if ids is None and self.opens is not None else ids
         rows = self.rows.to(self.device)
         z0, usable = plan_seeds(
             self.posterior.z0[rows],
@@ -216,7 +238,7 @@ class Trainer:
             self.model, self.batches.normalization, self.config, self.data.env_id, z0,
             torch.from_numpy(self.data.returns).to(self.device),
             torch.from_numpy(self.data.observations[self.data.cu_seqlens[:-1]]).to(self.device),
-            usable, self.step, None if ids is None else ids.to(self.device),
+            usable, self.step, None if first is None else first.to(self.device),
             None if self.opens is None else self.opens.to(self.device),
         )  # fmt: skip
 
@@ -354,11 +376,38 @@ def hold_out(data: Trajectories, config: Config) -> tuple[Tensor, Tensor]:
     return held_out, usable
 
 
-def check_finite(row: Mapping[str, float | Tensor], step: int, checkpoints: Path) -> None:
-    """Raises :class:`TrainingDivergedError` naming the first value that is NaN or infinite."""
+def split(data: Trajectories, config: Config) -> tuple[Trajectories, Tensor, Tensor, Tensor | None]:
+    """The trajectories of a data set, cut into segments where the configuration asks for it.
+
+    Returns:
+        trajectories; held-out ones int64 [h] ascending; usable ones bool [B]; and which ones episodes begin with, bool
+        [B], None where all are episodes.
+
+    Raises:
+        DataError: as :func:`hold_out`, or rewards of steps are missing.
+    """
+    held_out, usable = hold_out(data, config)
+    if not config.train.segment:
+        return data, held_out, usable, None
+    data, episode = data.segments(config.train.segment)
+    # Parts of one episode share what became of it: they are held out together.
+    of = torch.from_numpy(episode)
+    opens = torch.cat((torch.ones(1, dtype=torch.bool), of[1:] != of[:-1]))
+    return data, torch.isin(of, held_out).nonzero().flatten(), usable[of], opens
+
+
+def check_finite(
+    row: Mapping[str, float | Tensor], step: int, checkpoints: Path | None = None, remedy: str = "train.learning_rate"
+) -> None:
+    """Raises :class:`TrainingDivergedError` naming the first value that is NaN or infinite.
+
+    Args:
+        checkpoints: folder of those that are from before; None: whoever catches it names one.
+        remedy: a field that is better smaller.
+    """
     for name, value in row.items():
         if not math.isfinite(value):
+            before = "" if checkpoints is None else f"; the checkpoints in {checkpoints} are from before"
             raise TrainingDivergedError(
-                f"update {step}: {name} is {value}; the checkpoints in {checkpoints} are from before; "
-                "a smaller train.learning_rate or posterior.step_size usually helps"
+                f"update {step}: {name} is {value}{before}; a smaller {remedy} or posterior.step_size usually helps"
             )
