@@ -385,7 +385,12 @@ class Recorder:
             alone = {(*provider, ALONE): run for provider, run in runs.items() if provider[0] == "cpp"}
             floor |= {(*name, ALONE): run for name, run in floor.items() if name[0] == "matmul"}
         times, rounds = alternate(
-            {**runs, **alone}, self.settings, main, benchmark.pedantic, floor, {n: 1 for n in (*alone, *floor) if ALONE in n}
+            {**runs, **alone},
+            self.settings,
+            main,
+            benchmark.pedantic,
+            floor,
+            {n: 1 for n in (*alone, *floor) if ALONE in n},
         )
         if benchmark.stats is None:  # --benchmark-disable
             return
@@ -393,7 +398,8 @@ class Recorder:
         floors = Floors.of(times, self.tiny)
         reference = times.get(REFERENCE, [])
         rows = [
-            row(case, provider, times[provider], reference, floors, times.get((*provider, ALONE), ())) for provider in runs
+            row(case, provider, times[provider], reference, floors, times.get((*provider, ALONE), ()))
+            for provider in runs
         ]
         benchmark.extra_info.update(
             {"op": case.op, "mode": case.mode, "shape": case.shape, "provider": main[0], "dtype": main[1]}

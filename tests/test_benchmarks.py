@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib
+import json
 import os
 import shutil
 import subprocess
@@ -374,3 +375,36 @@ def test_a_plain_case_of_pytest_benchmark_is_recorded_too(tmp_path, report):
     assert all(report.ratio(rows, row) for row in rows)
     # One thread and two of a case are neighbours in time.
     assert [row["threads"] for row in rows] == ["1", "2"] * 2
+
+
+def test_curves_of_fine_tuned_runs_are_gathered(tmp_path, monkeypatch):
+    """An acting run and its control: every evaluation, then the last one of ``gac-fast eval``."""
+    from benchmarks import collect_online
+
+    runs = []
+    for explore, steps in (("on", "100.0"), ("off", "")):
+        run = tmp_path / explore
+        run.mkdir()
+        runs.append(str(run))
+        config = {"train": {"seed": 3}, "online": {"explore": explore, "eval_episodes": 64}}
+        where = {"git": {"commit": "0123456789abcdef", "dirty": True}, "cores": 2, "cpu": "Some CPU"}
+        result = {"env_id": "Hopper-v5"}
+        if explore == "on":
+            result["exploit"] = {
+                "episodes": 100, "return_mean": 9.0, "return_standard_error": 0.5, "predicted_mean": 8.0
+            }  # fmt: skip
+        for name, value in (("config", config), ("environment", where), ("result", result)):
+            (run / f"{name}.json").write_text(json.dumps(value))
+        names = "step,online/env_steps,online/updates,exploit/achieved,exploit/predicted,exploit/standard_error"
+        (run / "metrics.csv").write_text(f"{names}\n1,{steps},10.0,,,\n2,{steps},20.0,5.0,4.0,1.0\n")
+    table, picture = tmp_path / "curves.csv", tmp_path / "curves.png"
+    monkeypatch.setattr(sys, "argv", ["collect_online", *runs, "--csv", str(table), "--plot", str(picture)])
+    collect_online.main()
+    rows = list(csv.DictReader(table.open()))
+    assert [(row["kind"], row["env_steps"], row["updates"], row["return"], row["episodes"]) for row in rows] == [
+        ("online", "100", "20", "5.0", "64"),
+        ("online, end", "100", "20", "9.0", "100"),
+        ("control", "0", "20", "5.0", "64"),
+    ]
+    assert {row["commit"] for row in rows} == {"0123456789ab+dirty"}
+    assert picture.stat().st_size > 10_000
