@@ -57,8 +57,9 @@ def rows(run: Path) -> list[dict[str, Any]]:
             )
     if not found:
         raise ValueError(f"{run}: expected evaluations in its metrics.csv, found none")
-    last = result.get("exploit")
-    if last is not None and last.get("episodes"):
+    made = [one for one in result.get("evaluations", {}).values() if one["plans"] == "exploit"]
+    if made:
+        last = max(made, key=lambda one: one["evaluation"])
         found.append(
             found[-1]
             | {
@@ -95,7 +96,7 @@ def plot(found: Sequence[dict[str, Any]], path: Path) -> None:
     top = axes.secondary_xaxis("top", functions=(lambda x: x * per_update, lambda x: x / per_update))
     top.set_xlabel("environment steps of the acting runs")
     axes.set_ylabel(f"{found[0]['env_id']}: return of exploit")
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 

@@ -388,11 +388,12 @@ def test_curves_of_fine_tuned_runs_are_gathered(tmp_path, monkeypatch):
         runs.append(str(run))
         config = {"train": {"seed": 3}, "online": {"explore": explore, "eval_episodes": 64}}
         where = {"git": {"commit": "0123456789abcdef", "dirty": True}, "cores": 2, "cpu": "Some CPU"}
-        result = {"env_id": "Hopper-v5"}
+        result: dict[str, object] = {"env_id": "Hopper-v5"}
         if explore == "on":
-            result["exploit"] = {
-                "episodes": 100, "return_mean": 9.0, "return_standard_error": 0.5, "predicted_mean": 8.0
-            }  # fmt: skip
+            last = {"episodes": 100, "return_mean": 9.0, "return_standard_error": 0.5, "predicted_mean": 8.0}
+            last |= {"plans": "exploit", "evaluation": 2}
+            others = {"return_mean": 7.0, "evaluation": 1}, {"plans": "prior", "evaluation": 3}
+            result["evaluations"] = {str(i): last | other for i, other in enumerate(({}, *others))}
         for name, value in (("config", config), ("environment", where), ("result", result)):
             (run / f"{name}.json").write_text(json.dumps(value))
         names = "step,online/env_steps,online/updates,exploit/achieved,exploit/predicted,exploit/standard_error"
