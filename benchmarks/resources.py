@@ -3,7 +3,7 @@
     python -m benchmarks.resources --out kernels.csv --markdown kernels.md
     python -m benchmarks.resources --out kernels.csv --only block --widths 128 --dtypes bfloat16 --architectures 90
 
-Goes on where an earlier call with the same --out stopped; rows of other sources than the present ones are dropped. Exit
+Goes on where an earlier call with the same --out stopped; rows of an op whose sources have changed are dropped. Exit
 status 1 where a bfloat16 kernel spills, where shared memory does not fit, or where a launch does not compile; spills in
 float32 are listed.
 """
@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import hashlib
 import importlib
 import inspect
 import itertools
 import multiprocessing
 import pkgutil
+import re
 import sys
 import tempfile
 import time
@@ -63,11 +65,21 @@ def modules() -> dict[str, Any]:
     return found
 
 
-def fingerprint() -> str:
-    """Of the sources of all kernels."""
+@functools.cache
+def fingerprint(op: str) -> str:
+    """Of the sources that an op's kernels are made of: its own file, and the files of kernels/ that it imports."""
+    wanted, sources = [op], {}
+    while wanted:
+        name = wanted.pop()
+        path = ROOT / "kernels" / f"{name}.py"
+        if name in sources or not path.exists():
+            continue
+        sources[name] = path.read_bytes()
+        for modules in re.findall(rb"^\s*from gac_fast\.kernels(?:\.(\w+))? import (.*)$", sources[name], re.MULTILINE):
+            wanted += [x.decode() for x in ([modules[0]] if modules[0] else re.findall(rb"\w+", modules[1]))]
     digest = hashlib.sha256()
-    for path in sorted((ROOT / "kernels").glob("*.py")):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    for name in sorted(sources):
+        digest.update(name.encode() + b"\0" + sources[name])
     return digest.hexdigest()[:12]
 
 
@@ -112,7 +124,7 @@ def rows_of(task: Task) -> list[dict[str, Any]]:
             row = {
                 "op": task.op, "kernel": launch.name, "option": str(launch.option), "constants": constants(launch),
                 "dtype": task.dtype, "D": task.dim, "architecture": f"sm_{task.architecture}",
-                "triton": triton.__version__, "kernels": fingerprint(),
+                "triton": triton.__version__, "kernels": fingerprint(task.op),
                 **dict.fromkeys(("registers", "stack", "local", "shared", "status"), ""),
             }  # fmt: skip
             try:
@@ -194,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name not in known:
             parser.error(f"--only: expected one of {', '.join(known) or 'no name, as no kernel ships any'}, got {name}")
     found = read(arguments.out)
-    rows = [row for row in found if row["kernels"] == fingerprint()]
+    rows = [row for row in found if row["kernels"] == fingerprint(row["op"])]
     if len(rows) < len(found) or not arguments.out.exists():
         arguments.out.unlink(missing_ok=True)
         append_rows(arguments.out, rows, COLUMNS)

@@ -714,7 +714,8 @@ def launch(
         "DHP": triton.next_power_of_2(width),
         "HIDDEN": packed.hidden,
         "N_Z": n_z,
-        "ZB": min(triton.next_power_of_2(n_z), tiles["WB"]),
+        # Plan vectors are float32: beside as many environments as fit, one at a time.
+        "ZB": 1 if dim > 128 and tiles["EA"] == _MOST_WIDE else min(triton.next_power_of_2(n_z), tiles["WB"]),
         "ACT_P": max(16, triton.next_power_of_2(packed.act_dim)),
     }
     return Launch(decode_step_kernel, (triton.cdiv(n_rows, tiles["EA"]),), arguments, constants, option)

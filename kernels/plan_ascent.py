@@ -801,14 +801,16 @@ class Sizes:
         """Constants of the kernel for tiles of b rows and n plans."""
         rows = triton.cdiv(self.n_z * self.padded(b), b) * b
         room = min(max(triton.next_power_of_2(self.n_obs), 16), 128)
+        least = 16 if langevin or self.hidden or self.padded(b) > b else b
         return {
             "APART": self.apart, "VECTORS_ALL": self.n_z, "WIDTH": self.dim, "PADDED": self.padded(b),
             "MEMBERS": self.members, "MEMBERS_ROOM": triton.next_power_of_2(self.members),
             "TILES_U": triton.cdiv(self.hidden, b), "TILES_D": rows // b,
             "TILES_C": triton.cdiv(self.n_obs, room if self.apart else b), "TILES_1": triton.cdiv(self.hidden1, b),
             "TILES_2": triton.cdiv(self.hidden2, b), "ROOM_C": room, "CHUNK": max(1, columns // n),
-            # As many as the update keeps in registers; the noise needs most of them.
-            "ROWS": math.gcd(rows, max((1024 if langevin else 4096) // n, 16)),
+            # As many as the update keeps in registers, of which the noise needs most. Without a prior the norms follow
+            # the update at once: whole tiles, whose offsets both then share, where a tile holds whole plan vectors.
+            "ROWS": math.gcd(rows, max((1024 if langevin else 4096) // n, least)),
         }  # fmt: skip
 
     def scratch_rows(self, c: Mapping[str, int | bool], b: int) -> tuple[int, int]:
@@ -912,7 +914,9 @@ def _every_option(dtype: torch.dtype, sizes: Sizes, langevin: bool, architecture
         if architecture >= 90 and sizes.dim <= 192:
             every.append((32, 128, 8, 4))
     elif architecture >= 90:
-        every = [(16, 128, 8, 4), (32, 128, 8, 4), (64, 128, 8, 4)]
+        # Without a prior, high tiles that hold a part of a plan vector spill.
+        wide = 64 if sizes.hidden == 0 and sizes.dim > 128 else 128
+        every = [(16, 128, 8, 4), (32, 128, 8, 4), (64, wide, 8, 4)]
         if sizes.hidden and not langevin:
             every.append((128, 64, 8, 4))
     else:

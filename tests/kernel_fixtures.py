@@ -7,6 +7,9 @@ import subprocess
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
+
 # Bytes of shared memory that one program may ask for.
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 
@@ -57,3 +60,12 @@ def assert_fits(launch: Any, architecture: int, folder: Path, *, spills: bool = 
         assert found.stack == 0, what
         assert found.local == 0, what
     return found
+
+
+def far_apart(x: Tensor, stride: int, folder: Path) -> Tensor:
+    """x with rows ``stride`` elements apart; a sparse file is behind it, so that what lies between takes no room."""
+    path = folder / "far_apart"
+    whole = torch.from_file(str(path), shared=True, size=len(x) * stride, dtype=x.dtype)
+    path.unlink()
+    rows = torch.empty(x.shape, device="meta").stride()[1:]
+    return whole.as_strided(x.shape, (stride, *rows)).copy_(x)

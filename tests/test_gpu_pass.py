@@ -405,7 +405,7 @@ def test_the_table_is_made_once_and_says_what_a_kernel_needs(resources, tmp_path
     assert text.count("\n") == 4
     assert f"| {rows[0]['registers']} / 0 / 0 / {rows[0]['shared']} |" in text
     # Other sources: other rows.
-    monkeypatch.setattr(resources, "fingerprint", lambda: "changed")
+    monkeypatch.setattr(resources, "fingerprint", lambda op: "changed")
     monkeypatch.setattr(resources, "rows_of", lambda task: [])
     assert resources.main([*arguments, "--widths", "64", "--dtypes", "bfloat16"]) == 0
     assert read(tmp_path / "k.csv") == []

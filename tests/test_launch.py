@@ -6,6 +6,7 @@ import contextlib
 import re
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +15,9 @@ pytest.importorskip("triton")
 
 import triton
 import triton.language as tl
-from kernel_fixtures import assert_fits, resources
+from kernel_fixtures import assert_fits, far_apart, resources
 
+from gac_fast import ops
 from gac_fast.kernels import _launch
 from gac_fast.kernels._launch import Launch, Option, choose
 
@@ -39,7 +41,12 @@ def launch(x: torch.Tensor, out: torch.Tensor, bias: torch.Tensor | None = None,
 
 
 def test_interpreter_runs_a_launch(run_interpreted):
-    run_interpreted(__file__)
+    run_interpreted(__file__, "interpreter and not slow")
+
+
+@pytest.mark.slow
+def test_interpreter_runs_many_rows(run_interpreted):
+    run_interpreted(__file__, "interpreter and slow")
 
 
 @pytest.mark.interpreter
@@ -48,6 +55,59 @@ def test_interpreted_launch(bias):
     x, out = torch.randn(100), torch.full((100,), torch.nan)
     launch(x, out, bias).run()
     torch.testing.assert_close(out, 2.5 * (x if bias is None else x + 3))
+
+
+def calls_of_ops(op: str, far: Any) -> Any:
+    """Results of an op for tensors as ``far`` lays out their rows."""
+    from core_fixtures import make_model, model_config, random_seeds
+    from test_block import block_inputs
+    from test_decode_step import OBS_DIM, make_state
+    from test_plan_ascent import Sizes, random_case
+    from test_plan_attention import inputs
+    from test_window_attention import packed
+
+    generator = torch.Generator().manual_seed(0)
+    # Rows that are 2^20 elements or more apart are copied first.
+    many = (2060,)
+    if op == "window_attention":
+        *qkv, cu, positions = packed(many, 1, 8, torch.float32)
+        return ops.window_attention(*far(torch.stack(qkv, 1), (1 << 20) - 16).unbind(1), cu, 3, positions)
+    if op == "plan_attention":
+        q, k, v, cu = inputs(many, 1, 1, 8, torch.float32)
+        return ops.plan_attention(far(q, (1 << 20) - 16), k, v, cu)
+    if op == "decoder_block":
+        x, attended, plan, cu, weights, _ = block_inputs((3, 2), dim=16, heads=1, n_z=1, hidden=8, n_next=6)
+        x, attended = (far(t, 1 << 30) for t in (x, attended))
+        return torch.cat(ops.decoder_block(x, attended, *plan.unbind(2), cu, weights), 1)
+    if op == "plan_ascent":
+        prior, returns, z0, _ = random_case(Sizes(4, n_z=1, dim=8, hidden_u=4, hidden1=4, hidden2=4))
+        return ops.plan_ascent(prior, returns, far(z0, 1 << 30), n_steps=1, step_size=0.1)[0]
+    if op == "decode_step":
+        model = make_model(model_config(dim=64, n_heads=4, n_layers=1))
+        state = make_state(model, random_seeds(4, model.config))
+        observations = far(torch.randn(4, OBS_DIM, generator=generator), 1 << 30)
+        return ops.decode_step(model.decoder.step_weights(), state, observations)
+    out = far(torch.zeros(4, 8), 1 << 30)
+    from gac_fast.kernels.philox_normal import philox_normal
+
+    philox_normal((1, 2), torch.arange(4), torch.zeros(4, dtype=torch.int64), out)
+    return out
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(
+    "op",
+    [
+        *(pytest.param(op, marks=pytest.mark.slow) for op in ("window_attention", "plan_attention")),
+        "decoder_block", "plan_ascent", "decode_step", "philox_normal",
+    ],
+)  # fmt: skip
+def test_interpreted_rows_beyond_two_to_the_31(op, tmp_path):
+    with ops.backend("triton"), torch.no_grad():
+        near = calls_of_ops(op, lambda x, stride: x)
+        far = calls_of_ops(op, lambda x, stride: far_apart(x, stride, tmp_path))
+    assert near.abs().sum(-1).all()
+    assert torch.equal(far, near)
 
 
 def test_a_grid_of_nothing_starts_nothing():

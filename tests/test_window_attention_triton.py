@@ -141,6 +141,29 @@ def test_interpreted_gradients_of_one_fused_product(window):
 
 
 @pytest.mark.interpreter
+@pytest.mark.parametrize("is_long", [False, True])
+def test_interpreted_tiles_beyond_the_band_are_not_read(is_long, monkeypatch):
+    """Work grows with tokens x window: in a product a masked NaN would still spoil what its tile takes part in."""
+    from gac_fast.kernels import window_attention as kernel
+
+    monkeypatch.setattr(kernel, "_is_long", lambda *args: is_long)
+    q, k, v, cu, positions = packed((205,), 1, 8, torch.float32)
+    # A tile whose blocks of 64 keys and queries end before those that are spoilt, 10 at either end.
+    inner = slice(96, 112)
+    clean, spoilt = ([x.clone().requires_grad_() for x in (q, k, v)] for _ in range(2))
+    with torch.no_grad():
+        spoilt[0][-10:], spoilt[1][:10], spoilt[2][:10] = torch.nan, torch.nan, torch.nan
+    found = []
+    for leaves in (clean, spoilt):
+        with ops.backend("triton"):
+            out = ops.window_attention(*leaves, cu, 5, positions)
+        found.append((out, *torch.autograd.grad(out, leaves, torch.ones_like(out))))
+    for x, y in zip(*found, strict=True):
+        assert bool(y.isnan().any())
+        assert torch.equal(x[inner], y[inner])
+
+
+@pytest.mark.interpreter
 def test_interpreted_no_tokens_and_an_unused_output():
     q, k, v, cu, positions = packed((0, 0), dtype=torch.float32)
     q.requires_grad_()
