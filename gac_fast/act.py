@@ -90,6 +90,7 @@ class Actor:
         self._noise_rows = (len(z0), 0)
         # Those of the calling thread, but for the parts of a split actor.
         self._n_threads, self._inference = 0, False
+        self._is_plain = type(self)._act is Actor._act
         self._turn: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
         if bf16 == "auto":
             bf16 = model.bf16 and ops.has_fast_bf16(z0.device)
@@ -244,8 +245,8 @@ class Actor:
             ValueError: wrong shape.
             FloatingPointError: an observation is NaN or infinite (checked in NumPy arrays and on the CPU).
         """
-        # Most steps are like the one before, and noise of parts needs what surrounds them.
-        again = self._state.again
+        # Most steps are like the one before. Noise of parts needs what surrounds them; subclasses do more at a step.
+        again = self._state.again if self._is_plain else None
         if again is not None and self._awake is None and (self._noise_levels is None or self._n_threads == 0):
             out = again(self.model, obs, self._n_threads)
             if out is not None:
@@ -265,9 +266,12 @@ class Actor:
 
     def _act(self, obs: Array) -> Array:
         if self._awake is None:
-            out = ops.decode_step(self._weights(), self._state, obs, self._units)
-            if self._state.again is None:
-                ops.prepare_again(self.model, self._weights, self._state)
+            again = None if self._is_plain else self._state.again
+            out = None if again is None else again(self.model, obs, 0)
+            if out is None:
+                out = ops.decode_step(self._weights(), self._state, obs, self._units)
+                if self._state.again is None:
+                    ops.prepare_again(self.model, self._weights, self._state)
             return out if self._noise_levels is None else self._add_noise(out, self._noise_levels)
         if obs.shape[:1] != (len(self),):
             raise ValueError(f"obs: expected shape {[len(self), self.model.obs_dim]}, got {list(obs.shape)}")

@@ -241,13 +241,16 @@ def test_threads_that_share_every_product_change_no_bit(cpp_engine, p, bf16, con
         for n_threads in (1, 2, 3):
             torch.set_num_threads(n_threads)
             runs = cpp_engine._together_runs()
-            for _ in range(200):
-                state = make_state(model, z0, bf16=bf16)
-                results.append(torch.stack([ops.decode_step(weights, state, x) for x in obs]))
+            # Only workers that are awake take part: on a busy machine, or under a sanitizer, that may take a while.
+            for _ in range(2000 if n_threads > 1 else 1):
+                state, actions = make_state(model, z0, bf16=bf16), []
+                for x in obs:
+                    cpp_engine._parallel_for(np.zeros((n_threads, 1), np.int64), n_threads, work_us=20)
+                    actions.append(ops.decode_step(weights, state, x))
+                results.append(torch.stack(actions))
                 assert torch.equal(results[-1], results[0])
                 if cpp_engine._together_runs() > runs:
                     break
-            # Only workers that are awake take part, so once in a while none does.
             assert (cpp_engine._together_runs() > runs) == (n_threads > 1)
     finally:
         torch.set_num_threads(before)
