@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import multiprocessing
+import os
 from collections.abc import Iterator
 
 import numpy as np
@@ -236,13 +237,15 @@ def test_threads_that_share_every_product_change_no_bit(cpp_engine, p, bf16, con
     model = make_model(model_config(context=context, window=4, dim=256, n_heads=4))
     z0, obs = random_seeds(p, model.config), torch.randn(6, p, OBS_DIM)
     weights, before = model.decoder.step_weights(), torch.get_num_threads()
+    # With AddressSanitizer a step takes longer than a worker stays awake: that they take part is not asserted there.
+    slow = "asan" in os.environ.get("LD_PRELOAD", "")
     results = []
     try:
         for n_threads in (1, 2, 3):
             torch.set_num_threads(n_threads)
             runs = cpp_engine._together_runs()
             # Only workers that are awake take part: on a busy machine, or under a sanitizer, that may take a while.
-            for _ in range(2000 if n_threads > 1 else 1):
+            for _ in range((20 if slow else 2000) if n_threads > 1 else 1):
                 state, actions = make_state(model, z0, bf16=bf16), []
                 for x in obs:
                     cpp_engine._parallel_for(np.zeros((n_threads, 1), np.int64), n_threads, work_us=20)
@@ -251,7 +254,8 @@ def test_threads_that_share_every_product_change_no_bit(cpp_engine, p, bf16, con
                 assert torch.equal(results[-1], results[0])
                 if cpp_engine._together_runs() > runs:
                     break
-            assert (cpp_engine._together_runs() > runs) == (n_threads > 1)
+            if not slow or n_threads == 1:
+                assert (cpp_engine._together_runs() > runs) == (n_threads > 1)
     finally:
         torch.set_num_threads(before)
 
