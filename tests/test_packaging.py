@@ -276,15 +276,19 @@ def test_ci_takes_the_full_data_from_the_variable_before_the_shared_folder(given
     for folder in (root / ".ci", tools, tmp_path / "shared" / "data"):
         folder.mkdir(parents=True)
     script = shutil.copy(ROOT / ".ci" / "run", root / ".ci" / "run")
-    (tools / "make").write_text('#!/bin/sh\necho "$1 $GAC_FAST_DATA"\n')
+    (tools / "make").write_text('#!/bin/sh\necho "$1 $GAC_FAST_DATA"\n[ "$1" != "$FAILS" ]\n')
     (tools / "make").chmod(0o755)
     variables = {name: value for name, value in os.environ.items() if name != "GAC_FAST_DATA"}
     variables["PATH"] = f"{tools}:{variables['PATH']}"
     if given is not None:
         variables["GAC_FAST_DATA"] = given
-    done = subprocess.run([script], env=variables, capture_output=True, text=True, check=True)
     data = given or root / ".." / "shared" / "data"
-    assert done.stdout == f"sanitize-short {data}\ntest {data}\n"
+    # Sanitizers run beside the tests, whose last line comes last; theirs are told where they fail.
+    for fails, told in (("", ""), ("test", ""), ("sanitize-short", f"sanitize-short {data}\n")):
+        done = subprocess.run([script], env=variables | {"FAILS": fails}, capture_output=True, text=True, check=False)
+        assert (done.returncode != 0) == bool(fails)
+        assert done.stdout == f"lint {data}\ntest {data}\n{told}"
+        assert (root / "build" / "sanitize-short.log").read_text() == f"sanitize-short {data}\n"
 
 
 def test_make_help_lists_the_targets(make):
