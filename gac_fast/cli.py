@@ -845,7 +845,9 @@ def _make_plans(policy: Policy, command: Eval) -> Plans | None:
             return policy.posterior_best(min(command.episodes, max(1, policy.config.plan.n_best)))
         case "explore":
             assert command.target is not None
-            return policy.explore(command.episodes, command.target, seed=command.seed)
+            starts = policy.first_observations[policy.opens]
+            beyond = float(policy.start_values(starts).mean())
+            return policy.explore(command.episodes, command.target - beyond, seed=command.seed)
     return None
 
 

@@ -131,12 +131,16 @@ class PosteriorConfig:
     """T_y of the energy's return term."""
     learning_rate: float = 0.1
     """Adam step of the variational posterior."""
+    warmup: float = 0.0
+    """Share of the updates that come before the first posterior step. Until then each trajectory is decoded under
+    another one's seed: the decoder learns what all plans have in common, and plans have the rest left to explain."""
     tau_only_fraction: float = 0.125
     """Share of each batch whose plan is inferred without the return; these fit the return model's variance."""
 
     def __post_init__(self) -> None:
         _check(self.method in ("langevin", "variational"), "posterior.method", "langevin or variational", self.method)
         _check(self.n_steps >= 1, "posterior.n_steps", "at least 1", self.n_steps)
+        _check(0 <= self.warmup < 1, "posterior.warmup", "in [0, 1)", self.warmup)
         for name in ("step_size", "max_drift_ratio", "action_temperature", "return_temperature", "learning_rate"):
             _check(getattr(self, name) > 0, f"posterior.{name}", "greater than 0", getattr(self, name))
         _check(0 <= self.tau_only_fraction < 1, "posterior.tau_only_fraction", "in [0, 1)", self.tau_only_fraction)
@@ -147,6 +151,10 @@ class PosteriorConfig:
 class PlanConfig:
     """Policy improvement: inference of plans for high or wanted returns."""
 
+    method: Literal["ascent", "regression"] = "ascent"
+    """How exploit plans: by ascent of the return model; or along the one direction of a ridge regression of returns on
+    the posterior seeds of all trajectories, from samples of the prior (where model.return_context = 'none'). The return
+    model fits each trajectory's own plan, the regression only what they have in common."""
     n_steps: int = 100
     """Ascent or Langevin steps."""
     step_size: float = 0.05
@@ -156,7 +164,8 @@ class PlanConfig:
     prior_weight: float = 0.0
     """Weight lambda of log p(z0) in that bound."""
     radius: float = 0.5
-    """Trust region: greatest distance from the start seed, in units of sqrt(d)."""
+    """Trust region: greatest distance from the start seed, in units of sqrt(d). By regression: how far plans move
+    before they are taken back to |z0| = sqrt(d)."""
     max_norm: float = 1.1
     """Trust region: greatest |z0|, in units of sqrt(d)."""
     n_best: int = 64
@@ -180,6 +189,7 @@ class PlanConfig:
     about 1%."""
 
     def __post_init__(self) -> None:
+        _check(self.method in ("ascent", "regression"), "plan.method", "ascent or regression", self.method)
         _check(self.bf16 in ("off", "on"), "plan.bf16", "off or on", self.bf16)
         for name in ("n_steps", "replan_every"):
             _check(getattr(self, name) >= 0, f"plan.{name}", "at least 0", getattr(self, name))
@@ -244,6 +254,10 @@ class TrainConfig:
     first step to the end of the episode, which needs rewards. What came before is cut away: a part's first steps are
     learnt as those of an episode are, so that a decoder that looks back (model.window > 1, or model.context =
     states_actions) acts there on a history that it has not learnt with. 0 takes whole episodes."""
+    segment_returns: Literal["to_go", "advantage"] = "to_go"
+    """What a segment's return is: the rewards from its first step to the end of the episode; or how much better it did
+    than was to be expected of its first state: its rewards and the value of where it leads, less the value of where it
+    begins. Values are regressed on states before training, each from episodes that leave its own out."""
     n_threads: int = 0
     """Torch CPU threads; 0 leaves torch's own choice."""
     prefetch: int = 2
@@ -263,6 +277,14 @@ class TrainConfig:
         _check(self.bf16 in ("off", "on", "auto"), "train.bf16", "off, on or auto", self.bf16)
         for name in ("compile", "cuda_graph"):
             _check(getattr(self, name) in ("off", "on"), f"train.{name}", "off or on", getattr(self, name))
+        _check(
+            self.segment_returns in ("to_go", "advantage"),
+            "train.segment_returns", "to_go or advantage", self.segment_returns,
+        )  # fmt: skip
+        _check(
+            self.segment_returns == "to_go" or self.segment > 0,
+            "train.segment_returns", "to_go where train.segment = 0", self.segment_returns,
+        )  # fmt: skip
         _check(self.sampling in ("length", "uniform"), "train.sampling", "length or uniform", self.sampling)
         _check(0 <= self.final_lr_ratio <= 1, "train.final_lr_ratio", "in [0, 1]", self.final_lr_ratio)
         _check(0 <= self.held_out < 1, "train.held_out", "in [0, 1)", self.held_out)
@@ -389,11 +411,18 @@ class Config:
         if self.baseline.method != "none":
             return
         _check(
-            self.train.segment == 0 or self.model.return_context == "first_state",
+            self.train.segment == 0
+            or self.model.return_context == "first_state"
+            or self.train.segment_returns == "advantage",
             "train.segment",
-            "0 where model.return_context = 'none', as a segment's return depends on where in its episode it begins",
+            "0 where model.return_context = 'none' and train.segment_returns = 'to_go', as a segment's return depends "
+            "on where in its episode it begins",
             self.train.segment,
         )
+        _check(
+            self.plan.method == "ascent" or self.model.return_context == "none",
+            "plan.method", "ascent where model.return_context = 'first_state'", self.plan.method,
+        )  # fmt: skip
         _check(
             self.plan.replan_every == 0 or self.train.segment > 0,
             "plan.replan_every", "0 where train.segment = 0, as only segments begin at any state",
@@ -436,26 +465,21 @@ class Config:
 
 
 # Found on SAC data of hopper (docs/mujoco.md). These policies are functions of the state: one step of history (K = 1)
-# is enough to clone them. Segments of 128 steps with the return from their first step on, which that first state
-# mostly explains; T_a is about the variance of the policy's noise.
+# is enough to clone them, and takes many updates: the decoder has more than half of them to itself. What the actions of
+# 16 steps changed shows in advantages, which plans are regressed on; T_a is about the variance of the policy's noise.
 _LOCOMOTION = Config(
-    model=ModelConfig(
-        dim=64, n_layers=2, window=1, n_z=1, context="states", return_ensemble=4, return_context="first_state"
-    ),
-    posterior=PosteriorConfig(action_temperature=0.05),
-    plan=PlanConfig(n_steps=40, kappa=0.0, radius=0.25, replan_every=128),
+    model=ModelConfig(dim=64, n_layers=2, window=1, n_z=1, context="states", return_ensemble=2),
+    posterior=PosteriorConfig(action_temperature=0.05, return_temperature=0.2, warmup=0.6),
+    plan=PlanConfig(method="regression", radius=4.0, n_steps=40, kappa=0.0),
     train=TrainConfig(
-        n_updates=4800, batch_size=16, final_lr_ratio=0.02, segment=128, bf16="auto", eval_every=1200,
-        checkpoint_every=1200,
+        n_updates=10_000, batch_size=128, learning_rate=3e-3, final_lr_ratio=0.02, segment=16,
+        segment_returns="advantage", bf16="auto", eval_every=2500, checkpoint_every=2500,
     ),
     # Rounds of 8 episodes, as 100,000 steps are few of them. Most of a return is luck: the best are not learnt from
-    # apart, and most environments act near what the policy is in the end. On hopper-medium, one run of one seed each,
-    # from 2,221: at a learning rate of 3e-4, half of each batch online and half of that the best, 278 after 48,000
-    # steps; with these shares and 5e-5 2,410 to 2,740 in the first 46,000; and acting closer to the policy, as here,
-    # 2,200 at 21,000, 2,860, 2,930 and 2,820 on the way, 2,530 at 105,000.
+    # apart, and most environments act near what the policy is in the end.
     online=OnlineConfig(
         n_envs=8, updates_per_round=100, learning_rate=5e-5, online_share=0.25, best_share=0.0, action_noise=0.1,
-        exploit_share=0.75, radius=0.25, bold_radius=0.25, eval_every=2, checkpoint_every=2,
+        exploit_share=0.75, radius=4.0, bold_radius=4.0, capacity=8192, eval_every=2, checkpoint_every=2,
     ),
 )  # fmt: skip
 

@@ -202,7 +202,7 @@ def evaluate(
                     chosen = _predict_for(policy, chosen, obs)
             rows = slice(first, min(first + n, episodes))
             wanted = rows.stop - rows.start
-            predicted[rows] = chosen.return_mean[:wanted].cpu().numpy()
+            predicted[rows] = chosen.return_mean[:wanted].cpu().numpy() + policy.start_values(obs[:wanted])
             predicted_std[rows] = chosen.return_std[:wanted].cpu().numpy()
             return policy.exploiting(chosen, seed) if plans is None else policy.actor(chosen)
 

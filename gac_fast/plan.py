@@ -14,7 +14,7 @@ from gac_fast.config import PlanConfig
 from gac_fast.model import GAC
 from gac_fast.model.normalization import Normalization
 
-__all__ = ["Plans", "TargetSchedule", "exploit", "explore", "predict"]
+__all__ = ["Plans", "TargetSchedule", "along", "exploit", "explore", "predict", "regression_direction"]
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,44 @@ def predict(model: GAC, normalization: Normalization, z0: Tensor, first_states: 
 def _plans(normalization: Normalization, z0: Tensor, mean: Tensor, std: Tensor) -> Plans:
     scale = normalization.return_std
     return Plans(z0, mean * scale + normalization.return_mean, std * scale)
+
+
+def regression_direction(seeds: Tensor, returns: Tensor) -> Tensor:
+    """Unit vector [n_z, D] along which returns grow: of a ridge regression on seeds, its penalty that of as many draws
+    of the prior as there are dimensions.
+
+    Args:
+        seeds: [M, n_z, D], posterior seeds of trajectories.
+        returns: [M], theirs.
+
+    Raises:
+        ValueError: all returns are alike, or there are fewer than two.
+    """
+    y = returns.double()
+    if len(y) < 2 or not bool(y.std(correction=0) > 0):
+        raise ValueError(f"returns: expected at least two different ones to regress on seeds, got {len(y)} alike")
+    y = (y - y.mean()) / y.std(correction=0)
+    x = seeds.flatten(1).double()
+    x = x - x.mean(0)
+    d = x.shape[1]
+    slope = torch.linalg.solve(x.T @ x + d * torch.eye(d, dtype=x.dtype, device=x.device), x.T @ y)
+    return (slope / slope.norm()).to(seeds.dtype).view(seeds.shape[1:])
+
+
+def along(model: GAC, normalization: Normalization, direction: Tensor, n: int, radius: float, seed: int = 0) -> Plans:
+    """Samples of the prior, moved ``radius`` sqrt(d) along a direction and back to the prior's typical norm sqrt(d).
+
+    Args:
+        direction: [n_z, D], of length 1.
+        n: number of plans.
+        seed: of the samples.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    z0 = torch.randn(n, *direction.shape, generator=generator).to(direction.device)
+    scale = math.sqrt(direction.numel())
+    z0 = z0 + radius * scale * direction
+    z0 = z0 * (scale / z0.flatten(1).norm(dim=1).view(-1, 1, 1))
+    return predict(model, normalization, z0, None)
 
 
 def exploit(

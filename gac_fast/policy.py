@@ -17,6 +17,7 @@ from gac_fast.config import Config, PlanConfig
 from gac_fast.errors import CheckpointError, ConfigError
 from gac_fast.model import GAC
 from gac_fast.model.normalization import Normalization
+from gac_fast.model.values import ValueModel
 from gac_fast.plan import Plans
 
 __all__ = ["ExploitActor", "PlansAnew", "Policy", "ReplanningActor", "load"]
@@ -41,6 +42,8 @@ class Policy:
         opens: bool [B], trajectories that an episode begins with: all, unless they are segments.
         candidates: int64 [n], trajectories whose seeds exploit starts from, best first: those given, then all other
             usable ones by return.
+        values: of states, where returns are advantages of segments: what plans are said to return is beyond the value
+            of the state they begin at. None: it is all of it.
         source: folder of the checkpoint it was loaded from; None for one that was not.
     """
 
@@ -50,6 +53,7 @@ class Policy:
         self, model: GAC, normalization: Normalization, config: Config, env_id: str | None,
         z0: Tensor, returns: Tensor, first_observations: Tensor, usable: Tensor, step: int = 0,
         candidates: Tensor | None = None, opens: Tensor | None = None,
+        values: ValueModel | None = None,
     ) -> None:  # fmt: skip
         self.model = model.eval()
         self.normalization = normalization
@@ -57,6 +61,8 @@ class Policy:
         self.env_id = env_id
         self.z0, self.returns, self.first_observations, self.usable = z0, returns, first_observations, usable
         self.step = step
+        self._direction: Tensor | None = None
+        self.values = values
         self.opens = torch.ones_like(usable) if opens is None else opens
         found = usable & self.opens
         found = found if bool(found.any()) else usable
@@ -81,6 +87,14 @@ class Policy:
     def describe(self, plans: str, target: float | None) -> str:
         """A name for how it acted: the kind of ``plans``, with the return asked for where there was one."""
         return plans if target is None else f"{plans} {target:g}"
+
+    def start_values(self, obs: np.ndarray | Tensor) -> np.ndarray:
+        """float64 [n], what the predicted returns of plans for the first states ``obs`` [n, obs_dim], in environment
+        units, leave out: their values, or 0."""
+        if self.values is None:
+            return np.zeros(len(obs))
+        x = torch.as_tensor(obs, dtype=torch.float32, device=self.device)
+        return self.values.value(x, torch.zeros(len(x), device=self.device)).cpu().numpy()
 
     def _plan_config(self, overrides: dict[str, Any]) -> PlanConfig:
         return self.config.replace(plan=overrides).plan
@@ -115,8 +129,17 @@ class Policy:
         """
         _check_count(n)
         config = self._plan_config(overrides)
+        if config.method == "regression":
+            self._starts(n, obs, seed)
+            return planning.along(self.model, self.normalization, self.regression_direction(), n, config.radius, seed)
         seeds = self.z0[self.candidates[: config.n_best]]
         return planning.exploit(self.model, self.normalization, seeds, n, config, self._starts(n, obs, seed), seed=seed)
+
+    def regression_direction(self) -> Tensor:
+        """Unit vector [n_z, D] along which the returns of the training trajectories grow with their posterior seeds."""
+        if self._direction is None:
+            self._direction = planning.regression_direction(self.z0[self.usable], self.returns[self.usable])
+        return self._direction
 
     def explore(
         self,
@@ -132,7 +155,8 @@ class Policy:
 
         Args:
             n: number of plans P.
-            target: wanted return in environment units, one for all or [n].
+            target: wanted return in environment units, one for all or [n]; where returns are advantages, that beyond
+                the values of the starts.
             obs: [n, obs_dim] first observations, as in :meth:`exploit`.
             seed: of the samples.
             start: [n, n_z, D] seeds that sampling starts from; None draws them from the prior.
@@ -396,6 +420,7 @@ def from_checkpoint(
             tensors["data.first_observations"].to(device), usable.to(device), state["step"],
             tensors["best.ids"].to(device) if "best.ids" in tensors else None,
             tensors["data.opens"].to(device) if "data.opens" in tensors else None,
+            None if (values := ValueModel.of_tensors(tensors)) is None else values.to(device),
         )  # fmt: skip
     except KeyError as error:
         raise CheckpointError(f"{name}: expected {error.args[0]!r} in it, found no such entry") from None

@@ -175,6 +175,10 @@ class PosteriorState:
         """Current seeds given (tau, y), [B, n_z, D]."""
         return self.tensors["z0"][: self.n_trajectories]
 
+    def seeds_of_others(self, rows: Tensor) -> Tensor:
+        """Seeds of the chains ``rows`` (int64 [b]), each for the next row: [b, n_z, D]."""
+        return self._memory["z0"][rows].roll(1, 0)
+
     def normals(self, rows: Tensor, offset: int, shape: tuple[int, int]) -> Tensor:
         """Draw ``offset`` (from the next one) of the given chains: [len(rows), *shape]."""
         step = self._memory["n_draws"][rows] + offset

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import time
 import warnings
@@ -18,6 +19,7 @@ from gac_fast.data import Trajectories
 from gac_fast.errors import CheckpointError, ConfigError
 from gac_fast.evaluate import check_fit
 from gac_fast.model.normalization import Normalization
+from gac_fast.model.values import ValueModel
 from gac_fast.posterior import PosteriorState
 from gac_fast.train.batches import Batches
 from gac_fast.train.best import REPLAY, best_replay
@@ -43,6 +45,7 @@ from gac_fast.train.trainer import (
     uses_bf16,
 )
 from gac_fast.train.update import learning_rate
+from gac_fast.train.values import fit_values
 
 __all__ = ["OfflineTrainer", "TrainingDivergedError", "make_trainer", "pick_device", "train", "uses_bf16"]
 
@@ -58,10 +61,15 @@ class OfflineTrainer(Trainer):
         config: of the run.
     """
 
-    def __init__(self, data: Trajectories, config: Config) -> None:
+    def __init__(
+        self, data: Trajectories, config: Config, values: ValueModel | None = None, progress: bool = False
+    ) -> None:
         super().__init__(config)
         self._settled: tuple[int, tuple[Tensor, Tensor]] | None = None
-        data, self.held_out, self.usable, self.opens = split(data, config)
+        if config.train.segment_returns == "advantage" and values is None:
+            values = fit_values(data, config.train.seed, progress)
+        self.values = values
+        data, self.held_out, self.usable, self.opens, self._raw = split(data, config, values)
         self.data = data
         self.rows = torch.arange(len(data))
         self.normalization = Normalization.fit(data)
@@ -75,6 +83,10 @@ class OfflineTrainer(Trainer):
 
     def learning_rate(self) -> float:
         return learning_rate(self.step, self.config.train)
+
+    @property
+    def infers(self) -> bool:
+        return self.step >= round(self.config.posterior.warmup * self.config.train.n_updates)
 
     def best_seeds(self) -> tuple[Tensor, Tensor]:
         """As :meth:`Trainer.best_seeds`, once per step: a replay and the checkpoint of it need the same ones."""
@@ -95,7 +107,7 @@ class OfflineTrainer(Trainer):
     @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the data set: every array of it, action bounds included."""
-        return fingerprint(self.data)
+        return fingerprint(self._raw)
 
     def save(self, run_dir: Path, settle: bool = False, keep: Collection[int] = ()) -> Path:
         """Write the checkpoint of the present step and drop those beyond ``keep_checkpoints``.
@@ -135,15 +147,24 @@ class OfflineTrainer(Trainer):
         # Planning happens after training, and so does what is online.
         check_config(state, path, self.config, MAY_CHANGE, free={"plan", "online"})
         self._restore_tensors(tensors, state, path)
+        # Advantages to the last bit, whatever machine and threads they were made with.
+        self.data = dataclasses.replace(self.data, returns=tensors["data.returns"].numpy())
         self._settled = None
         self.batches.close()
         self.batches = Batches(self.data, self.normalization, self.held_out, self.config, self.device)
 
 
-def make_trainer(data: Trajectories, config: Config) -> OfflineTrainer:
-    """Of GAC, or of the baseline that ``config`` names."""
+def make_trainer(
+    data: Trajectories, config: Config, values: ValueModel | None = None, progress: bool = False
+) -> OfflineTrainer:
+    """Of GAC, or of the baseline that ``config`` names.
+
+    Args:
+        values: of a run that is resumed, if it has some; None fits them where they are needed.
+        progress: show how far that is.
+    """
     if config.baseline.method == "none":
-        return OfflineTrainer(data, config)
+        return OfflineTrainer(data, config, values, progress)
     from gac_fast.train.baseline import BaselineTrainer
 
     return BaselineTrainer(data, config)
@@ -201,7 +222,8 @@ def train(
     if t.n_threads:
         torch.set_num_threads(t.n_threads)
     ops.keep_freed_memory()
-    trainer = make_trainer(dataset, config)
+    values = ValueModel.of_tensors(checkpoint.load(checkpoint.latest(Path(str(run_dir))))[0]) if resume else None
+    trainer = make_trainer(dataset, config, values, progress)
     dataset, config = trainer.data, trainer.config
     _warn_of_cut_history(config)
     if env is not None:

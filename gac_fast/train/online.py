@@ -25,6 +25,7 @@ from gac_fast.errors import CheckpointError, ConfigError, DataError, EnvError
 from gac_fast.evaluate import EvalResult, check_fit, check_task, evaluate, same_task
 from gac_fast.files import read_json
 from gac_fast.model.normalization import SMALLEST_STD, Normalization
+from gac_fast.model.values import ValueModel
 from gac_fast.plan import Plans, TargetSchedule, predict
 from gac_fast.policy import Policy, ReplanningActor, load
 from gac_fast.posterior import ONLINE, PosteriorState
@@ -41,6 +42,7 @@ from gac_fast.train.trainer import (
     split,
     uses_bf16,
 )
+from gac_fast.train.values import segment_advantages
 
 if TYPE_CHECKING:
     from gymnasium.vector import VectorEnv
@@ -135,6 +137,10 @@ class Explored(NamedTuple):
     """[n], of segments: return that it expected of plans of the prior from there."""
     numbers: np.ndarray | None = None
     """int64 [n], of segments: the episode of each, in order."""
+    whole: np.ndarray | None = None
+    """[episodes], their returns, where those of segments are advantages."""
+    start_values: np.ndarray | None = None
+    """[episodes], what advantages are over at the starts of episodes."""
 
     @property
     def opens(self) -> np.ndarray:
@@ -156,6 +162,7 @@ class OnlineTrainer(Trainer):
         config: of the run.
         spaces: of the environment, and of the data where there is some.
         offline: episodes of a fixed data set, or None.
+        values: of the run gone on from, where returns of segments are advantages.
 
     Attributes:
         offline: its trajectories: the episodes, or their segments.
@@ -163,14 +170,24 @@ class OnlineTrainer(Trainer):
         env_steps: their time steps.
     """
 
-    def __init__(self, config: Config, spaces: Spaces, offline: Trajectories | None = None) -> None:
+    def __init__(
+        self, config: Config, spaces: Spaces, offline: Trajectories | None = None, values: ValueModel | None = None
+    ) -> None:
         super().__init__(config)
+        if config.train.segment_returns == "advantage" and values is None:
+            raise ConfigError(
+                "train.segment_returns: expected to_go, as advantages are over the values of a run on offline data, "
+                "got advantage without such a run"
+            )
+        self.values = values if config.train.segment_returns == "advantage" else None
         online = config.online
         self.spaces = spaces
         self.held_out, self._offline_usable = torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.bool)
         self._offline_opens: Tensor | None = torch.zeros(0, dtype=torch.bool) if config.train.segment else None
+        self._raw = offline
         if offline is not None:
-            offline, self.held_out, self._offline_usable, self._offline_opens = split(offline, config)
+            parts = split(offline, config, self.values)
+            offline, self.held_out, self._offline_usable, self._offline_opens, self._raw = parts
         self.offline = offline
         self.buffer = EpisodeBuffer(offline, online.capacity, online.keep_best)
         self.schedule = TargetSchedule(online.target_best)
@@ -261,15 +278,16 @@ class OnlineTrainer(Trainer):
             raise CheckpointError(
                 f"{path}: expected posterior.method {self.config.posterior.method!r}, the checkpoint has {method!r}"
             )
-        saved_segment = Config.from_dict(state["config"]).train.segment
-        if saved_segment != self.config.train.segment:
-            raise CheckpointError(
-                f"{path}: expected train.segment {self.config.train.segment}, the checkpoint has {saved_segment}"
-            )
-        if self.offline is not None and state.get("data_fingerprint") != fingerprint(self.offline):
+        saved_train = Config.from_dict(state["config"]).train
+        for name in ("segment", "segment_returns"):
+            saved, mine = getattr(saved_train, name), getattr(self.config.train, name)
+            if saved != mine:
+                raise CheckpointError(f"{path}: expected train.{name} {mine!r}, the checkpoint has {saved!r}")
+        if self.offline is not None and state.get("data_fingerprint") != self._fingerprint():
             raise CheckpointError(f"{path}: the run was trained on other episodes than the data given now")
         own = self.posterior
         b = 0 if self.offline is None else len(self.offline)
+        self._take_over_returns(tensors)
         n_saved = len(tensors["posterior.n_draws"]) // 2
         for name, mine in own.tensors.items():
             saved = tensors[f"posterior.{name}"]
@@ -280,6 +298,14 @@ class OnlineTrainer(Trainer):
         self.model.bf16 = uses_bf16(self.config, self.device)
         self._take_over_split(tensors["data.usable"])
         self._refresh()
+
+    def _take_over_returns(self, tensors: dict[str, Tensor]) -> None:
+        """Advantages to the last bit, whatever machine and threads they were made with."""
+        if self.offline is None or self.values is None:
+            return
+        returns = tensors["data.returns"][: len(self.offline)].numpy()
+        self.offline = dataclasses.replace(self.offline, returns=returns)
+        self.buffer = EpisodeBuffer(self.offline, self.config.online.capacity, self.config.online.keep_best)
 
     def _take_over_split(self, usable: Tensor) -> None:
         """Hold out what the run before did, whatever the seed of this one."""
@@ -474,8 +500,8 @@ class OnlineTrainer(Trainer):
 
     def _fingerprint(self) -> str:
         if self._known_fingerprint is None:
-            assert self.offline is not None
-            self._known_fingerprint = fingerprint(self.offline)
+            assert self._raw is not None
+            self._known_fingerprint = fingerprint(self._raw)
         return self._known_fingerprint
 
     def restore(self, path: Path) -> None:
@@ -503,6 +529,7 @@ class OnlineTrainer(Trainer):
         }
         saved = state["online"]
         try:
+            self._take_over_returns(tensors)
             self.buffer.load(arrays, self.spaces)
             self._take_over_split(tensors["data.usable"])
             self.round, self.in_round, self.updates_left = saved["round"], saved["in_round"], saved["updates_left"]
@@ -599,10 +626,16 @@ class _Segments:
         parts = dataclasses.replace(
             whole, cu_seqlens=np.append(first, begins[-1]), returns=to_go[first], complete=whole.complete[episode]
         )
+        whole_returns = start_values = None
+        if trainer.values is not None:
+            states = torch.from_numpy(whole.observations[first])
+            values = trainer.values.value(states, torch.from_numpy(segment * length)).numpy()
+            parts = segment_advantages(parts, values, episode)
+            whole_returns, start_values = whole.returns, values[segment == 0]
         numbers = self._before + result.numbers[episode]
         known = [self._of[key] for key in zip(numbers.tolist(), segment.tolist(), strict=True)]
         z0, predicted, expected = (np.array(column) for column in zip(*known, strict=True))
-        return Explored(parts, z0, predicted, *times, expected, numbers)
+        return Explored(parts, z0, predicted, *times, expected, numbers, whole_returns, start_values)
 
 
 def explore(
@@ -816,9 +849,13 @@ def finetune(
                 f"online.capacity must be at least online.keep_best + {rows} environments{what}, or a round would drop "
                 f"its own episodes, got {online.capacity}"
             )
-        trainer = OnlineTrainer(config, spaces, offline)
-        if resume and checkpoint.list_checkpoints(folder):
-            trainer.restore(checkpoint.latest(folder))
+        begins_at = checkpoint.latest(folder) if resume and checkpoint.list_checkpoints(folder) else None
+        values = None if policy is None else policy.values
+        if begins_at is not None:
+            values = ValueModel.of_tensors(checkpoint.load(begins_at)[0])
+        trainer = OnlineTrainer(config, spaces, offline, None if values is None else values.to(torch.device("cpu")))
+        if begins_at is not None:
+            trainer.restore(begins_at)
         elif policy is not None:
             _begin_at(trainer, policy)
             if isinstance(env, str):
@@ -1154,9 +1191,11 @@ def _summary(explored: Explored, target: float, raised: np.ndarray) -> dict[str,
     """
     opens, expected = explored.opens, explored.expected
     returns, predicted = explored.episodes.returns, explored.predicted
+    whole = returns[opens] if explored.whole is None else explored.whole
+    start_values = np.zeros(len(whole)) if explored.start_values is None else explored.start_values
     row = {
         "explore/target": target,
-        "explore/best": float(returns[opens].max()),
+        "explore/best": float(whole.max()),
         "online/episodes": int(opens.sum()),
         "online/env_steps_per_second": explored.episodes.num_steps / max(explored.seconds, 1e-9),
         "time/planning": explored.planning_seconds,
@@ -1165,15 +1204,15 @@ def _summary(explored: Explored, target: float, raised: np.ndarray) -> dict[str,
     }
     if expected is not None:
         # What whole episodes were asked for: from their starts.
-        row["explore/target"] = float(expected[opens].mean()) + target
+        row["explore/target"] = float((expected[opens] + start_values).mean()) + target
         row["segments/target"] = target
         row["segments/number"] = len(opens)
     for name, rows in (("explore", ~raised), ("noisy_exploit", raised)):
         if not rows.any():
             continue
         mine = rows[explored.episode]
-        row[f"{name}/achieved"] = float(returns[mine & opens].mean())
-        row[f"{name}/predicted"] = float(predicted[mine & opens].mean())
+        row[f"{name}/achieved"] = float(whole[rows[: len(whole)]].mean())
+        row[f"{name}/predicted"] = float((predicted[opens] + start_values)[rows[: len(whole)]].mean())
         if expected is not None:
             # Beyond what the model expects of each segment's start.
             row[f"segments/{name}_achieved"] = float((returns - expected)[mine].mean())

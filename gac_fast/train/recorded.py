@@ -13,7 +13,7 @@ from gac_fast.model import Batch
 
 __all__ = ["RecordedUpdate"]
 
-Update = Callable[[Batch, Tensor], dict[str, Tensor]]
+Update = Callable[..., dict[str, Tensor]]
 
 # Updates of a size before it is recorded: kernels are compiled and chosen, libraries make their work spaces.
 N_PLAIN = 3
@@ -26,7 +26,7 @@ class RecordedUpdate:
     :meth:`forget` the recordings where it was replaced.
 
     Args:
-        run: (batch, rows) -> zero-dimensional diagnostics. It reads nothing back from the device.
+        run: (batch, rows, infer=...) -> zero-dimensional diagnostics. It reads nothing back from the device.
     """
 
     def __init__(self, run: Update) -> None:
@@ -34,8 +34,8 @@ class RecordedUpdate:
         self._recordings: dict[Any, _Recording] = {}
         self._pool: Any = None
 
-    def __call__(self, batch: Batch, rows: Tensor) -> dict[str, Tensor]:
-        key = tuple(None if x is None else (x.shape, x.dtype) for x in (*batch, rows))
+    def __call__(self, batch: Batch, rows: Tensor, infer: bool = True) -> dict[str, Tensor]:
+        key = infer, *(None if x is None else (x.shape, x.dtype) for x in (*batch, rows))
         if key not in self._recordings:
             self._recordings[key] = _Recording(batch, rows)
         one = self._recordings[key]
@@ -44,7 +44,7 @@ class RecordedUpdate:
             one.replay()
             return one.values()
         if len(one.names) == 0 or one.n_plain < N_PLAIN:
-            values = plainly(lambda: self._run(one.batch, one.rows), rows.device)
+            values = plainly(lambda: self._run(one.batch, one.rows, infer=infer), rows.device)
             one.n_plain += 1
             one.names = tuple(values)
             return values
@@ -52,7 +52,7 @@ class RecordedUpdate:
         if self._pool is None:
             self._pool = make_pool()
         one.replay, one.stacked = record(
-            lambda: torch.stack([x.to(torch.float32) for x in self._run(one.batch, one.rows).values()]),
+            lambda: torch.stack([x.to(torch.float32) for x in self._run(one.batch, one.rows, infer=infer).values()]),
             len(one.names), rows.device, self._pool,
         )  # fmt: skip
         one.replay()

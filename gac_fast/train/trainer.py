@@ -7,7 +7,7 @@ import hashlib
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from gac_fast.errors import CheckpointError, ConfigError, DataError, GacError
 from gac_fast.evaluate import evaluate
 from gac_fast.model import GAC
 from gac_fast.model.normalization import Normalization
+from gac_fast.model.values import ValueModel
 from gac_fast.policy import Policy, plan_seeds
 from gac_fast.posterior import PosteriorState, refine
 from gac_fast.train.batches import Batches
@@ -35,6 +36,7 @@ from gac_fast.train.update import (
     set_learning_rate,
     update,
 )
+from gac_fast.train.values import segment_advantages, values_of_data
 
 __all__ = [
     "Trainer",
@@ -99,6 +101,7 @@ class Trainer:
         usable: bool [B], episodes trained on whose return is known.
         rows: int64 [B], each episode's trajectory in the posterior.
         opens: bool [B], where trajectories are segments: which ones episodes begin with. None: all are episodes.
+        values: of states, where the returns of segments are advantages.
         step: updates made.
     """
 
@@ -107,6 +110,7 @@ class Trainer:
     usable: Tensor
     rows: Tensor
     opens: Tensor | None = None
+    values: ValueModel | None = None
     normalization: Normalization
     batches: Batches
     model: GAC
@@ -140,11 +144,16 @@ class Trainer:
         """Of the next update."""
         raise NotImplementedError
 
+    @property
+    def infers(self) -> bool:
+        """Whether the next update moves the chains."""
+        return True
+
     def run_update(self) -> tuple[dict[str, Tensor], int]:
         """One update: diagnostics (on the device) and the environment time steps it used."""
         set_learning_rate(self.optimizer, self.learning_rate())
         batch, rows = self.batches.draw(self.step)
-        values = (self._recorded or self._update)(batch, rows)
+        values = (self._recorded or self._update)(batch, rows, infer=self.infers)
         self.step += 1
         return values, self.batches.n_steps
 
@@ -167,7 +176,7 @@ class Trainer:
 
     @torch.no_grad()
     def expected(self, observations: np.ndarray | Tensor) -> Tensor:
-        """Mean return over plans of the prior that the model expects from states, standardised, on the device.
+        """Mean return over plans of the prior that the model expects from states, standardised, on the device [n].
 
         Args:
             observations: [n, obs_dim] in environment units.
@@ -175,6 +184,8 @@ class Trainer:
         c = self.config.model
         generator = torch.Generator().manual_seed(self.config.train.seed)
         z0 = torch.randn(N_COMPARED, c.n_z, c.dim, generator=generator).to(self.device)
+        if not self.model.returns.uses_first_state:
+            return self.model.return_moments(self.model.prior(z0), None)[0].mean().expand(len(observations))
         states = self.normalization.to(self.device).observations(torch.as_tensor(observations, device=self.device))
         return self.model.return_moments_of_pairs(self.model.prior(z0), states)[0].mean(dim=1)
 
@@ -240,6 +251,7 @@ class Trainer:
             torch.from_numpy(self.data.observations[self.data.cu_seqlens[:-1]]).to(self.device),
             usable, self.step, None if first is None else first.to(self.device),
             None if self.opens is None else self.opens.to(self.device),
+            None if self.values is None else self.values.to(self.device),
         )  # fmt: skip
 
     def replay(self, env: str) -> dict[str, float]:
@@ -251,7 +263,10 @@ class Trainer:
         policy = self.policy(settle=True)
         plans = policy.posterior_best(n) if self.opens is None else None
         result = evaluate(policy, env, n, replay_seed(self.config), plans=plans)
-        data = self.data.returns[policy.best(n).cpu().numpy()]
+        best = policy.best(n).cpu().numpy()
+        data = self.data.returns[best]
+        if self.values is not None:
+            data = data + policy.start_values(self.data.observations[self.data.cu_seqlens[best]])
         return {"replay/best_plans": result.mean, "replay/their_data": float(data.mean())}
 
     def _tensors(self, settle: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -268,6 +283,8 @@ class Trainer:
         }
         if self.opens is not None:
             tensors["data.opens"] = self.opens
+        if self.values is not None:
+            tensors |= self.values.tensors()
         if settle:
             tensors["best.ids"], tensors["best.z0"] = self.best_seeds()
         if self.device.type == "cuda":
@@ -376,24 +393,44 @@ def hold_out(data: Trajectories, config: Config) -> tuple[Tensor, Tensor]:
     return held_out, usable
 
 
-def split(data: Trajectories, config: Config) -> tuple[Trajectories, Tensor, Tensor, Tensor | None]:
-    """The trajectories of a data set, cut into segments where the configuration asks for it.
+class Split(NamedTuple):
+    """The trajectories of a data set, episodes or their segments."""
 
-    Returns:
-        trajectories; held-out ones int64 [h] ascending; usable ones bool [B]; and which ones episodes begin with, bool
-        [B], None where all are episodes.
+    data: Trajectories
+    held_out: Tensor
+    """int64 [h], ascending."""
+    usable: Tensor
+    """bool [B], trained on and of known return."""
+    opens: Tensor | None
+    """bool [B], which ones episodes begin with; None where all are episodes."""
+    raw: Trajectories
+    """``data`` with the returns to the end of the episode, whatever stands for them there."""
+
+
+def split(data: Trajectories, config: Config, values: ValueModel | None = None) -> Split:
+    """Cut a data set into segments where the configuration asks for it, and hold out a part.
+
+    Args:
+        values: that advantages are over, of the seed of ``config``; needed where returns of segments are advantages.
 
     Raises:
         DataError: as :func:`hold_out`, or rewards of steps are missing.
     """
     held_out, usable = hold_out(data, config)
     if not config.train.segment:
-        return data, held_out, usable, None
-    data, episode = data.segments(config.train.segment)
+        return Split(data, held_out, usable, None, data)
+    episodes = data
+    raw, episode = data.segments(config.train.segment)
+    data = raw
+    if config.train.segment_returns == "advantage":
+        assert values is not None
+        of_steps = values_of_data(values, episodes, config.train.seed)
+        data = segment_advantages(raw, of_steps[raw.cu_seqlens[:-1]], episode)
     # Parts of one episode share what became of it: they are held out together.
     of = torch.from_numpy(episode)
     opens = torch.cat((torch.ones(1, dtype=torch.bool), of[1:] != of[:-1]))
-    return data, torch.isin(of, held_out).nonzero().flatten(), usable[of], opens
+    out = torch.isin(of, held_out)
+    return Split(data, out.nonzero().flatten(), torch.from_numpy(data.complete) & ~out, opens, raw)
 
 
 def check_finite(

@@ -193,6 +193,7 @@ def update(
     rows: Tensor,
     config: Config,
     parts: Parts | None = None,
+    infer: bool = True,
 ) -> dict[str, Tensor]:
     """Posterior steps on the batch's chains, then one parameter step.
 
@@ -203,6 +204,7 @@ def update(
         batch: trajectories in the order of ``rows``; ``has_return`` False where the chain must not see the return.
         rows: int64 [b], rows of the posterior state, distinct where ``batch.is_real``, 2 * B elsewhere.
         parts: those of ``model`` under ``config``, compiled for example; None takes them as they are.
+        infer: False leaves the chains alone and decodes each trajectory under the seed of another one.
 
     Returns:
         detached zero-dimensional diagnostics, on the device.
@@ -210,7 +212,7 @@ def update(
     with ops.left_to_the_engine("block", batch.observations):
         # The optimiser's step comes after all that reads the weights.
         with ops.fixed_weights():
-            values = _gradients(model, optimizer, posterior, batch, rows, parts or parts_of(model, config))
+            values = _gradients(model, optimizer, posterior, batch, rows, parts or parts_of(model, config), infer)
         values["grad_norm"] = clipped_step(model, optimizer, config.train.grad_clip)
         return values
 
@@ -249,6 +251,7 @@ def _gradients(
     batch: Batch,
     rows: Tensor,
     parts: Parts,
+    infer: bool,
 ) -> dict[str, Tensor]:
     """The chains moved, the gradients of the parameters left in them; diagnostics."""
     trunk = parts.trunk(batch)
@@ -256,6 +259,8 @@ def _gradients(
     stats: PosteriorStats | None = None
     if posterior is None:
         z0 = batch.observations.new_zeros(batch.n_trajectories, model.config.n_z, model.config.dim)
+    elif not infer:
+        z0 = posterior.seeds_of_others(rows)
     else:
         seed_energy = parts.seed_energy(batch, known)
         # Where autograd differentiates the energy, not with respect to the weights.
