@@ -56,6 +56,8 @@ class Actor:
             so (``model.bf16``), which is then how its actions were fitted; a decoder trained in float32 acts in
             float32.
         cuda_graph: with the Triton engine on a GPU, replay each step as a CUDA graph, which takes less of the host.
+        strength: how far plans are taken from that of the seed 0, as a multiple of where they lie: beyond 1 they change
+            more than any trajectory that was learnt from.
 
     Attributes:
         z0: [P, n_z, D], the seeds it acts by.
@@ -75,7 +77,11 @@ class Actor:
         bf16: bool | Literal["auto"] = "auto",
         cuda_graph: bool = False,
         noise_correlation: float = 0.0,
+        strength: float = 1.0,
     ) -> None:
+        if not 0 <= strength < math.inf:
+            raise ValueError(f"strength: expected a number of at least 0, got {strength}")
+        self.strength = strength
         if bf16 not in (True, False, "auto"):
             raise ValueError(f"bf16: expected True, False or 'auto', got {bf16!r}")
         self.model = model
@@ -174,6 +180,8 @@ class Actor:
     def _set_plans(self, rows: Tensor, z0: Tensor) -> None:
         # All rows are computed and the masked ones kept: the same shapes, hence the same bits, as in a fresh actor.
         z, keep = self.model.prior(z0), rows[:, None, None, None]
+        if self.strength != 1.0:
+            z = torch.lerp(self.model.prior(torch.zeros_like(z0[:1])), z, self.strength)
         for layer, plan_k, plan_v in zip(
             self.model.decoder.layers, self._state.plan_k, self._state.plan_v, strict=True
         ):

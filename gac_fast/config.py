@@ -176,6 +176,9 @@ class PlanConfig:
     """Distinct plans that exploit returns when no starts are given; asked for more, it repeats them."""
     n_refine: int = 4
     """Candidates raised for each start, the most promising ones, when starts are given."""
+    strength: float = 1.0
+    """How far exploit takes plans from that of the seed 0 when it acts by them, as a multiple of where they lie. What
+    is learnt of a plan is what goes with it in data of much noise; beyond 1 it is taken further than the data go."""
     replan_every: int = 0
     """Time steps after which exploit plans anew, from the state then at hand; 0 keeps one plan for the whole episode.
     For models of segments (train.segment), which know what comes of a plan from every state."""
@@ -193,7 +196,7 @@ class PlanConfig:
         _check(self.bf16 in ("off", "on"), "plan.bf16", "off or on", self.bf16)
         for name in ("n_steps", "replan_every"):
             _check(getattr(self, name) >= 0, f"plan.{name}", "at least 0", getattr(self, name))
-        for name in ("step_size", "radius", "max_norm", "explore_step_size", "explore_sharpness"):
+        for name in ("step_size", "radius", "max_norm", "strength", "explore_step_size", "explore_sharpness"):
             _check(getattr(self, name) > 0, f"plan.{name}", "greater than 0", getattr(self, name))
         for name in ("kappa", "prior_weight"):
             _check(getattr(self, name) >= 0, f"plan.{name}", "at least 0", getattr(self, name))
@@ -470,7 +473,7 @@ class Config:
 _LOCOMOTION = Config(
     model=ModelConfig(dim=64, n_layers=2, window=1, n_z=1, context="states", return_ensemble=2),
     posterior=PosteriorConfig(action_temperature=0.05, return_temperature=0.2, warmup=0.6),
-    plan=PlanConfig(method="regression", radius=4.0, n_steps=40, kappa=0.0),
+    plan=PlanConfig(method="regression", radius=4.0, strength=1.5, n_steps=40, kappa=0.0),
     train=TrainConfig(
         n_updates=10_000, batch_size=128, learning_rate=3e-3, final_lr_ratio=0.02, segment=16,
         segment_returns="advantage", bf16="auto", eval_every=2500, checkpoint_every=2500,

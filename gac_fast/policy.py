@@ -226,7 +226,8 @@ class Policy:
     def exploiting(
         self, plans: Plans, plan_seed: int = 0, overrides: dict[str, Any] | None = None, **options: Any
     ) -> Actor:
-        """An actor that begins with ``plans`` of :meth:`exploit`, and plans anew as ``plan.replan_every`` says.
+        """An actor that begins with ``plans`` of :meth:`exploit`, follows them as far as ``plan.strength`` says, and plans
+        anew as ``plan.replan_every`` does.
 
         Args:
             plans: one per environment.
@@ -235,9 +236,10 @@ class Policy:
             options: as for :meth:`actor`.
         """
         overrides = overrides or {}
-        every = self._plan_config(overrides).replan_every
+        config = self._plan_config(overrides)
+        every, options = config.replan_every, {"strength": config.strength} | options
         if every == 0:
-            return self.actor(plans, **options)
+            return Actor(self.model, self.normalization, plans.z0, **options)
         return ExploitActor(self, plans, every, plan_seed, overrides, **options)
 
 

@@ -173,6 +173,13 @@ def test_plans_by_regression_follow_the_returns():
         torch.testing.assert_close(z0.flatten(1).norm(dim=1), torch.full((6,), scale))
         cosines = (z0 * along).sum((1, 2)) / scale
         assert low <= float(cosines.mean()) <= high + 1e-6
+    # Followed further than they lie: the same as keys and values of z(0) + 2 (z - z(0)).
+    acted = policy.exploiting(policy.exploit(2), overrides={"strength": 2.0})
+    prior = policy.model.prior
+    z, zero = prior(acted.z0), prior(torch.zeros_like(acted.z0))
+    _, v = policy.model.decoder.layers[0].plan_keys(zero + 2 * (z - zero))
+    torch.testing.assert_close(acted._state.plan_v[0], v.detach(), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(acted._state.plan_v[0], policy.model.decoder.layers[0].plan_keys(z)[1])
     with pytest.raises(ConfigError, match=r"plan\.method must be ascent where model\.return_context = 'first_state'"):
         Config().replace(model={"return_context": "first_state"}, plan={"method": "regression"})
 
