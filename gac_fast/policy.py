@@ -226,8 +226,8 @@ class Policy:
     def exploiting(
         self, plans: Plans, plan_seed: int = 0, overrides: dict[str, Any] | None = None, **options: Any
     ) -> Actor:
-        """An actor that begins with ``plans`` of :meth:`exploit`, follows them as far as ``plan.strength`` says, and plans
-        anew as ``plan.replan_every`` does.
+        """An actor that begins with ``plans`` of :meth:`exploit`, follows them as far as ``plan.strength`` says, and
+        plans anew as ``plan.replan_every`` does.
 
         Args:
             plans: one per environment.
