@@ -473,7 +473,7 @@ class Config:
 _LOCOMOTION = Config(
     model=ModelConfig(dim=64, n_layers=2, window=1, n_z=1, context="states", return_ensemble=2),
     posterior=PosteriorConfig(action_temperature=0.05, return_temperature=0.2, warmup=0.6),
-    plan=PlanConfig(method="regression", radius=4.0, strength=1.5, n_steps=40, kappa=0.0),
+    plan=PlanConfig(method="regression", radius=4.0, strength=2.0, n_steps=40, kappa=0.0),
     train=TrainConfig(
         n_updates=10_000, batch_size=128, learning_rate=3e-3, final_lr_ratio=0.02, segment=16,
         segment_returns="advantage", bf16="auto", eval_every=2500, checkpoint_every=2500,

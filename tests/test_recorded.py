@@ -44,9 +44,9 @@ class Parts(NamedTuple):
     posterior: PosteriorState
     config: Config
 
-    def run(self, batch: Batch, rows: Tensor, parts: Any = None) -> dict[str, Tensor]:
+    def run(self, batch: Batch, rows: Tensor, parts: Any = None, infer: bool = True) -> dict[str, Tensor]:
         torch.manual_seed(0)
-        return update(self.model, self.optimizer, self.posterior, batch, rows, self.config, parts)
+        return update(self.model, self.optimizer, self.posterior, batch, rows, self.config, parts, infer)
 
     def all(self) -> dict[str, Tensor]:
         return {
