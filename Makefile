@@ -4,6 +4,7 @@
 #   TORCH_INDEX=...        a further package index, for example one that offers CPU builds of torch
 #   GAC_FAST_NO_CPP=1      leave out the C++ engine (needs no compiler)
 #   TEST_PROCESSES=...     processes that run the tests (1)
+#   TEST_OPTIONS="..."     further options of pytest for `make test`
 #   BENCH="..."            options of `make bench`, for example BENCH="-k update --quick --threads 1"
 #   BENCH_CSV=...          where it appends its rows; the chart lies beside
 #   GPU_PYTHON=...         the Python of `make gpu`, which has torch and triton; default: python3
@@ -27,6 +28,7 @@ BENCH ?=
 # process, threads of OpenMP that wait for each other take minutes where they take seconds alone.
 TEST_PROCESSES ?= 1
 PARALLEL := $(if $(filter-out 0 1,$(TEST_PROCESSES)),-n $(TEST_PROCESSES) --dist loadfile)
+TEST_OPTIONS ?=
 BENCH_CSV ?= benchmarks/results/speed.csv
 GPU_PYTHON ?= python3
 GPU_OUT ?= runs/gpu
@@ -46,7 +48,7 @@ SOURCES := setup.py pyproject.toml CMakeLists.txt gac_fast/_version.py $(wildcar
 export PIP_REQUIRE_VIRTUALENV := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo finetune-demo test test-all sanitize sanitize-short lint format bench gpu peers resources clean
+.PHONY: help demo finetune-demo test test-kernels test-all sanitize sanitize-short lint format bench gpu peers resources clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -62,7 +64,10 @@ finetune-demo: $(INSTALLED) | runs/demo/result.json ## let the demo's model impr
 
 # Ends in the summary line of pytest: lint comes first.
 test: lint ## lint, type-check and run the tests that are not slow
-	$(PY) -m pytest -m "not slow" $(PARALLEL)
+	$(PY) -m pytest -m "not slow" $(PARALLEL) $(TEST_OPTIONS)
+
+test-kernels: $(INSTALLED) ## those of them that are of the Triton kernels, interpreted and compiled
+	$(PY) -m pytest -m "not slow" tests/test_*_triton.py
 
 test-all: lint resources ## the same with the slow tests, after the table of what the kernels need
 	$(PY) -m pytest $(PARALLEL)

@@ -283,12 +283,22 @@ def test_ci_takes_the_full_data_from_the_variable_before_the_shared_folder(given
     if given is not None:
         variables["GAC_FAST_DATA"] = given
     data = given or root / ".." / "shared" / "data"
-    # Sanitizers run beside the tests, whose last line comes last; theirs are told where they fail.
-    for fails, told in (("", ""), ("test", ""), ("sanitize-short", f"sanitize-short {data}\n")):
+    # Sanitizers and kernels run beside the other tests, whose last line comes last; theirs are told where they fail.
+    sanitizers, kernels = f"sanitize-short {data}\n", f"test-kernels {data}\n"
+    for fails, told in (("", ""), ("test", ""), ("sanitize-short", sanitizers), ("test-kernels", sanitizers + kernels)):
         done = subprocess.run([script], env=variables | {"FAILS": fails}, capture_output=True, text=True, check=False)
         assert (done.returncode != 0) == bool(fails)
         assert done.stdout == f"lint {data}\ntest {data}\n{told}"
-        assert (root / "build" / "sanitize-short.log").read_text() == f"sanitize-short {data}\n"
+        log = sanitizers if fails == "sanitize-short" else sanitizers + kernels
+        assert (root / "build" / "beside.log").read_text() == log
+
+
+def test_ci_leaves_no_test_to_nobody():
+    """The tests that `make test` is told to leave out in CI are those of `make test-kernels`."""
+    (pattern,) = re.findall(r"--ignore-glob=(\S+?)\"", (ROOT / ".ci" / "run").read_text())
+    recipe = (ROOT / "Makefile").read_text().partition("test-kernels:")[2].splitlines()[1]
+    assert recipe.endswith(f'-m "not slow" {pattern}')
+    assert len(list(ROOT.glob(pattern))) >= 5
 
 
 def test_make_help_lists_the_targets(make):
