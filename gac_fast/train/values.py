@@ -28,10 +28,12 @@ WEIGHT_DECAY = 1e-2
 CHUNK = 65_536
 
 
-def _member_of(n_episodes: int, seed: int) -> npt.NDArray[np.int64]:
-    """int64 [B], the member that is not shown an episode."""
-    member = np.empty(n_episodes, np.int64)
-    member[np.random.default_rng([seed, 0x56414C]).permutation(n_episodes)] = np.arange(n_episodes) % N_MEMBERS
+def _member_of(data: Trajectories, seed: int) -> npt.NDArray[np.int64]:
+    """int64 [B], the member that is not shown an episode; complete episodes, which alone are shown, in equal parts."""
+    order = np.random.default_rng([seed, 0x56414C]).permutation(len(data))
+    order = np.concatenate((order[data.complete[order]], order[~data.complete[order]]))
+    member = np.empty(len(data), np.int64)
+    member[order] = np.arange(len(data)) % N_MEMBERS
     return member
 
 
@@ -69,8 +71,7 @@ def fit_values(data: Trajectories, seed: int = 0, progress: bool = False) -> Val
         N_MEMBERS, torch.from_numpy(stats.obs_mean), torch.where(obs_std > 1e-6, obs_std, 1.0),
         int(data.lengths.max()), float(to_go[known].mean()), std if std > 1e-6 else 1.0, seed,
     )  # fmt: skip
-    member = _member_of(len(data), seed)
-    # A member without an episode of its own kind to see takes all that there are.
+    member = _member_of(data, seed)
     shown = [np.flatnonzero(np.repeat(data.complete & (member != k), data.lengths)) for k in range(N_MEMBERS)]
     rows = [torch.from_numpy(x) for x in shown]
     observations, steps = torch.from_numpy(data.observations), torch.from_numpy(_steps_of(data))
@@ -102,7 +103,7 @@ def values_of_data(model: ValueModel, data: Trajectories, seed: int = 0) -> npt.
         seed: that it was fitted with.
     """
     observations, steps = torch.from_numpy(data.observations), torch.from_numpy(_steps_of(data))
-    member = torch.from_numpy(np.repeat(_member_of(len(data), seed), data.lengths))
+    member = torch.from_numpy(np.repeat(_member_of(data, seed), data.lengths))
     found = [
         model.of_members(x, t).gather(0, m[None])[0]
         for x, t, m in zip(observations.split(CHUNK), steps.split(CHUNK), member.split(CHUNK), strict=True)
