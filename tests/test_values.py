@@ -26,6 +26,7 @@ from gac_fast.evaluate import evaluate
 from gac_fast.plan import regression_direction
 from gac_fast.policy import load
 from gac_fast.train import values as values_module
+from gac_fast.train.baseline import BaselineTrainer
 from gac_fast.train.offline import OfflineTrainer
 from gac_fast.train.online import OnlineTrainer, Spaces
 from gac_fast.train.values import fit_values, segment_advantages, values_of_data
@@ -233,6 +234,11 @@ def test_advantages_need_values_and_segments():
         Config().replace(train={"segment_returns": "advantage"})
     with pytest.raises(ConfigError, match="advantages are over the values of a run on offline data"):
         OnlineTrainer(config(), Spaces.of_data(rewarded_data()))
+    # A baseline is trained as it is from returns to go.
+    trainer = BaselineTrainer(rewarded_data(), config(offline_config).replace(baseline={"method": "bc"}))
+    trainer.run_update()
+    trainer.batches.close()
+    assert trainer.values is None
     cut = dataclasses.replace(rewarded_data(), rewards=None)
     with pytest.raises(DataError, match="keep_rewards=True"):
         OfflineTrainer(cut, config(offline_config))

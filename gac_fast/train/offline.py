@@ -45,7 +45,7 @@ from gac_fast.train.trainer import (
     uses_bf16,
 )
 from gac_fast.train.update import learning_rate
-from gac_fast.train.values import fit_values
+from gac_fast.train.values import fit_values, has_advantages
 
 __all__ = ["OfflineTrainer", "TrainingDivergedError", "make_trainer", "pick_device", "train", "uses_bf16"]
 
@@ -66,7 +66,7 @@ class OfflineTrainer(Trainer):
     ) -> None:
         super().__init__(config)
         self._settled: tuple[int, tuple[Tensor, Tensor]] | None = None
-        if config.train.segment_returns == "advantage" and values is None:
+        if values is None and has_advantages(config):
             values = fit_values(data, config.train.seed, progress)
         self.values = values
         data, self.held_out, self.usable, self.opens, self._raw = split(data, config, values)

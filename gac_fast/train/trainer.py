@@ -36,7 +36,7 @@ from gac_fast.train.update import (
     set_learning_rate,
     update,
 )
-from gac_fast.train.values import segment_advantages, values_of_data
+from gac_fast.train.values import has_advantages, segment_advantages, values_of_data
 
 __all__ = [
     "Trainer",
@@ -422,7 +422,7 @@ def split(data: Trajectories, config: Config, values: ValueModel | None = None) 
     episodes = data
     raw, episode = data.segments(config.train.segment)
     data = raw
-    if config.train.segment_returns == "advantage":
+    if has_advantages(config):
         assert values is not None
         of_steps = values_of_data(values, episodes, config.train.seed)
         data = segment_advantages(raw, of_steps[raw.cu_seqlens[:-1]], episode)

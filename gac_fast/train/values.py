@@ -10,12 +10,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from gac_fast.config import Config
 from gac_fast.data import Trajectories
 from gac_fast.errors import DataError
 from gac_fast.model.values import ValueModel
 from gac_fast.train.log import Progress
 
-__all__ = ["fit_values", "segment_advantages", "values_of_data"]
+__all__ = ["fit_values", "has_advantages", "segment_advantages", "values_of_data"]
 
 N_MEMBERS = 5
 N_UPDATES = 4000
@@ -26,6 +27,11 @@ WEIGHT_DECAY = 1e-2
 
 # Steps whose values are computed at once.
 CHUNK = 65_536
+
+
+def has_advantages(config: Config) -> bool:
+    """Whether returns of segments are advantages; a baseline has no use for either."""
+    return config.train.segment_returns == "advantage" and config.baseline.method == "none"
 
 
 def _member_of(data: Trajectories, seed: int) -> npt.NDArray[np.int64]:
