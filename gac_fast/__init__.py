@@ -2,7 +2,7 @@
 
     run_dir = gac_fast.train("pointmaze-umaze-v0", gac_fast.preset("pointmaze-umaze"))
     policy = gac_fast.load(run_dir)
-    actor = policy.actor(policy.exploit(n=64))
+    actor = policy.exploiting(policy.exploit(n=64))
     result = gac_fast.evaluate(policy, "pointmaze-umaze", episodes=256, seed=0)
     better = gac_fast.load(gac_fast.finetune(run_dir, "pointmaze-umaze"))
 

@@ -143,7 +143,14 @@ class BaselinePolicy(Policy):
         mean = torch.as_tensor(target, dtype=torch.float64, device=self.device).expand(n).clone()
         return Plans(z0, mean, torch.full_like(mean, std))
 
-    def exploit(self, n: int, obs: np.ndarray | Tensor | None = None, seed: int = 0, **overrides: Any) -> Plans:
+    def exploit(
+        self,
+        n: int,
+        obs: np.ndarray | Tensor | None = None,
+        seed: int = 0,
+        numbers: np.ndarray | Tensor | None = None,
+        **overrides: Any,
+    ) -> Plans:
         """What the baseline does best: the decision transformer is asked for :attr:`default_target`.
 
         Args:

@@ -186,7 +186,8 @@ class Eval:
     """Plans to act by: for high return, drawn from the prior, of the best training trajectories, or for --target."""
     target: float | None = None
     """Return that explore, or a decision transformer, is asked for, in environment units; default of the latter the
-    greatest of its data."""
+    greatest of its data. Where returns are advantages of segments, what it is beyond the value of the start is asked of
+    every segment."""
     checkpoint: Literal["both", "last", "best"] = "both"
     """The newest checkpoint, the one that earlier evaluations found best (replays in training with --env; else evals of
     two or more --step from other starts), or both, where there is such a one. Not for a checkpoint that is named."""
@@ -398,6 +399,13 @@ def _tuned_config(arguments: list[str]) -> Config:
     if known.preset is None:
         return own
     named = preset(known.preset)
+    for section, name in (("train", "segment_returns"), ("model", "return_context")):
+        its, mine = (getattr(getattr(config, section), name) for config in (named, own))
+        # Presets plan as their own kind of returns allows.
+        if its != mine and (named.train.segment or own.train.segment):
+            raise ConfigError(
+                f"--preset {known.preset}: expected one of {section}.{name} {mine!r} as in {run}, it has {its!r}"
+            )
     return own.replace(plan=named.to_dict()["plan"], online=named.to_dict()["online"])
 
 
@@ -845,7 +853,7 @@ def _make_plans(policy: Policy, command: Eval) -> Plans | None:
             return policy.posterior_best(min(command.episodes, max(1, policy.config.plan.n_best)))
         case "explore":
             assert command.target is not None
-            starts = policy.first_observations[policy.opens]
+            starts = policy.first_observations[policy.opens] if bool(policy.opens.any()) else policy.first_observations
             beyond = float(policy.start_values(starts).mean())
             return policy.explore(command.episodes, command.target - beyond, seed=command.seed)
     return None

@@ -178,7 +178,8 @@ class PlanConfig:
     """Candidates raised for each start, the most promising ones, when starts are given."""
     strength: float = 1.0
     """How far exploit takes plans from that of the seed 0 when it acts by them, as a multiple of where they lie. What
-    is learnt of a plan is what goes with it in data of much noise; beyond 1 it is taken further than the data go."""
+    is learnt of a plan is what goes with it in data of much noise; beyond 1 it is taken further than the data go.
+    Online exploration, whose episodes are learnt from with their plans, follows them as they are."""
     replan_every: int = 0
     """Time steps after which exploit plans anew, from the state then at hand; 0 keeps one plan for the whole episode.
     For models of segments (train.segment), which know what comes of a plan from every state."""

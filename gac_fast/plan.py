@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gac_fast import ops
 from gac_fast.config import PlanConfig
+from gac_fast.errors import DataError
 from gac_fast.model import GAC
 from gac_fast.model.normalization import Normalization
 
@@ -61,29 +62,44 @@ def regression_direction(seeds: Tensor, returns: Tensor) -> Tensor:
         returns: [M], theirs.
 
     Raises:
-        ValueError: all returns are alike, or there are fewer than two.
+        DataError: there are no two different returns, or seeds that have nothing to do with them.
     """
     y = returns.double()
     if len(y) < 2 or not bool(y.std(correction=0) > 0):
-        raise ValueError(f"returns: expected at least two different ones to regress on seeds, got {len(y)} alike")
+        got = f"{len(y)} that are all {float(y[0]):g}" if len(y) else "none"
+        raise DataError(f"plan.method = 'regression': expected trajectories of different returns, got {got}")
     y = (y - y.mean()) / y.std(correction=0)
     x = seeds.flatten(1).double()
     x = x - x.mean(0)
     d = x.shape[1]
     slope = torch.linalg.solve(x.T @ x + d * torch.eye(d, dtype=x.dtype, device=x.device), x.T @ y)
-    return (slope / slope.norm()).to(seeds.dtype).view(seeds.shape[1:])
+    length = slope.norm()
+    if not bool(length > 0):
+        raise DataError(
+            "plan.method = 'regression': expected seeds that tell of returns, got a regression without slope"
+        )
+    return (slope / length).to(seeds.dtype).view(seeds.shape[1:])
 
 
-def along(model: GAC, normalization: Normalization, direction: Tensor, n: int, radius: float, seed: int = 0) -> Plans:
+def along(
+    model: GAC,
+    normalization: Normalization,
+    direction: Tensor,
+    n: int,
+    radius: float,
+    seed: int = 0,
+    numbers: Tensor | None = None,
+) -> Plans:
     """Samples of the prior, moved ``radius`` sqrt(d) along a direction and back to the prior's typical norm sqrt(d).
 
     Args:
         direction: [n_z, D], of length 1.
         n: number of plans.
         seed: of the samples.
+        numbers: int64 [n], which of the draws of ``seed`` are theirs; None: 0 to n - 1.
     """
-    generator = torch.Generator().manual_seed(seed)
-    z0 = torch.randn(n, *direction.shape, generator=generator).to(direction.device)
+    rows = torch.arange(n, device=direction.device) if numbers is None else numbers
+    z0 = ops.philox_normal((seed & 0xFFFFFFFF, 0x414C4F4E), rows, 0, direction.numel()).view(n, *direction.shape)
     scale = math.sqrt(direction.numel())
     z0 = z0 + radius * scale * direction
     z0 = z0 * (scale / z0.flatten(1).norm(dim=1).view(-1, 1, 1))

@@ -116,8 +116,16 @@ class Policy:
         rows = torch.randperm(len(starts), generator=generator)[:N_STARTS]
         return self.normalization.observations(starts[rows])
 
-    def exploit(self, n: int, obs: np.ndarray | Tensor | None = None, seed: int = 0, **overrides: Any) -> Plans:
-        """Plans for high expected return, by ascent from the best trajectories' posterior seeds and prior samples.
+    def exploit(
+        self,
+        n: int,
+        obs: np.ndarray | Tensor | None = None,
+        seed: int = 0,
+        numbers: np.ndarray | Tensor | None = None,
+        **overrides: Any,
+    ) -> Plans:
+        """Plans for high expected return, by ascent from the best trajectories' posterior seeds and prior samples; or
+        along the regression of returns on all posterior seeds, whatever the start, where ``plan.method`` says so.
 
         Args:
             n: number of plans P.
@@ -125,13 +133,16 @@ class Policy:
                 (used where the return model takes the first state), as ``evaluate`` does it. None plans for the data's
                 starts on average and repeats the ``n_keep`` best plans.
             seed: of the prior samples.
+            numbers: int64 [n], by regression: which of the samples of ``seed`` are theirs; None: 0 to n - 1.
             overrides: fields of :class:`PlanConfig`, such as ``n_steps=200`` or ``kappa=0.5``.
         """
         _check_count(n)
         config = self._plan_config(overrides)
         if config.method == "regression":
             self._starts(n, obs, seed)
-            return planning.along(self.model, self.normalization, self.regression_direction(), n, config.radius, seed)
+            rows = None if numbers is None else torch.as_tensor(numbers, device=self.device)
+            direction = self.regression_direction()
+            return planning.along(self.model, self.normalization, direction, n, config.radius, seed, rows)
         seeds = self.z0[self.candidates[: config.n_best]]
         return planning.exploit(self.model, self.normalization, seeds, n, config, self._starts(n, obs, seed), seed=seed)
 

@@ -175,9 +175,15 @@ class PosteriorState:
         """Current seeds given (tau, y), [B, n_z, D]."""
         return self.tensors["z0"][: self.n_trajectories]
 
-    def seeds_of_others(self, rows: Tensor) -> Tensor:
-        """Seeds of the chains ``rows`` (int64 [b]), each for the next row: [b, n_z, D]."""
-        return self._memory["z0"][rows].roll(1, 0)
+    def seeds_of_others(self, rows: Tensor, is_real: Tensor | None = None) -> Tensor:
+        """Seeds of the chains ``rows`` (int64 [b]), to each those of the one before it: [b, n_z, D].
+
+        Args:
+            is_real: bool [b], False for rows at the end that stand for no chain; None: all are real.
+        """
+        n = torch.full((), len(rows), device=rows.device) if is_real is None else is_real.sum()
+        before = torch.remainder(torch.arange(len(rows), device=rows.device) - 1, n)
+        return self._memory["z0"][rows[before]]
 
     def normals(self, rows: Tensor, offset: int, shape: tuple[int, int]) -> Tensor:
         """Draw ``offset`` (from the next one) of the given chains: [len(rows), *shape]."""

@@ -149,6 +149,14 @@ def test_the_decoder_begins_alone():
             assert not torch.equal(trainer.posterior.z0, before)
             assert "drift_ratio" in values
         assert batch.n_trajectories == len(rows)
+        assert trainer.plans_known == (step >= 6)
+    # A run made longer does not begin again.
+    trainer.config = trainer.config.replace(train={"n_updates": 100})
+    assert trainer.infers
+    # Rows that stand for no chain are nobody's neighbours.
+    rows, real = torch.tensor([3, 5, 7, 99, 99]), torch.tensor([True, True, True, False, False])
+    others = trainer.posterior.seeds_of_others(rows.clamp(max=trainer.posterior.n_trajectories), real)
+    assert torch.equal(others[:3], trainer.posterior.z0[[7, 3, 5]])
     trainer.batches.close()
 
 
@@ -161,7 +169,7 @@ def test_plans_by_regression_follow_the_returns():
     direction = regression_direction(seeds, returns)
     assert float((direction * true).sum()) > 0.9
     assert float(direction.norm()) == pytest.approx(1, rel=1e-6)
-    with pytest.raises(ValueError, match="at least two different ones"):
+    with pytest.raises(DataError, match=r"trajectories of different returns, got 400 that are all 1$"):
         regression_direction(seeds, torch.ones(400))
 
     trainer = OfflineTrainer(rewarded_data(), config(offline_config))

@@ -40,6 +40,7 @@ from gac_fast.train.trainer import (
     check_finite,
     check_state,
     fingerprint,
+    hold_out,
     pick_device,
     split,
     uses_bf16,
@@ -67,7 +68,7 @@ class OfflineTrainer(Trainer):
         super().__init__(config)
         self._settled: tuple[int, tuple[Tensor, Tensor]] | None = None
         if values is None and has_advantages(config):
-            values = fit_values(data, config.train.seed, progress)
+            values = fit_values(data, config.train.seed, hold_out(data, config)[0].numpy(), progress)
         self.values = values
         data, self.held_out, self.usable, self.opens, self._raw = split(data, config, values)
         self.data = data
@@ -86,7 +87,18 @@ class OfflineTrainer(Trainer):
 
     @property
     def infers(self) -> bool:
-        return self.step >= round(self.config.posterior.warmup * self.config.train.n_updates)
+        """As :attr:`Trainer.infers`: from where ``posterior.warmup`` says, and in a run made longer ever after."""
+        t = self.config.train
+        return self.plans_known or self.step >= min(round(self.config.posterior.warmup * t.n_updates), t.n_updates - 1)
+
+    @property
+    def plans_known(self) -> bool:
+        """Whether chains were moved at all."""
+        if not self._inferred:
+            self._inferred = bool((self.posterior.tensors["n_draws"] > 1).any())
+        return self._inferred
+
+    _inferred = False
 
     def best_seeds(self) -> tuple[Tensor, Tensor]:
         """As :meth:`Trainer.best_seeds`, once per step: a replay and the checkpoint of it need the same ones."""
@@ -287,7 +299,8 @@ def _loop(
             steps_since, clock = 0, time.perf_counter()
         if last or (t.eval_every and step % t.eval_every == 0):
             row |= trainer.metrics()
-            if env is not None:
+            # Before there are plans there is nothing to replay.
+            if env is not None and (trainer.plans_known or trainer.config.baseline.method != "none"):
                 row |= trainer.replay(env)
                 if best is None or row[REPLAY] > best[1]:
                     best = step, row[REPLAY]

@@ -808,6 +808,11 @@ def finetune(
                 f"{known.baseline.method!r}"
             )
     t, online = config.train, config.online
+    if policy is not None and policy.config.train.segment_returns != t.segment_returns:
+        raise ConfigError(
+            f"train.segment_returns: expected {policy.config.train.segment_returns!r} as in the run that is gone on "
+            f"from, got {t.segment_returns!r}"
+        )
     config = config.replace(plan={"radius": online.radius})
     if t.n_threads:
         torch.set_num_threads(t.n_threads)
@@ -851,7 +856,7 @@ def finetune(
             )
         begins_at = checkpoint.latest(folder) if resume and checkpoint.list_checkpoints(folder) else None
         values = None if policy is None else policy.values
-        if begins_at is not None:
+        if begins_at is not None and t.segment_returns == "advantage":
             values = ValueModel.of_tensors(checkpoint.load(begins_at)[0])
         trainer = OnlineTrainer(config, spaces, offline, None if values is None else values.to(torch.device("cpu")))
         if begins_at is not None:
@@ -1236,10 +1241,11 @@ def _plans(policy: Policy, starts: Starts, target: float, raised: np.ndarray, ra
     states, n = starts.states, len(starts.rows)
     wanted = target if starts.expected is None else starts.expected + target
     # Later segments of an environment have draws of their own.
-    plans = policy.explore(n, wanted, states, seed, numbers=starts.rows + len(raised) * starts.segments)
+    numbers = starts.rows + len(raised) * starts.segments
+    plans = policy.explore(n, wanted, states, seed, numbers=numbers)
     better = raised[starts.rows]
     if better.any():
-        found = policy.exploit(int(better.sum()), states[better], seed, radius=radius)
+        found = policy.exploit(int(better.sum()), states[better], seed, numbers[better], radius=radius)
         where = torch.from_numpy(np.flatnonzero(better)).to(policy.device)
         plans = Plans(*(getattr(plans, f).index_copy(0, where, getattr(found, f)) for f in Plans.__dataclass_fields__))
     return plans

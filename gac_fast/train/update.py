@@ -260,7 +260,7 @@ def _gradients(
     if posterior is None:
         z0 = batch.observations.new_zeros(batch.n_trajectories, model.config.n_z, model.config.dim)
     elif not infer:
-        z0 = posterior.seeds_of_others(rows)
+        z0 = posterior.seeds_of_others(rows, batch.is_real)
     else:
         seed_energy = parts.seed_energy(batch, known)
         # Where autograd differentiates the energy, not with respect to the weights.

@@ -48,7 +48,7 @@ def _steps_of(data: Trajectories) -> npt.NDArray[np.int64]:
     return np.arange(data.num_steps) - np.repeat(data.cu_seqlens[:-1], data.lengths)
 
 
-def fit_values(data: Trajectories, seed: int = 0, progress: bool = False) -> ValueModel:
+def fit_values(data: Trajectories, seed: int = 0, held_out: npt.ArrayLike = (), progress: bool = False) -> ValueModel:
     """Regress the returns to go of all steps on state and time step, each member on four fifths of the episodes.
 
     No member is fitted to what it is asked about afterwards (:func:`values_of_data`): a value that had seen an episode
@@ -57,20 +57,23 @@ def fit_values(data: Trajectories, seed: int = 0, progress: bool = False) -> Val
     Args:
         data: episodes with the rewards of steps; those that were cut are left out.
         seed: of weights, of batches, and of who sees which episode.
+        held_out: numbers of episodes that no member is shown.
         progress: show a bar.
 
     Raises:
         DataError: rewards are missing, or there are fewer complete episodes than members.
     """
     to_go = data.returns_to_go()
-    n_complete = int(data.complete.sum())
+    usable = data.complete.copy()
+    usable[np.asarray(held_out, np.int64)] = False
+    n_complete = int(usable.sum())
     if n_complete < N_MEMBERS:
         raise DataError(
             f"train.segment_returns = 'advantage': expected at least {N_MEMBERS} episodes whose return is known, to "
             f"fit values to, got {n_complete}"
         )
     stats = data.statistics()
-    known = np.repeat(data.complete, data.lengths)
+    known = np.repeat(usable, data.lengths)
     std = float(to_go[known].std())
     obs_std = torch.from_numpy(stats.obs_std)
     model = ValueModel.untrained(
@@ -78,8 +81,9 @@ def fit_values(data: Trajectories, seed: int = 0, progress: bool = False) -> Val
         int(data.lengths.max()), float(to_go[known].mean()), std if std > 1e-6 else 1.0, seed,
     )  # fmt: skip
     member = _member_of(data, seed)
-    shown = [np.flatnonzero(np.repeat(data.complete & (member != k), data.lengths)) for k in range(N_MEMBERS)]
-    rows = [torch.from_numpy(x) for x in shown]
+    shown = [np.flatnonzero(np.repeat(usable & (member != k), data.lengths)) for k in range(N_MEMBERS)]
+    # Few episodes may all be one member's own.
+    rows = [torch.from_numpy(x if len(x) else np.flatnonzero(known)) for x in shown]
     observations, steps = torch.from_numpy(data.observations), torch.from_numpy(_steps_of(data))
     targets = torch.from_numpy((to_go - float(model.mean)) / float(model.std)).float()
     weights = [w.requires_grad_() for w in model.weights]
