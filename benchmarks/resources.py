@@ -1,11 +1,12 @@
-"""What the kernels need of a GPU, found by compiling every launch that they ship; no GPU is needed.
+"""What the kernels need of a GPU, found by compiling every launch that they ship at the usual sizes and at those of the
+slow tests (``tests/kernel_fixtures.py``); no GPU is needed.
 
     python -m benchmarks.resources --out kernels.csv --markdown kernels.md
     python -m benchmarks.resources --out kernels.csv --only block --widths 128 --dtypes bfloat16 --architectures 90
 
-Goes on where an earlier call with the same --out stopped; rows of an op whose sources have changed are dropped. Exit
-status 1 where a bfloat16 kernel spills, where shared memory does not fit, or where a launch does not compile; spills in
-float32 are listed.
+Makes the rows that an earlier call with the same --out has not made; those of an op whose sources have changed are
+dropped. Exit status 1 where a bfloat16 kernel spills, where shared memory does not fit, or where a launch does not
+compile; spills in float32 are listed.
 """
 
 from __future__ import annotations
@@ -23,13 +24,15 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from harness import ROOT, append_rows
+
+sys.path.insert(0, str(ROOT / "tests"))
 
 COLUMNS = (
     "op", "kernel", "option", "constants", "dtype", "D", "architecture", "triton", "registers", "stack", "local",
@@ -44,7 +47,7 @@ WINDOW = 32
 
 
 class Task(NamedTuple):
-    """All launches of one op at one size, for one architecture."""
+    """All launches of one op at one width, for one architecture."""
 
     op: str
     dtype: str
@@ -83,22 +86,24 @@ def fingerprint(op: str) -> str:
     return digest.hexdigest()[:12]
 
 
-def launches(shipped: Callable[..., Sequence[Any]], dtype: str, dim: int, architecture: int) -> Iterator[Any]:
-    """Every launch once: with one and with two tokens per step, in the first layer and in the others."""
+def launches(task: Task) -> Iterator[Any]:
+    """Every launch once: with one and with two tokens per step, in the first layer and in the others; of slow tests."""
+    from kernel_fixtures import SIZES
+
+    shipped = modules()[task.op].shipped
+    dtype, of_task = getattr(torch, task.dtype), {"dim": task.dim, "architecture": task.architecture}
+    usual = [
+        {"heads": max(1, task.dim // HEAD_WIDTH), "n_z": N_Z, "tokens_per_step": tokens_per_step,
+         "window": WINDOW * tokens_per_step, "has_o": has_o}
+        for tokens_per_step, has_o in itertools.product((2, 1), (True, False))
+    ]  # fmt: skip
+    tested = [size for size in SIZES.get(task.op, []) if size["dim"] == task.dim and size.get("dtype", dtype) == dtype]
     seen = set()
     known = inspect.signature(shipped).parameters
-    for tokens_per_step, has_o in itertools.product((2, 1), (True, False)):
-        wanted = {
-            "dim": dim, "heads": max(1, dim // HEAD_WIDTH), "n_z": N_Z, "tokens_per_step": tokens_per_step,
-            "window": WINDOW * tokens_per_step, "has_o": has_o, "dtype": getattr(torch, dtype),
-            "architecture": architecture,
-        }  # fmt: skip
+    for sizes in (*usual, *tested):
+        wanted = {**of_task, **sizes, "dtype": dtype}
         for launch in shipped(**{name: value for name, value in wanted.items() if name in known}):
-            types = tuple(
-                (name, str(x.dtype) if isinstance(x, torch.Tensor) else type(x).__name__)
-                for name, x in launch.arguments.items()
-            )
-            key = (launch.name, str(launch.option), constants(launch), types)
+            key = (launch.name, str(launch.option), constants(launch))
             if key not in seen:
                 seen.add(key)
                 yield launch
@@ -107,26 +112,39 @@ def launches(shipped: Callable[..., Sequence[Any]], dtype: str, dim: int, archit
 def constants(launch: Any) -> str:
     """Of the kernel, its tiles left aside, and the arguments that it does without."""
     given = [f"{name}={getattr(value, 'value', value)}" for name, value in launch.constants.items()]
+    # A number to some kernels, but one that is compiled in a way of its own.
+    if launch.arguments.get("n_z") == 16:
+        given.append("n_z=16")
     return " ".join([*given, *(f"no {name}" for name, value in launch.arguments.items() if value is None)])
 
 
-def rows_of(task: Task) -> list[dict[str, Any]]:
-    """Compiled here."""
+def missing(task: Task, made: Container[tuple[str, ...]]) -> Iterator[tuple[dict[str, Any], Any]]:
+    """Launches that have no row among those ``made``, each with the beginning of its row."""
     import triton
 
-    sys.path.insert(0, str(ROOT / "tests"))
+    for launch in launches(task):
+        row = {
+            "op": task.op, "kernel": launch.name, "option": str(launch.option), "constants": constants(launch),
+            "dtype": task.dtype, "D": task.dim, "architecture": f"sm_{task.architecture}",
+            "triton": triton.__version__, "kernels": fingerprint(task.op),
+            **dict.fromkeys(("registers", "stack", "local", "shared", "status"), ""),
+        }  # fmt: skip
+        if key_of(row) not in made:
+            yield row, launch
+
+
+def key_of(row: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(str(row[name]) for name in COLUMNS[:8])
+
+
+def rows_of(task: Task, made: Container[tuple[str, ...]] = ()) -> list[dict[str, Any]]:
+    """Of :func:`missing` launches, compiled here."""
     from kernel_fixtures import resources
 
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for launch in launches(modules()[task.op].shipped, task.dtype, task.dim, task.architecture):
+        for row, launch in missing(task, made):
             start = time.perf_counter()
-            row = {
-                "op": task.op, "kernel": launch.name, "option": str(launch.option), "constants": constants(launch),
-                "dtype": task.dtype, "D": task.dim, "architecture": f"sm_{task.architecture}",
-                "triton": triton.__version__, "kernels": fingerprint(task.op),
-                **dict.fromkeys(("registers", "stack", "local", "shared", "status"), ""),
-            }  # fmt: skip
             try:
                 row |= resources(launch, task.architecture, Path(folder))._asdict()
             except Exception as error:
@@ -139,7 +157,6 @@ def rows_of(task: Task) -> list[dict[str, Any]]:
 
 def problem(row: Mapping[str, Any], architecture: int) -> str:
     """What a reader should see at once."""
-    sys.path.insert(0, str(ROOT / "tests"))
     from kernel_fixtures import SHARED_LIMIT
 
     if int(row["shared"]) > SHARED_LIMIT[architecture]:
@@ -156,11 +173,6 @@ def read(path: Path) -> list[dict[str, str]]:
         return []
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
-
-
-def done_before(rows: Iterable[Mapping[str, str]], version: str) -> set[tuple[str, ...]]:
-    """Tasks of this Triton whose rows are there; they are written all at once."""
-    return {(r["op"], r["dtype"], r["D"], r["architecture"]) for r in rows if r["triton"] == version}
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -190,8 +202,6 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    import triton
-
     parser = argparse.ArgumentParser(prog="python -m benchmarks.resources", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="CSV; what it holds of this Triton is not made again")
     parser.add_argument("--markdown", type=Path, help="the same as a table")
@@ -210,13 +220,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if len(rows) < len(found) or not arguments.out.exists():
         arguments.out.unlink(missing_ok=True)
         append_rows(arguments.out, rows, COLUMNS)
-    before = done_before(rows, triton.__version__)
+    before = frozenset(map(key_of, rows))
     tasks = [
         Task(op, dtype, dim, architecture)
         for dtype in arguments.dtypes for op in arguments.only or known for dim in arguments.widths
-        for architecture in arguments.architectures if (op, dtype, str(dim), f"sm_{architecture}") not in before
+        for architecture in arguments.architectures
     ]  # fmt: skip
-    for task, made in zip(tasks, compiled(tasks, arguments.jobs), strict=True):
+    tasks = [task for task in tasks if any(missing(task, before))]
+    for task, made in zip(tasks, compiled(tasks, before, arguments.jobs), strict=True):
         append_rows(arguments.out, made, COLUMNS)
         seconds = sum(row["seconds"] for row in made)
         size = f"{task.op}, {task.dtype}, D={task.dim}, sm_{task.architecture}"
@@ -232,12 +243,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(any(is_failure(row) for row in rows))
 
 
-def compiled(tasks: Sequence[Task], jobs: int) -> Iterator[list[dict[str, Any]]]:
+def compiled(tasks: Sequence[Task], made: frozenset[tuple[str, ...]], jobs: int) -> Iterator[list[dict[str, Any]]]:
     if jobs <= 1:
-        yield from map(rows_of, tasks)
+        yield from (rows_of(task, made) for task in tasks)
         return
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(rows_of, tasks)
+        yield from pool.map(rows_of, tasks, itertools.repeat(made))
 
 
 if __name__ == "__main__":

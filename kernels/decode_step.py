@@ -613,7 +613,7 @@ def _option(environments: int, dim: int, tokens: int, wide: bool, architecture: 
     # Columns of a weight tile: as much at every width.
     columns = max(16, min(64, 64 * 128 // padded // (2 if wide else 1)))
     # Elements of keys that a program holds at once, few enough for no spills; how many such pieces are on their way.
-    held, stages = {64: (8192, 4), 96: (2048, 4), 128: (4096, 8), 192: (2048, 8), 256: (4096, 6)}[dim]
+    held, stages = {64: (4096, 8), 96: (2048, 4), 128: (4096, 8), 192: (2048, 8), 256: (4096, 6)}[dim]
     if architecture < 90:
         # Products read both operands from registers there.
         held = 2048

@@ -493,15 +493,17 @@ def _rotary(x: _Inputs, angles: Tensor) -> list[Launch]:
     """None without positions."""
     if x.positions is None:
         return []
-    option = Option((("BT", 32),), 4, 1)
+    constants = {name: value for name, value in _constants(x.q).items() if name in ("WIDTH", "HALF", "BH")}
+    constants["ROTATE"] = x.rotated is not None
+    # Half the tokens where the halves of a head are wider than 64: all of a tile's angles stay in registers.
+    tokens = 32 if constants["BH"] <= 64 else 16
+    option = Option((("BT", tokens),), 4, 1)
     arguments = {
         "p_positions": x.positions, "p_turns": x.turns, "p_angles": angles,
         "p_q": x.q, "p_k": x.k, "p_rotated": x.rotated, "n_tokens": x.q.shape[0], "n_heads": x.q.shape[1],
         "stride_position": x.positions.stride(0), **_strides(q=x.q, k=x.k),
     }  # fmt: skip
-    constants = {name: value for name, value in _constants(x.q).items() if name in ("WIDTH", "HALF", "BH")}
-    constants["ROTATE"] = x.rotated is not None
-    return [Launch(rotary_kernel, (triton.cdiv(x.q.shape[0], 32),), arguments, constants, option)]
+    return [Launch(rotary_kernel, (triton.cdiv(x.q.shape[0], tokens),), arguments, constants, option)]
 
 
 def _tile_launch(

@@ -1,4 +1,4 @@
-"""Helpers of the tests of Triton kernels: what a launch needs of a GPU, found by compiling it."""
+"""Helpers of the tests of Triton kernels: what a launch needs of a GPU, found by compiling it, and at which sizes."""
 
 from __future__ import annotations
 
@@ -7,11 +7,75 @@ import subprocess
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 
 # Bytes of shared memory that one program may ask for.
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
+
+# Arguments of ``shipped`` by op: the sizes at which the slow tests compile, and beside its usual ones the table of
+# resources; a dtype means that one alone. Heads as narrow and as wide as they may be, one plan vector and sixteen.
+_HEADS = ((64, 8), (128, 8), (96, 4), (128, 4), (96, 2), (128, 2), (192, 2), (128, 1), (192, 1), (256, 1))
+_SEVERAL = {"members": 4, "n_obs": 17}
+_ASCENTS = ({}, {"langevin": True}, _SEVERAL, {**_SEVERAL, "n_starts": 8})
+SIZES: dict[str, list[dict[str, Any]]] = {
+    "block": [
+        {"dim": 64, "heads": 8, "n_z": 1},
+        {"dim": 96, "heads": 12, "n_z": 4},
+        {"dim": 128, "heads": 4, "n_z": 4, "has_o": False},
+        {"dim": 128, "heads": 4, "n_z": 4, "n_next": 6},
+        {"dim": 128, "heads": 16, "n_z": 16},
+        {"dim": 192, "heads": 6, "n_z": 7},
+        {"dim": 256, "heads": 1, "n_z": 4},
+    ],
+    "decode_step": [
+        {"dim": dim, "heads": heads, "n_z": n_z, "tokens_per_step": tokens}
+        for dim, heads, n_z in (
+            (64, 4, 16), (64, 8, 1), (96, 4, 4), (128, 4, 4), (128, 1, 16), (192, 6, 4), (192, 3, 5), (256, 8, 4),
+            (256, 1, 16),
+        )
+        for tokens in (1, 2)
+    ],
+    "plan_attention": [
+        {"dim": dim, "heads": heads, "n_z": n_z} for dim, heads in _HEADS for n_z in (4, 16)
+    ],
+    "plan_ascent": [
+        *({"dim": 128, "n_z": 4, **ascent} for ascent in _ASCENTS),
+        *(
+            {"dim": dim, "n_z": 4, "hidden": hidden, **ascent, "dtype": torch.bfloat16}
+            for dim in (64, 96, 192, 256) for hidden in (0, 256) for ascent in _ASCENTS[:2]
+        ),
+    ],
+    "window_attention": [
+        *(
+            {"dim": dim, "heads": heads, "window": window, "rotate": rotate, "dtype": torch.bfloat16}
+            for dim, heads in _HEADS for window in (4, 64, 128, 1000)
+            for rotate in ((True, False) if dim == 128 else (True,))
+        ),
+        *({"dim": dim, "heads": heads, "window": 64, "dtype": torch.float32} for dim, heads in _HEADS),
+    ],
+}  # fmt: skip
+
+
+def compile_cases(op: str) -> list[Any]:
+    """Parameters ``sizes``, ``dtype`` and ``architecture`` of a slow test that compiles what an op ships.
+
+    Such tests take Triton's cache as it is, like the launcher and the table of resources: what one of them has compiled
+    the others find there, by sources, options and versions.
+    """
+    return [
+        pytest.param(
+            {name: value for name, value in sizes.items() if name != "dtype"}, dtype, architecture,
+            id="-".join(f"{name}{value}" for name, value in sizes.items() if name != "dtype") + of_target,
+        )
+        for sizes in SIZES[op]
+        for dtype, architecture, of_target in (
+            (torch.bfloat16, 80, "-bf16-sm_80"), (torch.bfloat16, 90, "-bf16-sm_90"),
+            (torch.float32, 80, "-float32-sm_80"), (torch.float32, 90, "-float32-sm_90"),
+        )
+        if sizes.get("dtype", dtype) == dtype
+    ]  # fmt: skip
 
 
 class Resources(NamedTuple):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import row_error
+from kernel_fixtures import assert_fits, compile_cases
 from test_block import block_inputs, run_block
 
 from gac_fast import ops
@@ -208,13 +209,11 @@ def fresh_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
 
 
-def assert_all_fit(architecture, dtype, dim, folder, **sizes):
+def assert_all_fit(architecture, dtype, folder, **sizes):
     pytest.importorskip("triton")
-    from kernel_fixtures import assert_fits
-
     from gac_fast.kernels import block as kernel
 
-    launches = kernel.shipped(dim=dim, dtype=dtype, architecture=architecture, **sizes)
+    launches = kernel.shipped(dtype=dtype, architecture=architecture, **sizes)
     names = {launch.name for launch in launches}
     assert names == {f"{stem}_kernel" for stem in ("pack", "plan", "tiles", "forward", "backward", "reduce")}
     for launch in launches:
@@ -238,28 +237,13 @@ def test_the_tile_of_a_backward_follows_from_the_number_of_tokens(mode):
 
 @pytest.mark.usefixtures("fresh_cache")
 def test_gym_compiles_without_spills(tmp_path):
-    assert_all_fit(90, torch.bfloat16, 128, tmp_path, heads=4, n_z=4)
+    assert_all_fit(90, torch.bfloat16, tmp_path, dim=128, heads=4, n_z=4)
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("fresh_cache")
-@pytest.mark.parametrize(
-    ("dim", "sizes"),
-    [
-        (64, {"heads": 8, "n_z": 1}),
-        (96, {"heads": 12, "n_z": 4}),
-        (128, {"heads": 4, "n_z": 4, "has_o": False}),
-        (128, {"heads": 4, "n_z": 4, "n_next": 6}),
-        (128, {"heads": 16, "n_z": 16}),
-        (192, {"heads": 6, "n_z": 7}),
-        (256, {"heads": 1, "n_z": 4}),
-    ],
-    ids=lambda value: "-".join(f"{k}{v}" for k, v in value.items()) if isinstance(value, dict) else str(value),
-)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "float32"])
-@pytest.mark.parametrize("architecture", [80, 90], ids=["sm_80", "sm_90"])
-def test_every_size_compiles(architecture, dtype, dim, sizes, tmp_path):
-    assert_all_fit(architecture, dtype, dim, tmp_path, **sizes)
+@pytest.mark.parametrize(("sizes", "dtype", "architecture"), compile_cases("block"))
+def test_every_size_compiles(sizes, dtype, architecture, tmp_path):
+    assert_all_fit(architecture, dtype, tmp_path, **sizes)
 
 
 @pytest.mark.usefixtures("fresh_cache")

@@ -25,7 +25,7 @@ from test_decode_step import (
 
 pytest.importorskip("triton")
 
-from kernel_fixtures import assert_fits
+from kernel_fixtures import assert_fits, compile_cases
 
 from gac_fast import ops
 from gac_fast.act import Actor
@@ -360,19 +360,9 @@ def test_compiles_for_the_gym_size_without_spills(tokens, n_rows, tmp_path, monk
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", [80, 90], ids=["sm_80", "sm_90"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("tokens", [1, 2], ids=["C1", "C2"])
-@pytest.mark.parametrize(
-    ("dim", "heads", "n_z"),
-    [
-        (64, 4, 4), (64, 8, 1), (96, 4, 4), (128, 4, 4), (128, 1, 16), (192, 6, 4), (192, 3, 5), (256, 8, 4),
-        (256, 1, 16),
-    ],
-)  # fmt: skip
-def test_compiles_for_every_width(dim, heads, n_z, tokens, dtype, architecture, tmp_path, monkeypatch):
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
-    for launch in kernel.shipped(dim, heads, n_z, tokens, dtype, architecture=architecture):
+@pytest.mark.parametrize(("sizes", "dtype", "architecture"), compile_cases("decode_step"))
+def test_compiles_for_every_width(sizes, dtype, architecture, tmp_path):
+    for launch in kernel.shipped(**sizes, dtype=dtype, architecture=architecture):
         assert_fits(launch, architecture, tmp_path, spills=dtype == torch.float32)
 
 

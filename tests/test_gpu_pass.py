@@ -398,7 +398,7 @@ def test_the_table_is_made_once_and_says_what_a_kernel_needs(resources, tmp_path
     assert all(int(row["registers"]) > 0 and row["stack"] == row["local"] == "0" for row in rows)
     assert {(row["dtype"], row["D"], row["architecture"]) for row in rows} == {("bfloat16", "64", "sm_90")}
     capsys.readouterr()
-    monkeypatch.setattr(resources, "rows_of", lambda task: pytest.fail("made again"))
+    monkeypatch.setattr(resources, "rows_of", lambda *_: pytest.fail("made again"))
     assert resources.main([*arguments, "--widths", "64", "--dtypes", "bfloat16"]) == 0
     assert read(tmp_path / "k.csv") == rows
     text = (tmp_path / "k.md").read_text()
@@ -406,7 +406,7 @@ def test_the_table_is_made_once_and_says_what_a_kernel_needs(resources, tmp_path
     assert f"| {rows[0]['registers']} / 0 / 0 / {rows[0]['shared']} |" in text
     # Other sources: other rows.
     monkeypatch.setattr(resources, "fingerprint", lambda op: "changed")
-    monkeypatch.setattr(resources, "rows_of", lambda task: [])
+    monkeypatch.setattr(resources, "rows_of", lambda *_: [])
     assert resources.main([*arguments, "--widths", "64", "--dtypes", "bfloat16"]) == 0
     assert read(tmp_path / "k.csv") == []
 

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from conftest import row_error
+from kernel_fixtures import assert_fits, compile_cases
 from test_plan_ascent import LANGEVIN, OPTIONS, TOLERANCE, Sizes, in_float64, random_case
 from torch import Tensor
 
@@ -313,8 +314,6 @@ VARIANTS = {"ascent": {}, "langevin": {"langevin": True}, "ensemble": {"members"
 
 
 def compiles(folder, dtype, architecture, only=None, **sizes):
-    from kernel_fixtures import assert_fits
-
     from gac_fast.kernels import plan_ascent as kernel
 
     launches = kernel.shipped(dtype=dtype, architecture=architecture, **sizes)
@@ -406,20 +405,9 @@ def test_the_usual_sizes_take_one_launch():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("architecture", [80, 90], ids=["sm_80", "sm_90"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "float32"])
-def test_every_option_of_gym_fits(fresh_cache, dtype, architecture, variant):
-    compiles(fresh_cache, dtype, architecture, **GYM, **VARIANTS[variant])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("hidden", [0, 256], ids=["identity", "mlp"])
-@pytest.mark.parametrize("dim", [64, 96, 192, 256])
-@pytest.mark.parametrize("architecture", [80, 90], ids=["sm_80", "sm_90"])
-def test_every_width_fits(fresh_cache, architecture, dim, hidden):
-    for variant in ("ascent", "langevin"):
-        compiles(fresh_cache, torch.bfloat16, architecture, dim=dim, n_z=4, hidden=hidden, **VARIANTS[variant])
+@pytest.mark.parametrize(("sizes", "dtype", "architecture"), compile_cases("plan_ascent"))
+def test_every_size_fits(sizes, dtype, architecture, tmp_path):
+    compiles(tmp_path, dtype, architecture, **sizes)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import row_error
+from kernel_fixtures import assert_fits, compile_cases
 from test_plan_attention import by_trajectory, inputs
 from torch import Tensor
 
@@ -194,8 +195,6 @@ def test_limits_of_triton_are_its_own():
 
 
 def check_compiled(launches, architecture, folder, spills=False) -> None:
-    from kernel_fixtures import assert_fits
-
     for launch in launches:
         assert_fits(launch, architecture, folder, spills=spills)
 
@@ -215,19 +214,11 @@ def test_gym_compiles_without_spills(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", [80, 90], ids=["sm_80", "sm_90"])
-@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
-@pytest.mark.parametrize(
-    ("dim", "heads"),
-    [(64, 8), (128, 8), (96, 4), (128, 4), (96, 2), (128, 2), (192, 2), (128, 1), (192, 1), (256, 1)],
-)
-def test_every_width_compiles(dim, heads, dtype, architecture, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("sizes", "dtype", "architecture"), compile_cases("plan_attention"))
+def test_every_width_compiles(sizes, dtype, architecture, tmp_path):
     from gac_fast.kernels.plan_attention import shipped
 
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
-    for n_z in (4, 16):
-        launches = shipped(dim, heads, n_z, dtype)
-        check_compiled(launches, architecture, tmp_path, spills=dtype == torch.float32)
+    check_compiled(shipped(**sizes, dtype=dtype), architecture, tmp_path, spills=dtype == torch.float32)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 from conftest import row_error
+from kernel_fixtures import assert_fits, compile_cases
 from test_window_attention import dense, packed
 from torch import Tensor
 
@@ -284,8 +285,6 @@ def test_triton_does_not_run_on_cpu_tensors_unless_interpreted():
 
 
 def check_compiled(launches, architecture, folder, spills=False) -> None:
-    from kernel_fixtures import assert_fits
-
     for launch in launches:
         assert_fits(launch, architecture, folder, spills=spills)
 
@@ -306,34 +305,14 @@ def test_gym_compiles_without_spills(window, tmp_path, monkeypatch):
     assert "ld.global.v4" in ptx
 
 
-SIZES = [(64, 8), (128, 8), (96, 4), (128, 4), (96, 2), (128, 2), (192, 2), (128, 1), (192, 1), (256, 1)]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", [80, 90], ids=["sm_80", "sm_90"])
-@pytest.mark.parametrize("window", [4, 64, 128, 1000])
-@pytest.mark.parametrize(("dim", "heads"), SIZES)
-def test_bf16_compiles_without_spills(dim, heads, window, architecture, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("sizes", "dtype", "architecture"), compile_cases("window_attention"))
+def test_every_width_compiles(sizes, dtype, architecture, tmp_path):
     from gac_fast.kernels.window_attention import shipped
 
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
-    for rotate in (True, False) if dim == 128 else (True,):
-        check_compiled(
-            shipped(dim, heads, window, torch.bfloat16, rotate=rotate, architecture=architecture),
-            architecture, tmp_path,
-        )  # fmt: skip
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("architecture", [80, 90], ids=["sm_80", "sm_90"])
-@pytest.mark.parametrize(("dim", "heads"), SIZES)
-def test_float32_compiles(dim, heads, architecture, tmp_path, monkeypatch):
-    from gac_fast.kernels.window_attention import shipped
-
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     # Products without tensor cores hold whole tiles in registers: heads wider than 64 spill, and are listed.
-    launches = shipped(dim, heads, 64, torch.float32, architecture=architecture)
-    check_compiled(launches, architecture, tmp_path, spills=True)
+    launches = shipped(**sizes, dtype=dtype, architecture=architecture)
+    check_compiled(launches, architecture, tmp_path, spills=dtype == torch.float32)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
