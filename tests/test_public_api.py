@@ -53,7 +53,7 @@ def parameters(function: Callable[..., Any]) -> list[str]:
     ("name", "expected"),
     [
         ("load", ["run_dir", "step=None", "device=cpu"]),
-        ("Policy.exploit", ["n", "obs=None", "seed=0"]),
+        ("Policy.exploit", ["n", "obs=None", "seed=0", "numbers=None"]),
         ("Policy.explore", ["n", "target", "obs=None", "seed=0", "start=None", "numbers=None"]),
         (
             "Policy.actor",
