@@ -155,7 +155,7 @@ class BaselinePolicy(Policy):
 
         Args:
             n: number of environments.
-            obs, seed: of no effect.
+            obs, seed, numbers: of no effect.
             overrides: none are known.
         """
         if n < 1:

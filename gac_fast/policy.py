@@ -139,6 +139,7 @@ class Policy:
         _check_count(n)
         config = self._plan_config(overrides)
         if config.method == "regression":
+            # No start matters here; one that does not fit is refused all the same.
             self._starts(n, obs, seed)
             rows = None if numbers is None else torch.as_tensor(numbers, device=self.device)
             direction = self.regression_direction()

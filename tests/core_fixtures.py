@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import os
+import signal
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pytest
 import torch
 from model_fixtures import ACT_DIM, OBS_DIM, make_batch, make_model, model_config, random_seeds, single
 
@@ -15,11 +19,13 @@ from gac_fast.model.normalization import Normalization
 
 if TYPE_CHECKING:
     from gac_fast.policy import Policy
+    from gac_fast.train.trainer import Trainer
 
 __all__ = [
     "ACT_DIM",
     "OBS_DIM",
     "goal_trajectories",
+    "interrupted_at",
     "make_batch",
     "make_model",
     "make_normalization",
@@ -56,6 +62,21 @@ def make_policy(config: Config | None = None, *, n: int = 12, env_id: str | None
         random_seeds(n, config.model, seed=seed), torch.arange(n, dtype=torch.float64),
         torch.randn(n, OBS_DIM, generator=generator), usable,
     )  # fmt: skip
+
+
+@contextlib.contextmanager
+def interrupted_at(trainer: type[Trainer], step: int) -> Iterator[None]:
+    """Ctrl-C before the update after ``step``, which is still made."""
+    run_update = trainer.run_update
+
+    def interrupted(self: Trainer) -> Any:
+        if self.step == step:
+            os.kill(os.getpid(), signal.SIGINT)
+        return run_update(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "run_update", interrupted)
+        yield
 
 
 def make_trajectories(

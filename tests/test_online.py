@@ -17,7 +17,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from core_fixtures import ACT_DIM, OBS_DIM, counting_vector, make_trajectories, model_config, seeded_vector
+from core_fixtures import (
+    ACT_DIM,
+    OBS_DIM,
+    counting_vector,
+    interrupted_at,
+    make_trajectories,
+    model_config,
+    seeded_vector,
+)
 from gymnasium.envs.registration import EnvSpec
 
 import gac_fast
@@ -451,15 +459,7 @@ def test_more_steps_later_is_the_run_that_never_stopped(offline_run, tmp_path):
 @pytest.mark.parametrize("update", [8, 12, 14])
 def test_an_interrupt_saves_and_a_resumed_run_is_the_same(offline_run, tmp_path, update):
     whole = tune(offline_run, tmp_path / "whole")
-    run_update = OnlineTrainer.run_update
-
-    def interrupted(trainer):
-        if trainer.step == update:
-            os.kill(os.getpid(), signal.SIGINT)
-        return run_update(trainer)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(OnlineTrainer, "run_update", interrupted)
+    with interrupted_at(OnlineTrainer, update):
         part = tune(offline_run, tmp_path / "part")
     assert checkpoint.latest(part).name == f"step_{update + 1:08d}"
     tune(offline_run, part, resume=True)
@@ -921,15 +921,7 @@ def test_a_run_on_segments_is_resumed_bit_for_bit(segment_run, tmp_path):
     whole = tune(segment_run, tmp_path / "whole", **options)
     # More than there is room for, and the best of them, by what was expected of their starts, are not the latest.
     assert int(tensors_of(whole)["online.n_added"]) > len(tensors_of(whole)["online.born"]) == 16
-    run_update = OnlineTrainer.run_update
-
-    def interrupted(trainer):
-        if trainer.step == 10:
-            os.kill(os.getpid(), signal.SIGINT)
-        return run_update(trainer)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(OnlineTrainer, "run_update", interrupted)
+    with interrupted_at(OnlineTrainer, 10):
         part = tune(segment_run, tmp_path / "part", **options)
     tune(segment_run, part, resume=True, **options)
     assert_same_run(whole, part)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import shutil
-import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from core_fixtures import seeded_vector
+from core_fixtures import interrupted_at, seeded_vector
 from test_offline import assert_same_run
 from test_offline import config as offline_config
 from test_online import assert_same_run as assert_same_online_run
@@ -104,15 +102,7 @@ def test_advantages_by_hand():
 def test_a_run_on_advantages_resumes_bit_for_bit_and_predicts_returns(tmp_path):
     conf, episodes = config(offline_config), rewarded_data()
     whole = gac_fast.train(episodes, conf, tmp_path / "whole", progress=False, tensorboard=False)
-    run_update = OfflineTrainer.run_update
-
-    def interrupted(trainer):
-        if trainer.step == 6:
-            os.kill(os.getpid(), signal.SIGINT)
-        return run_update(trainer)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(OfflineTrainer, "run_update", interrupted)
+    with interrupted_at(OfflineTrainer, 6):
         part = gac_fast.train(episodes, conf, tmp_path / "part", progress=False, tensorboard=False)
     with pytest.MonkeyPatch.context() as patch:
         # Values are taken from the checkpoint.
@@ -223,15 +213,7 @@ def test_fine_tuning_goes_on_with_advantages(offline, tmp_path):
     np.testing.assert_allclose(sums, first.whole - first.start_values, rtol=1e-6, atol=1e-6)
     starts = first.episodes.observations[first.episodes.cu_seqlens[:-1]][first.opens]
     np.testing.assert_allclose(first.start_values, policy.start_values(starts), rtol=1e-5)
-    run_update = OnlineTrainer.run_update
-
-    def interrupted(trainer):
-        if trainer.step == 10:
-            os.kill(os.getpid(), signal.SIGINT)
-        return run_update(trainer)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(OnlineTrainer, "run_update", interrupted)
+    with interrupted_at(OnlineTrainer, 10):
         part = tune(offline, tmp_path / "part", **options)
     tune(None, part, resume=True, **options)
     assert_same_online_run(whole, part)

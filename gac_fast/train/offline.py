@@ -91,15 +91,6 @@ class OfflineTrainer(Trainer):
         t = self.config.train
         return self.plans_known or self.step >= min(round(self.config.posterior.warmup * t.n_updates), t.n_updates - 1)
 
-    @property
-    def plans_known(self) -> bool:
-        """Whether chains were moved at all."""
-        if not self._inferred:
-            self._inferred = bool((self.posterior.tensors["n_draws"] > 1).any())
-        return self._inferred
-
-    _inferred = False
-
     def best_seeds(self) -> tuple[Tensor, Tensor]:
         """As :meth:`Trainer.best_seeds`, once per step: a replay and the checkpoint of it need the same ones."""
         if self._settled is None or self._settled[0] != self.step:
@@ -159,6 +150,7 @@ class OfflineTrainer(Trainer):
         # Planning happens after training, and so does what is online.
         check_config(state, path, self.config, MAY_CHANGE, free={"plan", "online"})
         self._restore_tensors(tensors, state, path)
+        self.plans_known = bool((self.posterior.tensors["n_draws"] > 1).any())
         # Advantages to the last bit, whatever machine and threads they were made with.
         self.data = dataclasses.replace(self.data, returns=tensors["data.returns"].numpy())
         self._settled = None
@@ -234,7 +226,9 @@ def train(
     if t.n_threads:
         torch.set_num_threads(t.n_threads)
     ops.keep_freed_memory()
-    values = ValueModel.of_tensors(checkpoint.load(checkpoint.latest(Path(str(run_dir))))[0]) if resume else None
+    values = None
+    if run_dir is not None and resume and has_advantages(config):
+        values = ValueModel.of_tensors(checkpoint.load(checkpoint.latest(Path(run_dir)))[0])
     trainer = make_trainer(dataset, config, values, progress)
     dataset, config = trainer.data, trainer.config
     _warn_of_cut_history(config)

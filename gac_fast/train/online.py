@@ -42,7 +42,7 @@ from gac_fast.train.trainer import (
     split,
     uses_bf16,
 )
-from gac_fast.train.values import segment_advantages
+from gac_fast.train.values import has_advantages, segment_advantages
 
 if TYPE_CHECKING:
     from gymnasium.vector import VectorEnv
@@ -174,12 +174,12 @@ class OnlineTrainer(Trainer):
         self, config: Config, spaces: Spaces, offline: Trajectories | None = None, values: ValueModel | None = None
     ) -> None:
         super().__init__(config)
-        if config.train.segment_returns == "advantage" and values is None:
+        if has_advantages(config) and values is None:
             raise ConfigError(
                 "train.segment_returns: expected to_go, as advantages are over the values of a run on offline data, "
                 "got advantage without such a run"
             )
-        self.values = values if config.train.segment_returns == "advantage" else None
+        self.values = values if has_advantages(config) else None
         online = config.online
         self.spaces = spaces
         self.held_out, self._offline_usable = torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.bool)
@@ -856,7 +856,7 @@ def finetune(
             )
         begins_at = checkpoint.latest(folder) if resume and checkpoint.list_checkpoints(folder) else None
         values = None if policy is None else policy.values
-        if begins_at is not None and t.segment_returns == "advantage":
+        if begins_at is not None and has_advantages(config):
             values = ValueModel.of_tensors(checkpoint.load(begins_at)[0])
         trainer = OnlineTrainer(config, spaces, offline, None if values is None else values.to(torch.device("cpu")))
         if begins_at is not None:

@@ -103,8 +103,10 @@ class Trainer:
         opens: bool [B], where trajectories are segments: which ones episodes begin with. None: all are episodes.
         values: of states, where the returns of segments are advantages.
         step: updates made.
+        plans_known: whether chains were moved at all.
     """
 
+    plans_known = False
     data: Trajectories
     held_out: Tensor
     usable: Tensor
@@ -153,7 +155,9 @@ class Trainer:
         """One update: diagnostics (on the device) and the environment time steps it used."""
         set_learning_rate(self.optimizer, self.learning_rate())
         batch, rows = self.batches.draw(self.step)
-        values = (self._recorded or self._update)(batch, rows, infer=self.infers)
+        infer = self.infers
+        values = (self._recorded or self._update)(batch, rows, infer=infer)
+        self.plans_known |= infer
         self.step += 1
         return values, self.batches.n_steps
 
