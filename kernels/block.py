@@ -439,6 +439,19 @@ def backward_kernel(
     if p_dbias is not None:
         p_dbias += i_tile * (2 * DP + HP + NP)
 
+    # A loop of its own, from L2 to the next: the pipeliner would give a tile that wgmma and these sums both read one
+    # buffer, and overwrite it while wgmma reads.
+    if p_dbias is not None and p_dy is not None:
+        o_t, m_t = _rows(p_tile, BT)
+        for i in tl.range(0, NP, BN, num_stages=1):
+            o_n = i + tl.arange(0, BN)
+            # [BT, BN]
+            b_dy = tl.load(
+                p_dy + o_t[:, None] * stride_dy + o_n[None, :],
+                mask=m_t[:, None] & (o_n < N_NEXT)[None, :], other=0.0,
+            )  # fmt: skip
+            tl.store(p_dbias + 2 * DP + HP + o_n, tl.sum(b_dy.to(tl.float32), axis=0))
+
     # The padding of tokens and columns has gradient zero, and stays so.
     o_t, m_t = _rows(p_tile, BT)
     # [BT, DP]
@@ -460,8 +473,6 @@ def backward_kernel(
             # [BN, DP]
             b_w = tl.load(p_w + DP * DP + 2 * HP * DP + o_n[:, None] * DP + o_d[None, :]).to(DT)
             g = tl.dot(b_dy, b_w, acc=g, input_precision="ieee")
-            if p_dbias is not None:
-                tl.store(p_dbias + 2 * DP + HP + o_n, tl.sum(b_dy.to(tl.float32), axis=0))
         o_t, m_t = _rows(p_tile, BT)
         # [BT, DP]
         normed = tl.load(
@@ -532,20 +543,15 @@ def backward_kernel(
         dp = tl.dot(b_dx, tl.trans(b_n), input_precision="ieee")
         ds = _softmax_gradient(p, dp, NZ)
         b_ds = ds.to(DT)
+        # Tokens beyond the tile's have neither dx nor ds. [CB, DP], though wgmma would want the larger size first: of
+        # [DP, CB] both operands would lie in shared memory, with rows of 32 bytes (see Sizes.padded_dim).
+        p_out = p_dplan + o_c[:, None] * DP + o_d[None, :]
+        tl.store(p_out, tl.dot(tl.trans(b_ds), b_normed, input_precision="ieee"))
+        tl.store(p_out + CP * DP, tl.dot(tl.trans(p.to(DT)), b_dx, input_precision="ieee"))
+        tl.store(p_dplan_bias + o_c, tl.sum(ds, axis=0))
+        # Last: the sum of one group of heads, the usual case, takes no registers before.
         if p_dx is not None:
             g = tl.dot(b_ds, b_m, acc=g, input_precision="ieee")
-        # Tokens beyond the tile's have neither dx nor ds.
-        if BT >= 64 and DP <= 128:
-            # [DP, CB]: the larger size first, as wgmma wants it.
-            p_out = p_dplan + o_c[None, :] * DP + o_d[:, None]
-            tl.store(p_out, tl.dot(tl.trans(b_normed), b_ds, input_precision="ieee"))
-            tl.store(p_out + CP * DP, tl.dot(tl.trans(b_dx), p.to(DT), input_precision="ieee"))
-        else:
-            # [CB, DP]
-            p_out = p_dplan + o_c[:, None] * DP + o_d[None, :]
-            tl.store(p_out, tl.dot(tl.trans(b_ds), b_normed, input_precision="ieee"))
-            tl.store(p_out + CP * DP, tl.dot(tl.trans(p.to(DT)), b_dx, input_precision="ieee"))
-        tl.store(p_dplan_bias + o_c, tl.sum(ds, axis=0))
     if p_dx is not None:
         o_t, m_t = _rows(p_tile, BT)
         normed = tl.load(p_normed + o_t[:, None] * (3 * D) + o_d[None, :], mask=m_t[:, None] & m_d, other=0.0)
@@ -593,7 +599,10 @@ class Sizes:
 
     @property
     def padded_dim(self) -> int:
-        return max(16, triton.next_power_of_2(self.dim))
+        # Here and below 64: rows of 128 bytes and more, one swizzle for all operands in shared memory. ptxas 12.8, of
+        # Triton 3.6 and 3.7, computes the descriptor of an operand of wgmma from an unrelated register where one of
+        # another swizzle had the same address before it.
+        return max(64, triton.next_power_of_2(self.dim))
 
     @property
     def padded_hidden(self) -> int:
@@ -601,8 +610,7 @@ class Sizes:
 
     @property
     def padded_next(self) -> int:
-        n = self.n_next
-        return int(triton.cdiv(n, 64) * 64 if n > 64 else max(16, triton.next_power_of_2(n)))
+        return int(triton.cdiv(self.n_next, 64) * 64)
 
     @property
     def padded_z(self) -> int:
@@ -660,14 +668,14 @@ def _option(
 # tokens leaves room for two or three programs per processor, one of 128 halves the traffic of weights. Those of a
 # forward cut no sum, and are timed; those of a backward do, and the number of tokens decides.
 _OPTIONS = {
-    ("forward", 64, True): [_option(64, 64, 64, 64, 4, 2, 128), _option(128, 64, 64, 64, 4, 2)],
-    ("forward", 128, True): [_option(64, 64, 32, 64, 4, 2, 168)],
+    ("forward", 64, True): [_option(64, 64, 64, 64, 4, 2, 128), _option(128, 64, 64, 64, 4, 3)],
+    ("forward", 128, True): [_option(64, 64, 32, 64, 4, 3, 168)],
     ("forward", 256, True): [_option(64, 32, 32, 32, 8, 2)],
-    ("data", 64, True): [_option(64, 64, 64, 64, 4, 2)],
-    ("data", 128, True): [_option(128, 64, 32, 32, 8, 2), _option(64, 32, 32, 32, 4, 2)],
+    ("data", 64, True): [_option(64, 64, 64, 64, 4, 3)],
+    ("data", 128, True): [_option(128, 64, 64, 64, 8, 3), _option(64, 64, 64, 64, 4, 3)],
     ("data", 256, True): [_option(32, 32, 32, 32, 8, 2, 240)],
-    ("weights", 64, True): [_option(64, 64, 64, 64, 4, 2)],
-    ("weights", 128, True): [_option(128, 64, 32, 64, 8, 2), _option(64, 64, 32, 64, 4, 2)],
+    ("weights", 64, True): [_option(64, 64, 64, 64, 4, 3)],
+    ("weights", 128, True): [_option(128, 64, 32, 64, 8, 3), _option(64, 64, 32, 64, 4, 3)],
     ("weights", 256, True): [_option(32, 32, 32, 32, 8, 2, 240)],
     ("forward", 64, False): [_option(64, 64, 64, 64, 4, 2, 128), _option(128, 64, 64, 64, 4, 2)],
     ("forward", 128, False): [_option(64, 64, 64, 64, 4, 2)],
@@ -684,27 +692,17 @@ _OPTIONS = {
 def options(sizes: Sizes, dtype: torch.dtype, mode: str, architecture: int) -> list[Option]:
     """Those that fit, the expected best first; ``mode``: forward, data (the backward of it alone) or weights."""
     if _launch.INTERPRETED:
-        return [_option(16, 16, 32, min(32, sizes.padded_next), 4, 1)]
+        return [_option(16, 16, 32, 32, 4, 1)]
     if dtype == torch.float32:
         return [_option(16, 16, 16, 16, 4, 1)]
     found = _OPTIONS[mode, max(64, sizes.padded_dim), architecture >= 90]
-    if mode != "forward" and sizes.padded_dim == 128 and sizes.padded_next <= 32 and architecture >= 90:
-        # Of the last layer, whose next map is the head: masks of its columns make the wider tiles spill.
-        found = [_option(64, 64 if sizes.padded_next == 16 else 32, 32, 32, 8, 2)]
+    if mode != "forward" and sizes.padded_dim == 128 and sizes.n_next <= 32 and architecture >= 90:
+        # Of the last layer, whose next map is the head: masks of its columns make the other tiles spill.
+        found = [_option(128, 64, 32, 64, 8, 3)]
     if sizes.dim != sizes.padded_dim or sizes.columns > sizes.columns_at_once:
         # Masks and the loop over heads take registers that only the first leaves, and that it must not go without.
         found = [replace(found[0], registers=None)] if mode == "forward" else found[:1]
-    # Tiles no larger than what they cut.
-    return [
-        replace(
-            option,
-            tiles=tuple(
-                (name, min(size, {"BK": sizes.padded_dim, "BN": sizes.padded_next}.get(name, size)))
-                for name, size in option.tiles
-            ),
-        )
-        for option in found
-    ]
+    return found
 
 
 # With fewer tokens than these, tiles of 128 leave processors of an H100 or H200 idle.
@@ -895,7 +893,7 @@ def _backward_launch(
     dattended: Tensor | None, partials: _Partials, option: Option,
 ) -> Launch:  # fmt: skip
     stash = None
-    if sizes.padded_dim > 128:
+    if sizes.padded_dim >= 128:
         stash = saved.rstd.new_empty((saved.rstd.shape[0], sizes.dim)) if dx is None else dx
     arguments = {
         "p_tiles": tiles, "p_dx_out": dx_out, "p_dy": dy, "p_normed": saved.normed, "p_rstd": saved.rstd,

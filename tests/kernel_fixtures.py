@@ -87,6 +87,35 @@ class Resources(NamedTuple):
     shared: int
 
 
+def wgmma_hazards(ttgir: str, ptx: str) -> list[str]:
+    """Code in which wgmma reads what it should not, found on an H200 with Triton 3.6.
+
+    * A buffer of a pipelined loop that an asynchronous product reads and that is loaded to registers too: the pipeliner
+      waits for the load alone, and the next copy may overwrite what the product still reads.
+    * Descriptors of two swizzles (or strides) made from one base address: ptxas 12.8 then adds the upper half of the
+      second to an unrelated register.
+    """
+    found, roots, loaded, products = [], {}, set(), set()
+    for line in ttgir.splitlines():
+        if match := re.match(r"\s*(%\S+) = ttg\.local_alloc : \(\) -> ", line):
+            roots[match[1]] = match[1]
+        elif match := re.match(r"\s*(%\S+) = ttg\.memdesc_\w+ (%\w+)", line):
+            roots[match[1]] = roots.get(match[2], "")
+        elif match := re.search(r" = ttg\.local_load (%\w+)", line):
+            loaded.add(roots.get(match[1], ""))
+        elif (match := re.search(r" = ttng\.warp_group_dot (%[\w#]+), (%[\w#]+),", line)) and "isAsync = true" in line:
+            products |= {roots.get(match[1], ""), roots.get(match[2], "")}
+    found += [f"{name} is read by wgmma and loaded" for name in sorted((loaded & products) - {""})]
+    halves: dict[str, set[int]] = {}
+    for base, offset in re.findall(r"(?:add\.s64|or\.b64)\s+%rd\d+, (%rd\d+), (-?\d{15,});", ptx):
+        halves.setdefault(base, set()).add((int(offset) >> 32) & 0xFFFFFFFF)
+    found += [
+        f"{base} is the base of descriptors {', '.join(map(hex, sorted(of_base)))}"
+        for base, of_base in halves.items() if len(of_base) > 1
+    ]  # fmt: skip
+    return found
+
+
 def resources(launch: Any, architecture: int, folder: Path) -> Resources:
     """Compile a :class:`gac_fast.kernels._launch.Launch` to machine code and read what it needs.
 
@@ -116,10 +145,12 @@ def resources(launch: Any, architecture: int, folder: Path) -> Resources:
 
 
 def assert_fits(launch: Any, architecture: int, folder: Path, *, spills: bool = False) -> Resources:
-    """No spills (unless ``spills``) and no more shared memory than the architecture has."""
+    """No spills (unless ``spills``), no more shared memory than the architecture has, no :func:`wgmma_hazards`."""
     found = resources(launch, architecture, folder)
     what = f"{launch.name} [{launch.option}] on sm_{architecture}: {found}"
     assert found.shared <= SHARED_LIMIT[architecture], what
+    asm = launch.compile(architecture).asm
+    assert wgmma_hazards(asm["ttgir"], asm["ptx"]) == [], what
     if not spills:
         assert found.stack == 0, what
         assert found.local == 0, what

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import row_error
-from kernel_fixtures import assert_fits, compile_cases
+from kernel_fixtures import assert_fits, compile_cases, wgmma_hazards
 from test_block import block_inputs, run_block
 
 from gac_fast import ops
@@ -257,6 +257,35 @@ def test_bf16_products_run_on_wgmma():
     assert "mma.sync" not in ptx
     # Weights come in by asynchronous copies of 16 bytes.
     assert "cp.async.cg.shared.global" in ptx
+
+
+# Of the backward as it was when it first ran on an H200, shortened.
+SHARED_WITH_REGISTERS = """
+    %b_dy_81 = ttg.local_alloc : () -> !ttg.memdesc<1x64x64xbf16, #shared, #smem, mutable>
+    %b_w_82 = ttg.local_alloc : () -> !ttg.memdesc<2x64x32xbf16, #shared1, #smem, mutable>
+      %b_dy_390 = ttg.memdesc_index %b_dy_81[%g_387] : !ttg.memdesc<1x64x64xbf16> -> !ttg.memdesc<64x64xbf16>
+      %b_dy_391 = ttg.local_load %b_dy_390 token %b_dy_389 : !ttg.memdesc<64x64xbf16> -> tensor<64x64xbf16, #blocked1>
+      %b_w_392 = ttg.memdesc_index %b_w_82[%g_384] : !ttg.memdesc<2x64x32xbf16> -> !ttg.memdesc<64x32xbf16>
+      %g_393 = ttng.warp_group_dot %b_dy_390, %b_w_392, %arg21 {isAsync = true} : !ttg.memdesc<64x64xbf16>
+"""
+TWO_SWIZZLES = """
+	or.b64 	%rd75, %rd17, 4611686293305294848;
+	add.s64 	%rd77, %rd17, 4611686293305294850;
+	or.b64 	%rd131, %rd17, -9223371899415822336;
+	add.s64 	%rd133, %rd17, -9223371899415822334;
+"""
+
+
+def test_hazards_of_wgmma_are_found():
+    assert wgmma_hazards(SHARED_WITH_REGISTERS, "") == ["%b_dy_81 is read by wgmma and loaded"]
+    assert wgmma_hazards("", TWO_SWIZZLES) == ["%rd17 is the base of descriptors 0x40000040, 0x80000020"]
+    assert (
+        wgmma_hazards(
+            SHARED_WITH_REGISTERS.replace("local_load %b_dy_390", "local_load %other"),
+            TWO_SWIZZLES.replace("31, %rd17", "31, %rd18").replace("33, %rd17", "33, %rd18"),
+        )
+        == []
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -13,25 +13,58 @@ from torch import Tensor
 from gac_fast import ops
 
 
-def dense(q, k, v, cu_seqlens, window, positions=None, rope_base=10000.0) -> Tensor:
-    """The definition: one [N, N] mask; rotary as a product of complex numbers."""
+def rotated(x, positions, rope_base=10000.0) -> Tensor:
+    """Rotary, as a product of complex numbers."""
+    half = x.shape[-1] // 2
+    powers = [rope_base ** (-i / half) for i in range(half)]
+    frequency = torch.tensor(powers, dtype=torch.float64, device=x.device)
+    turn = torch.exp(1j * positions.double()[:, None, None] * frequency)
+    y = torch.complex(x[..., :half], x[..., half:]) * turn
+    return torch.cat((y.real, y.imag), dim=-1)
+
+
+def dense_weights(q, k, cu_seqlens, window, positions=None, rope_base=10000.0) -> Tensor:
+    """Softmax weights [H, N, N] of the definition: one mask."""
     n, _, width = q.shape
     if positions is not None:
-        half = width // 2
-        frequency = torch.tensor([rope_base ** (-2 * i / width) for i in range(half)], dtype=torch.float64)
-        turn = torch.exp(1j * positions.double()[:, None, None] * frequency)
-
-        def rotate(x: Tensor) -> Tensor:
-            y = torch.complex(x[..., :half], x[..., half:]) * turn
-            return torch.cat((y.real, y.imag), dim=-1)
-
-        q, k = rotate(q), rotate(k)
-    i, j = torch.arange(n)[:, None], torch.arange(n)[None, :]
-    owner = torch.searchsorted(cu_seqlens[1:].contiguous(), torch.arange(n), right=True)
+        q, k = rotated(q, positions, rope_base), rotated(k, positions, rope_base)
+    tokens = torch.arange(n, device=q.device)
+    i, j = tokens[:, None], tokens[None, :]
+    owner = torch.searchsorted(cu_seqlens[1:].contiguous(), tokens, right=True)
     visible = (owner[:, None] == owner[None, :]) & (j <= i) & (i - j < window)
     score = torch.einsum("ihd,jhd->hij", q, k) / width**0.5
-    weight = torch.softmax(score.masked_fill(~visible, -torch.inf), dim=-1)
+    return torch.softmax(score.masked_fill(~visible, -torch.inf), dim=-1)
+
+
+def dense(q, k, v, cu_seqlens, window, positions=None, rope_base=10000.0) -> Tensor:
+    """The definition."""
+    weight = dense_weights(q, k, cu_seqlens, window, positions, rope_base)
     return torch.einsum("hij,jhd->ihd", weight, v)
+
+
+@torch.no_grad()
+def sizes_of_terms(q, k, v, weight, d_out) -> tuple[Tensor, Tensor, Tensor]:
+    """What the rounding of a row [N, H] of dq, dk and dv grows with: the root of the sum of its squared terms.
+
+    dq_i = sum_j p_ij (do_i v_j - do_i o_i) k_j / sqrt(d), and where one key has nearly all of the weight the bracket
+    is a small difference of large terms (none at all where a token sees itself alone). Both products are counted by
+    their own terms, not by what is left of them. Roots of sums of squares, as errors of either sign add up: sums of
+    sizes would pass errors several times larger.
+    """
+    o = torch.einsum("hij,jhd->ihd", weight, v)
+    brackets = torch.einsum("ihd,jhd->hij", d_out**2, v**2) + (d_out * o).square().sum(-1).t()[:, :, None]
+    terms = weight**2 * brackets / q.shape[-1]
+    # Rotations leave the lengths of k_j and q_i as they are.
+    dq = torch.einsum("hij,jh->ih", terms, k.square().sum(-1))
+    dk = torch.einsum("hij,ih->jh", terms, q.square().sum(-1))
+    dv = torch.einsum("hij,ih->jh", weight**2, d_out.square().sum(-1))
+    return dq.sqrt(), dk.sqrt(), dv.sqrt()
+
+
+def gradient_error(ours: Tensor, theirs: Tensor, size: Tensor) -> float:
+    """Largest error of a row of a gradient beside the row or the size of its terms; NaN anywhere gives 1e9."""
+    error = (ours.to(theirs) - theirs).norm(dim=-1) / theirs.norm(dim=-1).maximum(size).clamp(min=1e-30)
+    return float(error.nan_to_num(nan=1e9).max()) if error.numel() else 0.0
 
 
 def packed(lengths, heads=2, width=8, dtype=torch.float64, seed=0):
@@ -42,6 +75,56 @@ def packed(lengths, heads=2, width=8, dtype=torch.float64, seed=0):
     cu = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
     positions = torch.cat([torch.arange(length) for length in lengths]) if n else torch.zeros(0, dtype=torch.int64)
     return (*qkv.to(dtype).unbind(1), cu, positions)
+
+
+BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+def rounded_gradients(q, k, v, cu, window, positions, d_out, dtype, defect="") -> list[Tensor]:
+    """dq, dk and dv, rounded where an engine on matrix units rounds; or wrong."""
+
+    def r(x: Tensor) -> Tensor:
+        return x.to(dtype).double()
+
+    turned_q, turned_k = (x if defect == "no rotation" else r(rotated(x, positions)) for x in (q, k))
+    weight = dense_weights(turned_q, turned_k, cu, window + (defect == "a key too many"))
+    o = r(torch.einsum("hij,jhd->ihd", weight, v))
+    delta = (d_out * o).sum(-1).t()[:, :, None] * (defect != "no delta")
+    d_score = r(weight * (torch.einsum("ihd,jhd->hij", d_out, v) - delta)) / q.shape[-1] ** 0.5
+    dq, dk = torch.einsum("hij,jhd->ihd", d_score, turned_k), torch.einsum("hij,ihd->jhd", d_score, turned_q)
+    if defect not in ("no rotation", "not turned back"):
+        dq, dk = rotated(dq, -positions), rotated(dk, -positions)
+    if defect == "another head":
+        dq = dq.roll(1, 1)
+    if defect == "a key too few":
+        dq = dq - rotated(torch.einsum("hj,jhd->jhd", d_score.diagonal(dim1=1, dim2=2), turned_k), -positions)
+    return [r(x) for x in (dq, dk, torch.einsum("hij,ihd->jhd", r(weight), d_out))]
+
+
+DEFECTS = ("a key too many", "a key too few", "no rotation", "not turned back", "no delta", "another head")
+
+
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+@pytest.mark.parametrize("window", [4, 33, 100])
+def test_the_measure_of_gradients_passes_rounding_and_no_defect(window, dtype):
+    """Rows of several hundred tokens: among them some whose softmax has all its weight on one key."""
+    *rounded, cu, positions = packed((40, 0, 200, 1), 4, 32, dtype)
+    exact = [x.double().requires_grad_() for x in rounded]
+    d_out = torch.randn(exact[0].shape, generator=torch.Generator().manual_seed(1)).to(dtype).double()
+    theirs = torch.autograd.grad(dense(*exact, cu, window, positions), exact, d_out)
+    exact = [x.detach() for x in exact]
+    sizes = sizes_of_terms(*exact, dense_weights(*exact[:2], cu, window, positions), d_out)
+
+    def errors(defect: str = "") -> list[float]:
+        ours = rounded_gradients(*exact, cu, window, positions, d_out, dtype, defect)
+        return [gradient_error(x, y, size) for x, y, size in zip(ours, theirs, sizes, strict=True)]
+
+    assert max(errors()) < 0.75 * BOUNDS[dtype]
+    for defect in DEFECTS:
+        assert max(errors(defect)[:2]) > 10 * BOUNDS[dtype], defect
+    # Beside most rows the terms are no larger than the row: an error counts by it.
+    for x, size in zip(theirs, sizes, strict=True):
+        assert float((size / x.norm(dim=-1)).median()) < 2.5
 
 
 LENGTHS = [(1,), (7,), (1, 1, 1), (5, 1, 12), (40, 3, 17), (0, 5, 0, 9), (33, 64)]
@@ -167,8 +250,6 @@ def test_bad_input_is_named(change, message):
 # ---------------------------------------------------------------------------------------------------------------------
 # The C++ engine
 
-BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
-
 
 def compare(q, k, v, cu, window, positions, rope_base=10000.0) -> None:
     """Forward and all gradients of the C++ engine against the dense mask in float64 on the same rounded inputs."""
@@ -182,13 +263,10 @@ def compare(q, k, v, cu, window, positions, rope_base=10000.0) -> None:
     expected.backward(weight.double())
     assert out.dtype == q.dtype
     assert row_error(out, expected) < BOUNDS[q.dtype]
-    for name, ours, theirs in zip("qkv", leaves, exact, strict=True):
-        # The gradient of a score is a small difference of large terms where one key has nearly all the weight (none at
-        # all where a token sees itself alone): rows that are small beside a typical 1 count by their absolute error.
-        # On tiles every term is rounded to bfloat16.
-        floor = 0.3 if q.dtype == torch.bfloat16 else 0.1
-        error = (ours.grad.double() - theirs.grad).norm(dim=-1) / theirs.grad.norm(dim=-1).clamp(min=floor)
-        assert float(error.nan_to_num(nan=1e9).max()) < BOUNDS[q.dtype], name
+    softmax = dense_weights(*exact[:2], cu, window, positions, rope_base)
+    sizes = sizes_of_terms(*exact, softmax, weight.double())
+    for name, ours, theirs, size in zip("qkv", leaves, exact, sizes, strict=True):
+        assert gradient_error(ours.grad, theirs.grad, size) < BOUNDS[q.dtype], name
 
 
 @pytest.mark.usefixtures("isa", "nan_filled_empty")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import row_error
 from kernel_fixtures import assert_fits, compile_cases
-from test_window_attention import dense, packed
+from test_window_attention import dense, dense_weights, gradient_error, packed, sizes_of_terms
 from torch import Tensor
 
 from gac_fast import ops
@@ -28,19 +28,17 @@ def compare(q, k, v, cu, window, positions, rope_base=10000.0) -> None:
     else:
         with ops.backend("triton"):
             out = ops.window_attention(*leaves, cu, window, positions, rope_base)
-    expected = dense(*exact, cu.cpu(), window, None if positions is None else positions.cpu(), rope_base)
+    cu, positions = cu.cpu(), None if positions is None else positions.cpu()
+    expected = dense(*exact, cu, window, positions, rope_base)
     weight = torch.randn(q.shape, generator=torch.Generator().manual_seed(1)).to(q.dtype)
     out.backward(weight.to(q.device))
     expected.backward(weight.double())
     assert out.dtype == q.dtype
     assert row_error(out, expected) < BOUNDS[q.dtype]
-    for name, ours, theirs in zip("qkv", leaves, exact, strict=True):
-        # The gradient of a score is a small difference of large terms where one key has nearly all the weight (none at
-        # all where a token sees itself alone): rows that are small beside those terms, which grow with the root of d,
-        # count by their absolute error.
-        floor = (0.3 if q.dtype == torch.bfloat16 else 0.1) * max(1.0, (q.shape[-1] / 8) ** 0.5)
-        error = (ours.grad.cpu().double() - theirs.grad).norm(dim=-1) / theirs.grad.norm(dim=-1).clamp(min=floor)
-        assert float(error.nan_to_num(nan=1e9).max()) < BOUNDS[q.dtype], name
+    softmax = dense_weights(*exact[:2], cu, window, positions, rope_base)
+    sizes = sizes_of_terms(*exact, softmax, weight.double())
+    for name, ours, theirs, size in zip("qkv", leaves, exact, sizes, strict=True):
+        assert gradient_error(ours.grad, theirs.grad, size) < BOUNDS[q.dtype], name
 
 
 def test_triton_interpreter_agrees(run_interpreted):
@@ -300,9 +298,9 @@ def test_gym_compiles_without_spills(window, tmp_path, monkeypatch):
     }  # fmt: skip
     check_compiled(launches, 90, tmp_path)
     ptx = launches[1].compile(90).asm["ptx"]
-    # Tensor cores of Hopper, and loads of 16 bytes.
+    # Tensor cores of Hopper, and loads of 16 bytes, ahead where heads follow each other.
     assert "wgmma.mma_async" in ptx
-    assert "ld.global.v4" in ptx
+    assert "ld.global.v4" in ptx or "cp.async.cg.shared.global" in ptx
 
 
 @pytest.mark.slow
@@ -353,8 +351,13 @@ def test_gpu_many_tokens_take_the_options_of_the_large(dtype, window):
     out.backward(weight)
     expected.backward(weight.double())
     assert row_error(out, expected) < BOUNDS[dtype]
-    difference = (product.grad.double() - exact.grad).norm(dim=-1)
-    assert float((difference / exact.grad.norm(dim=-1).clamp(min=0.3)).max()) < BOUNDS[dtype]
+    sizes = []
+    for start, end in itertools.pairwise(cu.tolist()):
+        one = slice(start, end)
+        rows, ends = exact.detach()[one].unbind(1), torch.tensor([0, end - start], device="cuda")
+        softmax = dense_weights(*rows[:2], ends, window, positions[one])
+        sizes.append(torch.stack(sizes_of_terms(*rows, softmax, weight[one].double()), 1))
+    assert gradient_error(product.grad, exact.grad, torch.cat(sizes)) < BOUNDS[dtype]
 
 
 @pytest.mark.gpu
@@ -383,7 +386,9 @@ def test_gpu_runs_inside_a_captured_graph(window):
         out = ops.window_attention_qkv(product, cu, window, positions)
         return out, torch.autograd.grad(out, product, torch.ones_like(out))[0]
 
-    expected = run()
+    # No graph of autograd is kept from here: the node of the leaf that it holds belongs to this stream for as long as
+    # it lives, and the backward of the capture would make this stream wait for the one that is captured.
+    expected = [x.detach().clone() for x in run()]
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
