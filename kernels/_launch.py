@@ -32,12 +32,14 @@ class Option:
         tiles: its constexpr tile sizes.
         num_warps, num_stages: as Triton takes them.
         registers: the most per thread, so that more programs fit on a processor; None leaves it to the compiler.
+        cooperative: all programs run at the same time, or none does: they wait for one another.
     """
 
     tiles: tuple[tuple[str, int], ...]
     num_warps: int
     num_stages: int
     registers: int | None = None
+    cooperative: bool = False
 
     def __str__(self) -> str:
         tiles = " ".join(f"{name}={size}" for name, size in self.tiles)
@@ -45,8 +47,10 @@ class Option:
         return f"{tiles} warps={self.num_warps} stages={self.num_stages}{limit}".strip()
 
     @property
-    def compiler_options(self) -> dict[str, int]:
-        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+    def compiler_options(self) -> dict[str, int | bool]:
+        options: dict[str, int | bool] = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        if self.cooperative:
+            options["launch_cooperative_grid"] = True
         return options if self.registers is None else options | {"maxnreg": self.registers}
 
 

@@ -38,15 +38,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gac_fast.kernels import plan_groups
 from gac_fast.kernels._launch import INTERPRETED, Launch, Option, architecture_of
+from gac_fast.kernels._plan_math import at_least, log_slope, moment_slopes, silu, variance_of
 from gac_fast.kernels.philox_normal import box_muller, philox4x32
 
 __all__ = ["Sizes", "likely_option", "plan_ascent_kernel", "refusal", "run", "shipped"]
 
 _NORM_EPS = tl.constexpr(1e-5)
 _LEAST_NORM = tl.constexpr(1e-12)
-_LEAST_LOG = tl.constexpr(-8.0)
-_MOST_LOG = tl.constexpr(4.0)
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
 # Columns of the return model where each plan has several starts: plans x starts at once. The tensor cores of Hopper
@@ -74,20 +74,6 @@ def _sync():
         tl.inline_asm_elementwise(
             "bar.sync 0; mov.b32 $0, $1;", "=r,r,~{memory}", [tl.program_id(0)], dtype=tl.int32, is_pure=False, pack=1
         )
-
-
-@triton.jit
-def _silu(h):
-    """silu and its slope."""
-    s = tl.sigmoid(h)
-    a = h * s
-    return a, s + a * (1.0 - s)
-
-
-@triton.jit
-def _at_least(x, least):
-    """max(x, least) that keeps NaN."""
-    return tl.where(x < least, least, x)
 
 
 @triton.jit
@@ -177,32 +163,6 @@ def _noise(i, p_plans, o_plan, m_plan, step, seed0, seed1, WIDTH: tl.constexpr, 
         cosine, sine = box_muller(tl.where(word < 2, w0, w2), tl.where(word < 2, w1, w3))
         normals = tl.where(word % 2 == 0, cosine, sine)
     return tl.trans(normals)
-
-
-@triton.jit
-def _moment_slopes(mean, std, target, kappa, n, LANGEVIN: tl.constexpr):
-    """By the mean of one member: share + each * (its mean - mean); by its log-variance: each / 2 * its variance."""
-    if LANGEVIN:
-        off = (target - mean) / std
-        by_mean = off / std
-        by_std = (off * off - 1.0) / std
-    else:
-        by_mean = 1.0
-        by_std = -kappa
-    return by_mean / n, by_std / (std * n)
-
-
-@triton.jit
-def _log_slope(log_variance, each):
-    # The clamp of the log-variance has no slope outside its range.
-    within = (log_variance >= _LEAST_LOG) & (log_variance <= _MOST_LOG)
-    return tl.where(within, 0.5 * each * tl.exp(log_variance), 0.0)
-
-
-@triton.jit
-def _variance(log_variance):
-    clamped = tl.where(log_variance < _LEAST_LOG, _LEAST_LOG, log_variance)
-    return tl.exp(tl.where(clamped > _MOST_LOG, _MOST_LOG, clamped))
 
 
 @triton.jit
@@ -452,7 +412,7 @@ def plan_ascent_kernel(
         if last:
             o_row = m * B + o_b
             if tile < END1:
-                a, slope = _silu(acc + tl.load(p_b + o_row)[:, None])
+                a, slope = silu(acc + tl.load(p_b + o_row)[:, None])
                 tl.store(p_op + R_A * N + m * TILE + o_tile, a.to(OP))
                 tl.store(p_op + R_S * N + m * TILE + o_tile, slope.to(OP))
             elif tile < END2:
@@ -500,7 +460,7 @@ def plan_ascent_kernel(
                                         + tl.arange(0, ROOM_C)[None, :]
                                     )
                                     h_s = tl.dot(b_wc, b_c.to(OP), h_s, input_precision="ieee")
-                                a_s, slope_s = _silu(h_s)
+                                a_s, slope_s = silu(h_s)
                                 tl.store(p_chunk + i * COLUMNS_TILE + o_columns, a_s.to(OP))
                                 tl.store(p_slopes + i * COLUMNS_TILE + o_columns, slope_s.to(OP))
                             _sync()
@@ -513,7 +473,7 @@ def plan_ascent_kernel(
                                     b_a1 = tl.load(p_chunk + kk * COLUMNS_TILE + o_columns)
                                     h_s = tl.dot(tl.load(p_w + o_4 + o_w), b_a1, h_s, input_precision="ieee")
                                 o_member = (e_s * TILES_2 + i) * B + o_b
-                                a_s, slope_s = _silu(h_s + tl.load(p_b + O_BR2 + o_member)[:, None])
+                                a_s, slope_s = silu(h_s + tl.load(p_b + O_BR2 + o_member)[:, None])
                                 tl.store(p_slopes + (TILES_1 + i) * COLUMNS_TILE + o_columns, slope_s.to(OP))
                                 mean_s += tl.sum(a_s * tl.load(p_b + O_W3 + o_member)[:, None], axis=0)
                                 log_s += tl.sum(a_s * tl.load(p_b + O_W3 + ROWS_2 + o_member)[:, None], axis=0)
@@ -533,7 +493,7 @@ def plan_ascent_kernel(
                         for s in tl.range(MEMBERS * n_chunks, num_stages=1):
                             m_start = (s % n_chunks) * CHUNK + o_start < n_starts
                             off = tl.load(p_start + s * COLUMNS, mask=m_start, other=0.0) - mean[None, :]
-                            own = _variance(
+                            own = variance_of(
                                 tl.load(p_start + (MEMBERS * n_chunks + s) * COLUMNS, mask=m_start, other=0.0)
                             )
                             variance += tl.sum(tl.where(m_start, own + off * off, 0.0), axis=0)
@@ -542,7 +502,7 @@ def plan_ascent_kernel(
                             tl.store(p_mean + o_plan, mean, mask=m_plan)
                             tl.store(p_std + o_plan, std, mask=m_plan)
                         else:
-                            share, each = _moment_slopes(mean, std, target, kappa, n_members, LANGEVIN)
+                            share, each = moment_slopes(mean, std, target, kappa, n_members, LANGEVIN)
                             share_s = _over_starts(zero_n + share, CHUNK, N)
                             each_s = _over_starts(each, CHUNK, N)
                             center = _over_starts(mean, CHUNK, N)
@@ -555,7 +515,7 @@ def plan_ascent_kernel(
                                 mean_s = tl.load(p_starts + s * COLUMNS + o_column)
                                 log_s = tl.load(p_starts + (MEMBERS * n_chunks + s) * COLUMNS + o_column)
                                 by_mean = tl.where(m_column, share_s + each_s * (mean_s - center), 0.0)
-                                by_log = tl.where(m_column, _log_slope(log_s, each_s), 0.0)
+                                by_log = tl.where(m_column, log_slope(log_s, each_s), 0.0)
                                 for i in tl.range(TILES_2, num_stages=1):
                                     o_member = (e_s * TILES_2 + i) * B + o_b
                                     g2_s = by_mean[None, :] * tl.load(p_b + O_W3 + o_member)[:, None]
@@ -581,11 +541,11 @@ def plan_ascent_kernel(
                                 b_g1 = tl.load(p_f + F_G1 * N + i * TILE + o_tile)
                                 tl.store(p_op + R_G1 * N + i * TILE + o_tile, b_g1.to(OP))
                 else:
-                    a, slope = _silu(h)
+                    a, slope = silu(h)
                     tl.store(p_op + R_A1 * N + m * TILE + o_tile, a.to(OP))
                     tl.store(p_op + R_S1 * N + m * TILE + o_tile, slope.to(OP))
             elif tile < END4:
-                a, slope = _silu(acc + tl.load(p_b + O_BR2 + o_row)[:, None])
+                a, slope = silu(acc + tl.load(p_b + O_BR2 + o_row)[:, None])
                 w_mean = tl.load(p_b + O_W3 + o_row)[:, None]
                 w_log = tl.load(p_b + O_W3 + ROWS_2 + o_row)[:, None]
                 e = m // TILES_2
@@ -593,12 +553,12 @@ def plan_ascent_kernel(
                 head_mean = tl.where(first, tl.load(p_b + O_B3 + e), head_mean) + tl.sum(a * w_mean, axis=0)
                 head_log = tl.where(first, tl.load(p_b + O_B3 + MEMBERS + e), head_log) + tl.sum(a * w_log, axis=0)
                 if MEMBERS * TILES_2 == 1:
-                    std = tl.sqrt_rn(_variance(head_log))
+                    std = tl.sqrt_rn(variance_of(head_log))
                     if step == n_steps:
                         tl.store(p_mean + o_plan, head_mean, mask=m_plan)
                         tl.store(p_std + o_plan, std, mask=m_plan)
-                    share, each = _moment_slopes(head_mean, std, target, kappa, 1.0, LANGEVIN)
-                    g2 = ((zero_n + share)[None, :] * w_mean + _log_slope(head_log, each)[None, :] * w_log) * slope
+                    share, each = moment_slopes(head_mean, std, target, kappa, 1.0, LANGEVIN)
+                    g2 = ((zero_n + share)[None, :] * w_mean + log_slope(head_log, each)[None, :] * w_log) * slope
                     tl.store(p_op + R_G2 * N + o_tile, g2.to(OP))
                 else:
                     tl.store(p_op + R_S2 * N + m * TILE + o_tile, slope.to(OP))
@@ -615,16 +575,16 @@ def plan_ascent_kernel(
                         b_log = tl.load(p_head + MEMBERS * N, mask=m_member, other=0.0)
                         mean = tl.sum(b_mean, axis=0) / MEMBERS
                         off = tl.where(m_member, b_mean - mean[None, :], 0.0)
-                        b_variance = tl.where(m_member, _variance(b_log), 0.0)
+                        b_variance = tl.where(m_member, variance_of(b_log), 0.0)
                         std = tl.sqrt_rn(tl.sum(b_variance + off * off, axis=0) / MEMBERS)
                         if step == n_steps:
                             tl.store(p_mean + o_plan, mean, mask=m_plan)
                             tl.store(p_std + o_plan, std, mask=m_plan)
-                        share, each = _moment_slopes(mean, std, target, kappa, MEMBERS * 1.0, LANGEVIN)
+                        share, each = moment_slopes(mean, std, target, kappa, MEMBERS * 1.0, LANGEVIN)
                         by_mean = (zero_n + share)[None, :] + each[None, :] * off
                         p_slope = p_f + (F_SLOPE + o_member)[:, None] * N + o_n[None, :]
                         tl.store(p_slope, by_mean, mask=m_member)
-                        tl.store(p_slope + MEMBERS * N, _log_slope(b_log, each[None, :]), mask=m_member)
+                        tl.store(p_slope + MEMBERS * N, log_slope(b_log, each[None, :]), mask=m_member)
                         _sync()
                         for i in tl.range(MEMBERS * TILES_2, num_stages=1):
                             p_of = p_f + (F_SLOPE + i // TILES_2) * N + o_n
@@ -681,7 +641,7 @@ def plan_ascent_kernel(
             if begins:
                 _sync()
             if tile == END9 - 1:
-                norm = _at_least(tl.sqrt_rn(squares), _LEAST_NORM)
+                norm = at_least(tl.sqrt_rn(squares), _LEAST_NORM)
                 squares = zero_n
                 if LANGEVIN:
                     longest_s = longest / norm
@@ -707,13 +667,13 @@ def plan_ascent_kernel(
                             across += tl.sum(off * start, axis=0)
                             starts += tl.sum(start * start, axis=0)
                     if HAS_RADIUS:
-                        inside = reach / _at_least(tl.sqrt_rn(offsets), _LEAST_NORM)
+                        inside = reach / at_least(tl.sqrt_rn(offsets), _LEAST_NORM)
                         inside = tl.where(inside >= 1.0, 1.0, inside)
                         # |start + inside * off|^2
                         brought_in = starts + inside * (2.0 * across + inside * offsets)
-                        norms = tl.where(inside >= 1.0, norms, _at_least(brought_in, 0.0))
+                        norms = tl.where(inside >= 1.0, norms, at_least(brought_in, 0.0))
                     if HAS_MOST_NORM:
-                        within = most_norm / _at_least(tl.sqrt_rn(norms), _LEAST_NORM)
+                        within = most_norm / at_least(tl.sqrt_rn(norms), _LEAST_NORM)
                         within = tl.where(within >= 1.0, 1.0, within)
                 for i in tl.range(ROWS_D // ROWS, num_stages=1):
                     z = tl.load(p_f + F_Z0 * N + i * (ROWS * N) + o_rows)
@@ -955,6 +915,7 @@ class _Call:
     columns: int
     arguments: dict[str, Any]
     constants: dict[str, Any]
+    architecture: int
 
     def launches(self, option: Option) -> list[Launch]:
         """One launch, or several that follow each other in the same scratch memory."""
@@ -1050,7 +1011,9 @@ def _call(
     # Products in float32 keep their operands in registers too.
     columns = _COLUMNS[architecture if dtype == torch.bfloat16 else 80]
     every = _every_option(dtype, sizes, langevin, architecture)
-    return _Call(sizes, prior, returns, z0, arguments["n_starts"], dtype, every, columns, arguments, constants)
+    return _Call(
+        sizes, prior, returns, z0, arguments["n_starts"], dtype, every, columns, arguments, constants, architecture
+    )
 
 
 def run(
@@ -1076,8 +1039,19 @@ def run(
     if z0.shape[0] == 0:
         return
     call = _call(prior, returns, z0, context, out, n_steps, **options_of_call)
-    for launch in call.launches(likely_option(call.options, z0.shape[0])):
+    if _in_groups(call):
+        option, group = plan_groups.option_for(z0.shape[0], plan_groups.processors_of(z0.device))
+        launches = [plan_groups.launch(call, option, group)]
+    else:
+        launches = call.launches(likely_option(call.options, z0.shape[0]))
+    for launch in launches:
         launch.run()
+
+
+def _in_groups(call: _Call) -> bool:
+    """Whether groups of programs take a call; what they do not take, or no H200 has measured, goes the other way."""
+    is_theirs = call.dtype == torch.bfloat16 and call.architecture >= 90
+    return is_theirs and plan_groups.refusal(call.sizes) is None
 
 
 def shipped(
@@ -1112,4 +1086,9 @@ def shipped(
         prior, returns, meta(p, n_z, dim), context, (meta(p, n_z, dim), meta(p), meta(p)), 100, step_size=0.1,
         bf16=dtype == torch.bfloat16, architecture=architecture, **of_call,
     )  # fmt: skip
-    return [launch for option in call.options for launch in call.launches(option)]
+    found = [launch for option in call.options for launch in call.launches(option)]
+    if _in_groups(call):
+        # One number of plans for each size of a group.
+        of_groups = {plan_groups.option_for(n) for n in (64, 2112, 4224, 4225)}
+        found += [plan_groups.launch(call, *one) for one in sorted(of_groups, key=lambda one: one[1])]
+    return found

@@ -265,6 +265,86 @@ def test_too_many_members_are_refused():
         ops.plan_ascent(*case[:3], n_steps=1, step_size=0.1)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The same by groups of programs, which take bfloat16 wherever they can; each alone in its group, as the interpreter
+# runs one program after the other
+
+
+@pytest.fixture
+def in_groups(on_triton, monkeypatch):
+    """Which calls of a test groups took."""
+    from gac_fast.kernels import plan_ascent, plan_groups
+
+    taken = []
+    monkeypatch.setattr(
+        plan_ascent, "_in_groups", lambda call: (taken.append(plan_groups.refusal(call.sizes) is None), taken[-1])[1]
+    )
+    return taken
+
+
+GROUP_SIZES = [DIRECTIONS[0], DIRECTIONS[1], DIRECTIONS[3], DIRECTIONS[4]._replace(hidden_u=9)]
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("sizes", GROUP_SIZES, ids=lambda sizes: "-".join(map(str, sizes)))
+def test_interpreted_groups_take_the_direction_of_the_gradient(sizes, in_groups):
+    step_in_the_direction(sizes)
+    assert in_groups == [True]
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(("kind", "which"), [("none", 5), ("none", 3), ("one", 4)], ids=str)
+def test_interpreted_groups_have_every_option(kind, which, in_groups):
+    assert_ascent(with_context(kind), {"n_steps": 2, "step_size": 0.1, **OPTIONS[which]})
+    assert in_groups == [True]
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(("kind", "dim"), [("none", 24), ("one", 10)])
+def test_interpreted_groups_make_langevin_steps(kind, dim, in_groups):
+    plans = torch.tensor([(1 << 32) - 1, 5, 0, 9, 1])
+    assert_langevin(with_context(kind, dim=dim), {"n_steps": 3, "plans": plans, **LANGEVIN}, torch.linspace(-2, 2, 5))
+    assert in_groups == [True]
+
+
+@pytest.mark.interpreter
+def test_interpreted_groups_meet_the_same_cases(in_groups):
+    test_interpreted_has_no_slope_beyond_the_range_of_the_log_variance()
+    test_interpreted_keeps_a_nan_in_its_own_row()
+    test_interpreted_meets_the_degenerate_cases()
+    assert all(in_groups)
+
+
+@pytest.mark.interpreter
+def test_interpreted_groups_take_tiles_in_turn_and_leave_the_rest(in_groups, monkeypatch):
+    from gac_fast.kernels import plan_groups
+
+    prior, returns, z0, _ = with_context("none", p=37, members=2, dim=8, hidden_u=4, hidden1=8, hidden2=8)
+    options = {"n_steps": 1, "step_size": 0.1, "kappa": 1.0, "radius": 0.3}
+    expected, grids, run = ops.plan_ascent(prior, returns, z0, **options), [], plan_groups.Launch.run
+    monkeypatch.setattr(plan_groups, "processors_of", lambda device: 1)
+    monkeypatch.setattr(plan_groups.Launch, "run", lambda launch: (grids.append(launch.grid), run(launch)))
+    for x, y in zip(ops.plan_ascent(prior, returns, z0, **options), expected, strict=True):
+        assert torch.equal(x, y)
+    assert grids == [(1,)]
+    # Sizes that groups do not take.
+    for kind, fields in (("several", {}), ("none", {"hidden_u": 0})):
+        prior, returns, z0, context = with_context(kind, p=2, **fields)
+        ops.plan_ascent(prior, returns, z0, context=context, n_steps=1, step_size=0.1)
+    assert in_groups == [True, True, False, False]
+
+
+def test_groups_fill_the_processors_and_never_more():
+    pytest.importorskip("triton")
+    from gac_fast.kernels import plan_groups
+
+    chosen = {n: plan_groups.option_for(n)[1] for n in (1, 64, 1024, 1025, 4096, 4224, 4225, 10**6)}
+    assert chosen == {1: 8, 64: 8, 1024: 8, 1025: 4, 4096: 2, 4224: 2, 4225: 1, 10**6: 1}
+    for n, group in chosen.items():
+        assert group == 1 or group * math.ceil(n / 64) <= 132
+    assert plan_groups.option_for(64, 4)[1] == 4
+
+
 @pytest.mark.slow
 @pytest.mark.interpreter
 @pytest.mark.usefixtures("on_triton")
@@ -350,7 +430,7 @@ def test_gym_weights_run_ahead_of_the_products(fresh_cache):
 def test_more_plans_get_wider_tiles(n_plans, n):
     from gac_fast.kernels import plan_ascent as kernel
 
-    every = [one.option for one in kernel.shipped(dtype=torch.bfloat16, **GYM)]
+    every = [one.option for one in kernel.shipped(dtype=torch.bfloat16, **GYM) if one.name == "plan_ascent_kernel"]
     assert dict(kernel.likely_option(every, n_plans).tiles)["N"] == n
 
 
@@ -370,6 +450,10 @@ def test_scratch_memory_is_bounded_however_many_plans_and_starts(n_plans, fields
     from gac_fast.kernels import plan_ascent as kernel
 
     launches = kernel.shipped(dtype=torch.bfloat16, n_plans=n_plans, **GYM, **fields)
+    groups = [one for one in launches if one.name == "group_kernel"]
+    # Theirs is as much for any number of plans.
+    assert all(sum(one.arguments[name].nbytes for name in ("p_op", "p_f")) < 1 << 28 for one in groups)
+    launches = [one for one in launches if one.name == "plan_ascent_kernel"]
     for option in {one.option for one in launches}:
         in_turn = [one for one in launches if one.option == option]
         assert len(in_turn) > 1
