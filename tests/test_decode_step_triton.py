@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -22,6 +23,8 @@ from test_decode_step import (
     write_a_part_by_data,
     write_by_data,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 pytest.importorskip("triton")
 
@@ -31,6 +34,7 @@ from gac_fast import ops
 from gac_fast.act import Actor
 from gac_fast.errors import BackendError
 from gac_fast.kernels import decode_step as kernel
+from gac_fast.ops.decode_step import _flat
 
 BOUND = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
@@ -350,6 +354,33 @@ def test_options_suit_every_size(n_rows, tokens, dtype):
         assert all(dim % t[name] == 0 for name in ("BN", "BK", "BH"))
         assert dim // 2 % t["BP"] == 0
         assert min(t[name] for name in ("BP", "BN", "BK", "BH")) >= 16
+
+
+class NothingSent(TorchDispatchMode):
+    """Fails where memory of the host meets the device, for which meta stands: a copy would wait for it."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        devices = {x.device.type for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)}
+        assert len(devices) <= 1, f"{func} reads memory of the host"
+        return out
+
+
+@pytest.mark.parametrize(("dim", "heads", "base"), [(64, 4, 1e4), (96, 4, 100.0), (128, 1, 0.5), (256, 2, 1e6)])
+def test_packing_copies_nothing_from_the_host(dim, heads, base):
+    model = make_model(config(context="states_actions", dim=dim, n_heads=heads))
+    tensors = _flat(model.decoder.step_weights())
+    packed, half = kernel.Packed(tensors, heads, base, 2, torch.float32), dim // heads // 2
+    frequency = base ** (-torch.arange(half, dtype=torch.float64) / half)
+    assert torch.equal(packed.turns, frequency / (2 * math.pi))
+    # First halves of all heads, then second ones.
+    first = torch.arange(dim).view(heads, 2, half).transpose(0, 1).flatten()
+    assert torch.equal(packed._order, torch.cat((first, first + dim, torch.arange(2 * dim, 3 * dim))))
+    on_meta = [x.detach().to("meta") for x in tensors]
+    with NothingSent():
+        kernel.Packed(on_meta, heads, base, 2, torch.bfloat16)
+    with NothingSent(), pytest.raises(AssertionError, match="reads memory of the host"):
+        packed.turns.to("meta")
 
 
 @pytest.mark.parametrize(("tokens", "n_rows"), [(2, 1), (2, 1024), (1, 1024)])
