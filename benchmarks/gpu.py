@@ -25,6 +25,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -52,7 +53,9 @@ where it was measured, else why not, or what was found."""
 N_REPEATS = 1000
 OUT_OF_TIME = "ran out of time"
 FLUSH_BYTES = 256 * 2**20
-N_PROCESSES = max(1, min(8, len(os.sched_getaffinity(0)) // 2))
+N_PROCESSES = max(1, min(14, len(os.sched_getaffinity(0)) - 2))
+SHARDS_PER_PROCESS = 3
+"""Of the tests: more even out what some take longer, and each costs a start of Python and of the device."""
 
 
 class Part(NamedTuple):
@@ -207,20 +210,55 @@ def kernel_tests(ctx: Context) -> None:
         ctx.add(op="tests", provider="pytest", mode="gpu", status=f"{failed}{last}")
         return
     ctx.begin(op="tests", provider="pytest", mode="gpu")
-    # Most of their time goes into compiling kernels, one core each.
-    shards = [ids[i::N_PROCESSES] for i in range(min(N_PROCESSES, len(ids)))]
-    results = in_parallel([[*pytest, *shard] for shard in shards], ctx.out, "tests")
-    counts: dict[str, int] = {}
-    for _, text in results:
-        for number, word in re.findall(
-            r"(\d+) (passed|failed|skipped|errors?|xfailed)", (text.splitlines() or [""])[-1]
-        ):
-            counts[word] = counts.get(word, 0) + int(number)
-    said = ", ".join(f"{number} {word}" for word, number in counts.items()) or "no summary"
-    good = all(code == 0 for code, _ in results)
+    ended, good = run_tests(ids, ctx.out)
+    counts = Counter(ended.values())
+    said = ", ".join(f"{number} {word}" for word, number in counts.items())
     ctx.add(
-        op="tests", provider="pytest", mode="gpu", status=said if good else f"FAILED ({ctx.out}/tests.*.log): {said}"
+        op="tests", provider="pytest", mode="gpu", status=said if good else f"FAILED ({ctx.out}/tests*.log): {said}"
     )
+
+
+def run_tests(ids: Sequence[str], out: Path) -> tuple[dict[str, str], bool]:
+    """How each ended, and whether all is well; those that came after a lost device are run again, once."""
+    pytest = [sys.executable, "-m", "pytest", "-v", "-rfE", "-p", "no:cacheprovider"]
+    # Most of their time goes into compiling kernels, one core each.
+    n = min(SHARDS_PER_PROCESS * N_PROCESSES, len(ids))
+    ended = dict.fromkeys(ids, "not run")
+    good, shards = True, [ids[i::n] for i in range(n)]
+    for name in ("tests", "tests-again"):
+        results = in_parallel([[*pytest, *shard] for shard in shards], out, name)
+        for shard, (_, text) in zip(shards, results, strict=True):
+            ended.update(outcomes(shard, text))
+        # What loses the device fails, in the first round too.
+        good = good and all(code == 0 for code, _ in results)
+        shards = [rest for shard, (_, text) in zip(shards, results, strict=True) if (rest := after_loss(shard, text))]
+    return ended, good
+
+
+def outcomes(ids: Sequence[str], text: str) -> dict[str, str]:
+    """How those that were begun ended, in the order of running, by the lines of ``pytest -v``."""
+    ended: dict[str, str] = {}
+    for line in text.splitlines():
+        for name in ids:
+            if line.startswith(f"{name} "):
+                word = re.match("[A-Z]+", line[len(name) + 1 :].lstrip())
+                # A line that says nothing is the last of a process that was killed.
+                ended[name] = word[0].lower() if word and word[0].lower() in ENDS else "crashed"
+    return ended
+
+
+ENDS = ("passed", "failed", "skipped", "error", "xfail", "xpass")
+
+
+def after_loss(ids: Sequence[str], text: str) -> list[str]:
+    """What came after the first test that lost the device, as an error leaves no call of CUDA in its process."""
+    ended = outcomes(ids, text)
+    said = [line for line in text.splitlines() if re.search("CUDA error|illegal memory access", line)]
+    order = list(ended)
+    for i, name in enumerate(order):
+        if ended[name] == "crashed" or any(line.startswith((f"FAILED {name} ", f"ERROR {name} ")) for line in said):
+            return [*order[i + 1 :], *(other for other in ids if other not in ended)]
+    return []
 
 
 def in_parallel(commands: Sequence[Sequence[str]], out: Path, name: str) -> list[tuple[int, str]]:
@@ -229,7 +267,11 @@ def in_parallel(commands: Sequence[Sequence[str]], out: Path, name: str) -> list
     def one(number: int) -> tuple[int, str]:
         log = out / f"{name}.{number}.log"
         with log.open("w", encoding="utf-8") as file:
-            done = subprocess.run(commands[number], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, check=False)
+            # Columns: pytest cuts its summary to them.
+            done = subprocess.run(
+                commands[number], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, check=False,
+                env={**os.environ, "COLUMNS": "1000"},
+            )  # fmt: skip
         return done.returncode, log.read_text(encoding="utf-8", errors="replace").strip()
 
     with ThreadPoolExecutor(N_PROCESSES) as pool:
@@ -452,14 +494,19 @@ def timed(op: str) -> Callable[[Context], None]:
         clock = Clock(ctx.device, 0.15 if ctx.quick else 0.4)
         floors = measure_floors(ctx.device, clock, ctx.dry)
         planned = cases_of(op, ctx.device, tiny=ctx.dry)
-        # What compiles for long comes last, so that a case does not go without its engine and its plain peers.
-        for slow in (False, True):
+        # Where the time runs out, no case is without its engine, then none without its plain peers.
+        for turn in range(3):
             for case in planned:
                 for provider, make in case.providers.items():
-                    if ("compile" in provider or "flex" in provider) == slow:
+                    if turn_of(provider) == turn:
                         measure(ctx, case, provider, make, clock, floors)
 
     return run
+
+
+def turn_of(provider: str) -> int:
+    """The engine first, what compiles for long last."""
+    return 2 if "compile" in provider or "flex" in provider else 0 if provider.startswith("triton") else 1
 
 
 def measure(
@@ -532,14 +579,14 @@ def short(value: float) -> float:
 
 
 PARTS = (
-    Part("tests", 100, kernel_tests),
-    Part("compile", 60, compile_kernels),
+    Part("tests", 120, kernel_tests),
+    Part("compile", 40, compile_kernels),
     Part("repeats", 30, repeats),
-    Part("decode_step", 40, timed("decode_step")),
-    Part("plan_ascent", 40, timed("plan_ascent")),
-    Part("window_attention", 50, timed("window_attention")),
-    Part("update", 100, timed("update")),
-    Part("sanitizer", 60, sanitizer),
+    Part("decode_step", 50, timed("decode_step")),
+    Part("plan_ascent", 55, timed("plan_ascent")),
+    Part("window_attention", 55, timed("window_attention")),
+    Part("update", 85, timed("update")),
+    Part("sanitizer", 40, sanitizer),
 )
 """In the order of running. Their seconds bound the whole pass."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -78,6 +79,17 @@ N_WARM = 3
 """Calls before a call is recorded."""
 
 
+@dataclass(frozen=True)
+class Replay:
+    """A recorded call, together with what its kernels read: once freed, that memory would be another's."""
+
+    replay: Run
+    recorded: Run
+
+    def __call__(self) -> None:
+        self.replay()
+
+
 def recorded(run: Run, device: torch.device) -> tuple[Run, list[Tensor]]:
     """``run`` as a CUDA graph, as it is on the CPU; and the memory of its results, which the next replay fills."""
     if device.type != "cuda":
@@ -95,11 +107,14 @@ def recorded(run: Run, device: torch.device) -> tuple[Run, list[Tensor]]:
         for _ in range(N_WARM):
             run()
     torch.cuda.current_stream(device).wait_stream(stream)
+    # A leaf's node of autograd belongs to the stream that it was made on, and whatever graph of an earlier call is left
+    # keeps it: a backward of the recording would make that stream wait for the one that is recorded.
+    gc.collect()
     torch.cuda.synchronize(device)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         out = run()
-    return graph.replay, [x.detach() for x in (out if isinstance(out, list | tuple) else (out,))]
+    return Replay(graph.replay, run), [x.detach() for x in (out if isinstance(out, list | tuple) else (out,))]
 
 
 def replayed(replay: Run, kept: list[Tensor]) -> list[Tensor]:

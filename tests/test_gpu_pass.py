@@ -252,6 +252,45 @@ def test_processes_side_by_side_keep_their_order(gpu, tmp_path):
     assert gpu.in_parallel(commands, tmp_path, "x") == [(i % 2, str(i)) for i in range(5)]
 
 
+LOSES = """
+import os
+import pytest
+
+lost = []
+
+@pytest.mark.parametrize("i", range(6), ids="{{'n': {}}}".format)
+def test_a(i):
+    if lost or i == 2:
+        lost.append(i)
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    assert i != 5
+
+def test_b():
+    if os.environ.get("LOSE"):
+        os.abort()
+
+def test_c():
+    pytest.skip("no")
+"""
+
+
+def test_what_comes_after_a_lost_device_is_run_again_once(gpu, tmp_path, monkeypatch):
+    (tmp_path / "test_x.py").write_text(LOSES)
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu, "N_PROCESSES", 1)
+    monkeypatch.setattr(gpu, "SHARDS_PER_PROCESS", 1)
+    ids = [f"test_x.py::test_a[{{'n': {i}}}]" for i in range(6)] + ["test_x.py::test_b", "test_x.py::test_c"]
+    ended, good = gpu.run_tests(ids, tmp_path)
+    assert list(ended.values()) == ["passed", "passed", "failed", "passed", "passed", "failed", "passed", "skipped"]
+    assert not good
+    assert gpu.run_tests([ids[0], *ids[6:]], tmp_path)[1]
+    # A process that is killed loses what it has not begun.
+    monkeypatch.setenv("LOSE", "1")
+    ended, good = gpu.run_tests([ids[0], *ids[6:]], tmp_path)
+    assert list(ended.values()) == ["passed", "crashed", "skipped"]
+    assert not good
+
+
 def test_repeats_that_differ_are_found(gpu, tmp_path, monkeypatch):
     random = {"random": lambda: [torch.rand(3)], "same": lambda: [torch.ones(3)], "nan": lambda: [torch.ones(3) / 0]}
     monkeypatch.setattr(gpu, "repeat_cases", lambda device, dtype, size: random if dtype == "float32" else {})
