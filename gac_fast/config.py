@@ -268,8 +268,9 @@ class TrainConfig:
     """Batches prepared ahead, beside the updates, where the C++ engine draws them; 0 makes each when it is needed."""
     compile: Literal["off", "on"] = "off"
     """torch.compile of the parts of an update between the fused ops, once per size of batch."""
-    cuda_graph: Literal["off", "on"] = "off"
-    """Record the whole update as a CUDA graph, once per size of batch, and replay it; needs a CUDA device."""
+    cuda_graph: Literal["auto", "off", "on"] = "auto"
+    """Record the whole update as a CUDA graph, once per size of batch, and replay it; needs a CUDA device. ``auto``: on
+    such a device, where chains are moved by Langevin steps."""
 
     def __post_init__(self) -> None:
         for name in ("n_updates", "batch_size", "log_every", "checkpoint_every", "keep_checkpoints", "replay_episodes"):
@@ -278,9 +279,11 @@ class TrainConfig:
             _check(getattr(self, name) >= 0, f"train.{name}", "at least 0", getattr(self, name))
         for name in ("learning_rate", "grad_clip"):
             _check(getattr(self, name) > 0, f"train.{name}", "greater than 0", getattr(self, name))
-        _check(self.bf16 in ("off", "on", "auto"), "train.bf16", "off, on or auto", self.bf16)
-        for name in ("compile", "cuda_graph"):
-            _check(getattr(self, name) in ("off", "on"), f"train.{name}", "off or on", getattr(self, name))
+        for name in ("bf16", "cuda_graph"):
+            _check(
+                getattr(self, name) in ("off", "on", "auto"), f"train.{name}", "off, on or auto", getattr(self, name)
+            )
+        _check(self.compile in ("off", "on"), "train.compile", "off or on", self.compile)
         _check(
             self.segment_returns in ("to_go", "advantage"),
             "train.segment_returns", "to_go or advantage", self.segment_returns,

@@ -63,7 +63,7 @@ BAD = [
     (TrainConfig, {"final_lr_ratio": 1.5}, r"train.final_lr_ratio must be in \[0, 1\], got 1.5"),
     (TrainConfig, {"bf16": "yes"}, "train.bf16 must be off, on or auto, got 'yes'"),
     (TrainConfig, {"compile": "yes"}, "train.compile must be off or on, got 'yes'"),
-    (TrainConfig, {"cuda_graph": "auto"}, "train.cuda_graph must be off or on, got 'auto'"),
+    (TrainConfig, {"cuda_graph": "yes"}, "train.cuda_graph must be off, on or auto, got 'yes'"),
     (TrainConfig, {"sampling": "random"}, "train.sampling must be length or uniform, got 'random'"),
     (TrainConfig, {"seed": -1}, r"train.seed must be in \[0, 2\^32\), got -1"),
     (ModelConfig, {"rope_base": float("inf")}, "model.rope_base must be finite, got inf"),

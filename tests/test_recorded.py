@@ -29,6 +29,7 @@ from gac_fast.train.update import (
     make_optimizer,
     optimizer_state,
     parts_of,
+    records,
     set_learning_rate,
     update,
 )
@@ -396,6 +397,22 @@ def test_the_optimisers_state_goes_between_recorded_and_plain_runs(before, after
 # On a device
 
 
+def test_updates_are_recorded_by_themselves_where_a_gpu_has_run_them():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    usual = Config()
+    assert usual.train.cuda_graph == "auto"
+    assert records(usual, cuda)
+    assert not records(usual, cpu)
+    assert not records(usual.replace(train={"cuda_graph": "off"}), cuda)
+    for fields in ({"posterior": {"method": "variational"}}, {"baseline": {"method": "bc"}}):
+        assert not records(usual.replace(**fields), cuda)
+        assert records(usual.replace(**fields, train={"cuda_graph": "on"}), cuda)
+    model = make_model(model_config())
+    for recorded in (False, True):
+        optimizer = make_optimizer(model, usual.train, recorded)
+        assert all(isinstance(group["lr"], Tensor) == recorded for group in optimizer.param_groups)
+
+
 def to_device(batch: Batch, rows: Tensor) -> tuple[Batch, Tensor]:
     return Batch(*(None if x is None else x.cuda() for x in batch)), rows.cuda()
 
@@ -408,7 +425,7 @@ def test_recorded_on_a_device(context, compile_too):
     one, other = (make(device="cuda", train=train, context=context) for _ in range(2))
     torch._dynamo.reset()
     parts = compiled(parts_of(other.model, other.config)) if compile_too else None
-    run = RecordedUpdate(lambda batch, rows: update(*other[:3], batch, rows, other.config, parts))
+    run = RecordedUpdate(lambda batch, rows, infer: update(*other[:3], batch, rows, other.config, parts, infer))
     for number in range(10):
         batch, rows = plain_batch([5, 9, 1, 7], seed=number)
         if context == "states":

@@ -33,6 +33,7 @@ from gac_fast.train.update import (
     make_optimizer,
     optimizer_state,
     parts_of,
+    records,
     set_learning_rate,
     update,
 )
@@ -131,7 +132,7 @@ class Trainer:
     def _make_model(self, obs_dim: int, act_dim: int) -> None:
         self.model = GAC(self.config.model, obs_dim, act_dim).to(self.device)
         self.model.bf16 = uses_bf16(self.config, self.device)
-        self.optimizer = make_optimizer(self.model, self.config.train)
+        self.optimizer = make_optimizer(self.model, self.config.train, records(self.config, self.device))
 
     def _make_update(self) -> None:
         """Last of all: it holds on to the others."""
@@ -140,7 +141,7 @@ class Trainer:
             parts = compiled(parts)
         posterior = self.posterior if self.config.baseline.method == "none" else None
         self._update = functools.partial(update, self.model, self.optimizer, posterior, config=self.config, parts=parts)
-        self._recorded = RecordedUpdate(self._update) if self.config.train.cuda_graph == "on" else None
+        self._recorded = RecordedUpdate(self._update) if records(self.config, self.device) else None
 
     def learning_rate(self) -> float:
         """Of the next update."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +26,7 @@ BATCH_SIZE = 256  # steps, of each member
 LEARNING_RATE = 3e-3
 WARMUP = 50
 WEIGHT_DECAY = 1e-2
+MOST_THREADS = 2
 
 # Steps whose values are computed at once.
 CHUNK = 65_536
@@ -46,6 +49,17 @@ def _member_of(data: Trajectories, seed: int) -> npt.NDArray[np.int64]:
 def _steps_of(data: Trajectories) -> npt.NDArray[np.int64]:
     """int64 [N], time steps within episodes."""
     return np.arange(data.num_steps) - np.repeat(data.cu_seqlens[:-1], data.lengths)
+
+
+@contextlib.contextmanager
+def _few_threads() -> Iterator[None]:
+    """More gain nothing on matrices this small, and on a busy machine of many cores wait for one another."""
+    n = torch.get_num_threads()
+    torch.set_num_threads(min(n, MOST_THREADS))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(n)
 
 
 def fit_values(data: Trajectories, seed: int = 0, held_out: npt.ArrayLike = (), progress: bool = False) -> ValueModel:
@@ -89,7 +103,7 @@ def fit_values(data: Trajectories, seed: int = 0, held_out: npt.ArrayLike = (), 
     weights = [w.requires_grad_() for w in model.weights]
     optimizer = torch.optim.AdamW(weights, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY, fused=True)
     generator = torch.Generator().manual_seed(seed)
-    with Progress(N_UPDATES, "values", disable=not progress) as bar:
+    with Progress(N_UPDATES, "values", disable=not progress) as bar, _few_threads():
         for i in range(N_UPDATES):
             rate = LEARNING_RATE * min(1.0, (i + 1) / WARMUP) * 0.5 * (1 + math.cos(math.pi * i / N_UPDATES))
             for group in optimizer.param_groups:
