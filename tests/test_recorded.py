@@ -408,9 +408,9 @@ def test_updates_are_recorded_by_themselves_where_a_gpu_has_run_them():
         assert not records(usual.replace(**fields), cuda)
         assert records(usual.replace(**fields, train={"cuda_graph": "on"}), cuda)
     model = make_model(model_config())
-    for recorded in (False, True):
-        optimizer = make_optimizer(model, usual.train, recorded)
-        assert all(isinstance(group["lr"], Tensor) == recorded for group in optimizer.param_groups)
+    for is_recorded in (False, True):
+        optimizer = make_optimizer(model, usual.train, is_recorded)
+        assert all(isinstance(group["lr"], Tensor) == is_recorded for group in optimizer.param_groups)
 
 
 def to_device(batch: Batch, rows: Tensor) -> tuple[Batch, Tensor]:
