@@ -123,6 +123,30 @@ def test_a_run_on_advantages_resumes_bit_for_bit_and_predicts_returns(tmp_path):
     assert np.abs(values).min() > 1e-3
 
 
+def test_a_taken_folder_is_refused_before_values_are_fitted(tmp_path, monkeypatch):
+    monkeypatch.setattr("gac_fast.train.offline.fit_values", lambda *_: pytest.fail("values were fitted"))
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.txt").touch()
+    for flags in ({}, {"overwrite": True}):
+        with pytest.raises(ConfigError, match=r"run folder .*thesis is not empty"):
+            gac_fast.train(rewarded_data(), config(offline_config), tmp_path / "thesis", progress=False, **flags)
+    assert [file.name for file in (tmp_path / "thesis").iterdir()] == ["chapter.txt"]
+
+
+def test_a_fit_takes_few_threads_and_gives_them_back(monkeypatch):
+    episodes, _, _ = lucky_episodes(20, 4)
+    before, during = torch.get_num_threads(), []
+    randint = torch.randint
+    monkeypatch.setattr(torch, "randint", lambda *a, **k: (during.append(torch.get_num_threads()), randint(*a, **k))[1])
+    torch.set_num_threads(3)
+    try:
+        fit_values(episodes)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert set(during) == {values_module.MOST_THREADS}
+
+
 def test_the_decoder_begins_alone():
     trainer = OfflineTrainer(rewarded_data(), config(offline_config))
     before, seen = trainer.posterior.z0.clone(), []

@@ -36,6 +36,7 @@ __all__ = [
     "Progress",
     "RunDir",
     "StopSignal",
+    "check_run_dir",
     "environment",
     "git_commit",
     "last_metrics",
@@ -101,16 +102,8 @@ class RunDir:
         return self.path / "plots"
 
 
-def start_run(
-    run_dir: str | os.PathLike[str], config: Mapping[str, Any], overwrite: bool = False, resume: bool = False
-) -> RunDir:
-    """Make the folder of a run and write its `config.json` and `environment.json`.
-
-    Args:
-        run_dir: the folder; new or empty, unless `overwrite` or `resume`.
-        config: the configuration of the run, as `dataclasses.asdict` gives it.
-        overwrite: remove what an earlier run left in the folder; other files stay.
-        resume: keep everything in the folder, and write only the two files anew.
+def check_run_dir(run_dir: str | os.PathLike[str], overwrite: bool = False, resume: bool = False) -> RunDir:
+    """What :func:`start_run` refuses, before any work that it would lose; nothing is written.
 
     Raises:
         ConfigError: the folder holds something and neither flag allows it, or it is not a run's folder.
@@ -127,6 +120,25 @@ def start_run(
             raise ConfigError(
                 f"run folder {run.path} is not empty and holds no run (no config.json): not overwriting it"
             )
+    return run
+
+
+def start_run(
+    run_dir: str | os.PathLike[str], config: Mapping[str, Any], overwrite: bool = False, resume: bool = False
+) -> RunDir:
+    """Make the folder of a run and write its `config.json` and `environment.json`.
+
+    Args:
+        run_dir: the folder; new or empty, unless `overwrite` or `resume`.
+        config: the configuration of the run, as `dataclasses.asdict` gives it.
+        overwrite: remove what an earlier run left in the folder; other files stay.
+        resume: keep everything in the folder, and write only the two files anew.
+
+    Raises:
+        ConfigError: the folder holds something and neither flag allows it, or it is not a run's folder.
+    """
+    run = check_run_dir(run_dir, overwrite, resume)
+    if run.path.is_dir() and any(run.path.iterdir()) and not resume:
         _remove_run(run)
     run.path.mkdir(parents=True, exist_ok=True)
     write_json(run.config, config)

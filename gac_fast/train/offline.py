@@ -28,6 +28,7 @@ from gac_fast.train.log import (
     Progress,
     RunDir,
     StopSignal,
+    check_run_dir,
     last_metrics,
     merge_result,
     read_result,
@@ -223,6 +224,9 @@ def train(
     t = config.train
     if resume and run_dir is None:
         raise ConfigError("resume: expected run_dir to name the run to resume, got None")
+    if run_dir is not None:
+        # Before values are fitted, and whatever else takes its time.
+        check_run_dir(run_dir, overwrite=overwrite, resume=resume)
     if t.n_threads:
         torch.set_num_threads(t.n_threads)
     ops.keep_freed_memory()
