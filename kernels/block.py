@@ -664,18 +664,19 @@ def _option(
 
 
 # By pass, padded width and whether wgmma is there (it reads operands from shared memory, others hold them in
-# registers): what compiles without spills for bfloat16 with Triton 3.6 and 3.7, the expected best first. A tile of 64
-# tokens leaves room for two or three programs per processor, one of 128 halves the traffic of weights. Those of a
-# forward cut no sum, and are timed; those of a backward do, and the number of tokens decides.
+# registers): what compiles without spills for bfloat16 with Triton 3.6 and 3.7, the fastest on an H200 first. A tile of
+# 64 tokens leaves room for two or three programs per processor, one of 128 halves the traffic of weights, which is not
+# what binds. Those of a forward cut no sum, and are timed; those of a backward do, and sizes alone decide: the last one
+# is for masks and for many heads.
 _OPTIONS = {
     ("forward", 64, True): [_option(64, 64, 64, 64, 4, 2, 128), _option(128, 64, 64, 64, 4, 3)],
     ("forward", 128, True): [_option(64, 64, 32, 64, 4, 3, 168)],
     ("forward", 256, True): [_option(64, 32, 32, 32, 8, 2)],
     ("data", 64, True): [_option(64, 64, 64, 64, 4, 3)],
-    ("data", 128, True): [_option(128, 64, 64, 64, 8, 3), _option(64, 64, 64, 64, 4, 3)],
+    ("data", 128, True): [_option(64, 64, 64, 64, 4, 3), _option(128, 64, 64, 64, 8, 3)],
     ("data", 256, True): [_option(32, 32, 32, 32, 8, 2, 240)],
     ("weights", 64, True): [_option(64, 64, 64, 64, 4, 3)],
-    ("weights", 128, True): [_option(128, 64, 32, 64, 8, 3), _option(64, 64, 32, 64, 4, 3)],
+    ("weights", 128, True): [_option(64, 64, 32, 64, 4, 3), _option(128, 64, 32, 64, 8, 3)],
     ("weights", 256, True): [_option(32, 32, 32, 32, 8, 2, 240)],
     ("forward", 64, False): [_option(64, 64, 64, 64, 4, 2, 128), _option(128, 64, 64, 64, 4, 2)],
     ("forward", 128, False): [_option(64, 64, 64, 64, 4, 2)],
@@ -690,7 +691,10 @@ _OPTIONS = {
 
 
 def options(sizes: Sizes, dtype: torch.dtype, mode: str, architecture: int) -> list[Option]:
-    """Those that fit, the expected best first; ``mode``: forward, data (the backward of it alone) or weights."""
+    """Those that fit, the expected best first; ``mode``: forward, data (the backward of it alone) or weights.
+
+    A backward has one whatever the number of tokens: another tile adds the gradients of a plan in another order.
+    """
     if _launch.INTERPRETED:
         return [_option(16, 16, 32, 32, 4, 1)]
     if dtype == torch.float32:
@@ -700,18 +704,9 @@ def options(sizes: Sizes, dtype: torch.dtype, mode: str, architecture: int) -> l
         # Of the last layer, whose next map is the head: masks of its columns make the other tiles spill.
         found = [_option(128, 64, 32, 64, 8, 3)]
     if sizes.dim != sizes.padded_dim or sizes.columns > sizes.columns_at_once:
-        # Masks and the loop over heads take registers that only the first leaves, and that it must not go without.
-        found = [replace(found[0], registers=None)] if mode == "forward" else found[:1]
-    return found
-
-
-# With fewer tokens than these, tiles of 128 leave processors of an H100 or H200 idle.
-_TOKENS_OF_ALL_PROCESSORS = 132 * 128
-
-
-def backward_option(found: list[Option], n: int) -> Option:
-    """Which of :func:`options` for n tokens, by n alone: another tile adds the gradients of a plan in another order."""
-    return found[0] if n >= _TOKENS_OF_ALL_PROCESSORS else found[-1]
+        # Masks and the loop over heads take registers that only these leave, and that they must not go without.
+        return [replace(found[0], registers=None)] if mode == "forward" else found[-1:]
+    return found if mode == "forward" else found[:1]
 
 
 class Saved(NamedTuple):
@@ -950,7 +945,7 @@ def backward(
     shape = (sizes.heads, plan_k.shape[0], sizes.n_z)
     sums = [empty((*shape, sizes.dim)), empty((*shape, sizes.dim)), empty(shape)] if wants_weights else []
     found = options(sizes, dtype, "weights" if wants_weights else "data", architecture_of(saved.normed))
-    option = backward_option(found, n)
+    option = found[0]
     size = dict(option.tiles)["BT"]
     tiles = _tiles_of(cu_seqlens, n, size)
     partials = _empty_partials(saved.normed, sizes, n, tiles.shape[0], dtype, wants_weights, has_o)

@@ -221,18 +221,18 @@ def assert_all_fit(architecture, dtype, folder, **sizes):
 
 
 @pytest.mark.parametrize("mode", ["data", "weights"])
-def test_the_tile_of_a_backward_follows_from_the_number_of_tokens(mode):
+def test_the_tile_of_a_backward_follows_from_the_sizes_alone(mode):
     pytest.importorskip("triton")
     from gac_fast.kernels import block as kernel
 
-    def tile(dim: int, n: int, architecture: int = 90) -> int:
-        found = kernel.options(kernel.Sizes(dim, 4, 4, 4 * dim, 3 * dim), torch.bfloat16, mode, architecture)
-        return dict(kernel.backward_option(found, n).tiles)["BT"]
+    def tiles(dim: int, heads: int = 4, n_next: int = 96, architecture: int = 90) -> list[int]:
+        found = kernel.options(kernel.Sizes(dim, heads, 4, 4 * dim, n_next), torch.bfloat16, mode, architecture)
+        return [dict(option.tiles)["BT"] for option in found]
 
-    # 132 processors of an H100, each with a tile of 128 tokens.
-    assert [tile(128, n) for n in (1, 132 * 128 - 1, 132 * 128, 1 << 20)] == [64, 64, 128, 128]
-    for dim, architecture, size in ((64, 90, 64), (128, 80, 64), (256, 90, 32)):
-        assert {tile(dim, n, architecture) for n in (1, 1 << 20)} == {size}
+    assert tiles(128) == tiles(64) == tiles(128, architecture=80) == [64]
+    # Masks of columns, many heads, the head of the decoder.
+    assert tiles(96) == tiles(128, heads=16) == tiles(128, n_next=6) == [128]
+    assert tiles(256) == [32]
 
 
 @pytest.mark.usefixtures("fresh_cache")
