@@ -671,7 +671,7 @@ def _option(
 _OPTIONS = {
     ("forward", 64, True): [_option(64, 64, 64, 64, 4, 2, 128), _option(128, 64, 64, 64, 4, 3)],
     ("forward", 128, True): [_option(64, 64, 32, 64, 4, 3, 168)],
-    ("forward", 256, True): [_option(64, 32, 32, 32, 8, 2)],
+    ("forward", 256, True): [_option(32, 32, 32, 32, 8, 2)],
     ("data", 64, True): [_option(64, 64, 64, 64, 4, 3)],
     ("data", 128, True): [_option(64, 64, 64, 64, 4, 3), _option(128, 64, 64, 64, 8, 3)],
     ("data", 256, True): [_option(32, 32, 32, 32, 8, 2, 240)],
@@ -703,10 +703,19 @@ def options(sizes: Sizes, dtype: torch.dtype, mode: str, architecture: int) -> l
     if mode != "forward" and sizes.padded_dim == 128 and sizes.n_next <= 32 and architecture >= 90:
         # Of the last layer, whose next map is the head: masks of its columns make the other tiles spill.
         found = [_option(128, 64, 32, 64, 8, 3)]
-    if sizes.dim != sizes.padded_dim or sizes.columns > sizes.columns_at_once:
-        # Masks and the loop over heads take registers that only these leave, and that they must not go without.
-        return [replace(found[0], registers=None)] if mode == "forward" else found[-1:]
-    return found if mode == "forward" else found[:1]
+    # Masks and the loop over heads take registers that only these leave, and that they must not go without.
+    has_masks, has_groups = sizes.dim != sizes.padded_dim, sizes.columns > sizes.columns_at_once
+    if mode == "forward":
+        return [replace(found[0], registers=None)] if has_masks or has_groups else found
+    return found[-1:] if has_masks or (has_groups and mode == "weights") else found[:1]
+
+
+def forward_options(sizes: Sizes, dtype: torch.dtype, architecture: int, has_o: bool) -> list[Option]:
+    """Those of a forward; the first layer's, without a projection before it, spills with Triton 3.7 at three stages."""
+    found = options(sizes, dtype, "forward", architecture)
+    if has_o:
+        return found
+    return [replace(one, num_stages=min(one.num_stages, 2)) if one.registers else one for one in found]
 
 
 class Saved(NamedTuple):
@@ -851,7 +860,7 @@ def forward(
         ]
 
     key = "block_forward", sizes, dtype, attended is None, save, n.bit_length(), plan_k.shape[0].bit_length()
-    found = options(sizes, dtype, "forward", architecture_of(x))
+    found = forward_options(sizes, dtype, architecture_of(x), attended is not None)
     for launch in launches(_launch.choose(key, launches, found, x.device)):
         launch.run()
     return x_out, y, saved
@@ -1043,7 +1052,7 @@ def shipped(
         _plan_launch(sizes, plan_k, plan_k, weights, saved.plan, saved.plan_bias),
     ]
     tile_sizes = set()
-    for option in options(sizes, dtype, "forward", architecture):
+    for option in forward_options(sizes, dtype, architecture, has_o):
         tile_sizes.add(dict(option.tiles)["BT"])
         tiles = _tiles_of(cu, n, dict(option.tiles)["BT"])
         found += [_forward_launch(sizes, tiles, x, attended, saved, x_out, y, save, option) for save in (False, True)]
