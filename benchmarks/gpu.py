@@ -17,6 +17,7 @@ import contextlib
 import gc
 import importlib.util
 import json
+import math
 import os
 import platform
 import re
@@ -24,6 +25,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -564,6 +566,81 @@ def measure(
         torch.cuda.empty_cache()
 
 
+TRAINED = {False: (256, 300, 100), True: (4, 20, 2)}
+"""Episodes, their steps, and updates that are timed; of a dry run too."""
+
+
+def training(ctx: Context) -> None:
+    """A training of the gym size with its batches, gone on with from a checkpoint: milliseconds per update."""
+    for provider in ("triton", "reference"):
+        key = {"op": "train", "provider": provider, "mode": "after a resumption", "dtype": "bfloat16"}
+        episodes, steps, n = TRAINED[ctx.dry]
+        key["shape"] = f"{'tiny' if ctx.dry else 'gym'} C=2 B={2 if ctx.dry else 64} T={steps}"
+        if ctx.has(**key):
+            continue
+        missing = [name for name in ("safetensors", "tqdm", "matplotlib") if importlib.util.find_spec(name) is None]
+        if missing:
+            ctx.add(**key, status=f"not run: needs {', '.join(missing)}")
+            continue
+        if ctx.left < 5 and not ctx.dry:
+            ctx.skipped = True
+            return
+        ctx.begin(**key)
+        with reported(ctx, key), tempfile.TemporaryDirectory() as folder:
+            on_reference = ops.backend("reference") if provider == "reference" else contextlib.nullcontext()
+            ops.reset_dispatch_counts()
+            with on_reference:
+                times, losses = trained(ctx, Path(folder) / "run", episodes, steps, n)
+            p20, p50, p80 = (quantile(times, q) for q in (0.2, 0.5, 0.8))
+            found = engines(ctx) if provider == "triton" else ""
+            ctx.add(
+                **key, rounds=n, p20_us=short(p20 * 1e6), p50_us=short(p50 * 1e6), p80_us=short(p80 * 1e6),
+                status=found if all(map(math.isfinite, losses)) else f"FAILED: the last losses are {losses[-3:]}",
+            )  # fmt: skip
+
+
+def trained(ctx: Context, folder: Path, episodes: int, steps: int, n: int) -> tuple[list[float], list[float]]:
+    """Seconds of each of n updates in a row, a few before them not counted, after n updates and a checkpoint of
+    another training; the losses of all that it made."""
+    import numpy as np
+
+    from gac_fast import checkpoint
+    from gac_fast.config import preset
+    from gac_fast.data import from_episodes
+    from gac_fast.train.offline import OfflineTrainer, train
+
+    rng = np.random.default_rng(0)
+    data = from_episodes(
+        [
+            {
+                "observations": rng.normal(size=(steps, 17)), "actions": rng.uniform(-1, 1, size=(steps, 6)),
+                "rewards": rng.normal(size=steps),
+            }
+            for _ in range(episodes)
+        ],
+        action_bounds=(-np.ones(6), np.ones(6)),
+    )  # fmt: skip
+    config = preset("tiny" if ctx.dry else "gym").replace(
+        model={"context": "states_actions"},
+        train={
+            "batch_size": 2 if ctx.dry else 64, "log_every": 1, "eval_every": 0, "held_out": 0.0,
+            "device": ctx.device.type, "n_updates": n,
+        },
+    )  # fmt: skip
+    train(data, config, folder, progress=False, tensorboard=False)
+    trainer = OfflineTrainer(data, config.replace(train={"n_updates": 3 * n}))
+    seconds, losses = [], []
+    with contextlib.closing(trainer.batches):
+        trainer.restore(checkpoint.latest(folder))
+        for _ in range(2 * n):
+            start = time.perf_counter()
+            values, _ = trainer.run_update()
+            # Read, as a log does: the update is over.
+            losses.append(float(values["loss"]))
+            seconds.append(time.perf_counter() - start)
+    return seconds[n:], losses
+
+
 def same_case(row: Mapping[str, Any], key: Mapping[str, Any]) -> bool:
     return all(row[name] == key[name] for name in ("op", "mode", "shape", "dtype"))
 
@@ -579,13 +656,14 @@ def short(value: float) -> float:
 
 
 PARTS = (
-    Part("tests", 120, kernel_tests),
+    Part("tests", 110, kernel_tests),
     Part("compile", 40, compile_kernels),
     Part("repeats", 30, repeats),
     Part("decode_step", 50, timed("decode_step")),
     Part("plan_ascent", 55, timed("plan_ascent")),
-    Part("window_attention", 55, timed("window_attention")),
-    Part("update", 85, timed("update")),
+    Part("window_attention", 50, timed("window_attention")),
+    Part("update", 80, timed("update")),
+    Part("train", 25, training),
     Part("sanitizer", 40, sanitizer),
 )
 """In the order of running. Their seconds bound the whole pass."""
@@ -704,7 +782,7 @@ def verdict(rows: Sequence[Mapping[str, Any]], bar: Bar | None) -> tuple[str, ..
         if bar.roof_share is not None and float(mine["roof_share"]) < bar.roof_share:
             short_of.append(f"{bar.roof_share:.0%} of the roof")
         said = f"NOT MET ({', '.join(short_of)})" if short_of else "met"
-    share = f"{float(mine['roof_share']):.0%}" if mine else "-"
+    share = f"{float(mine['roof_share']):.0%}" if mine and mine["roof_share"] != "" else "-"
     return cell(mine), cell(peer), f"{ratio:.2f}x" if ratio else "-", share, said
 
 

@@ -5,8 +5,8 @@ slow tests (``tests/kernel_fixtures.py``); no GPU is needed.
     python -m benchmarks.resources --out kernels.csv --only block --widths 128 --dtypes bfloat16 --architectures 90
 
 Makes the rows that an earlier call with the same --out has not made; those of an op whose sources have changed are
-dropped. Exit status 1 where a bfloat16 kernel spills, where shared memory does not fit, or where a launch does not
-compile; spills in float32 are listed.
+dropped. Exit status 1 where a bfloat16 kernel spills, where shared memory does not fit, where a launch does not compile
+or where wgmma might read what it should not; spills in float32 are listed.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def key_of(row: Mapping[str, Any]) -> tuple[str, ...]:
 
 def rows_of(task: Task, made: Container[tuple[str, ...]] = ()) -> list[dict[str, Any]]:
     """Of :func:`missing` launches, compiled here."""
-    from kernel_fixtures import resources
+    from kernel_fixtures import resources, wgmma_hazards
 
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -147,6 +147,9 @@ def rows_of(task: Task, made: Container[tuple[str, ...]] = ()) -> list[dict[str,
             start = time.perf_counter()
             try:
                 row |= resources(launch, task.architecture, Path(folder))._asdict()
+                # From the cache of the compiler.
+                asm = launch.compile(task.architecture).asm
+                row["status"] = "; ".join(wgmma_hazards(asm["ttgir"], asm["ptx"]))
             except Exception as error:
                 row["status"] = f"failed: {type(error).__name__}: {' '.join(str(error).split())[:160]}"
             row["seconds"] = round(time.perf_counter() - start, 1)
