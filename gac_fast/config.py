@@ -519,7 +519,7 @@ PRESETS: dict[str, Config] = {
     "walker2d": _LOCOMOTION,
     "hopper-replay": _REPLAY,
     # Plans on which the members of its return model disagree often tumble (docs/mujoco.md).
-    "halfcheetah-replay": _REPLAY.replace(plan={"kappa": 5.0, "radius": 0.15}),
+    "halfcheetah-replay": _REPLAY.replace(plan={"kappa": 3.0}),
     "walker2d-replay": _REPLAY,
     # Tuned on umaze (docs/tuning.md): a short window and few plan vectors leave the plan something to say, and T_a is
     # the variance of the controller's own noise.
