@@ -498,7 +498,7 @@ _REPLAY = Config(
         dim=64, n_layers=2, window=1, n_z=1, context="states", return_ensemble=4, return_context="first_state"
     ),
     posterior=PosteriorConfig(action_temperature=0.05),
-    plan=PlanConfig(n_steps=40, kappa=1.0, radius=0.25, replan_every=128),
+    plan=PlanConfig(n_steps=40, kappa=0.0, radius=0.25, replan_every=128),
     train=TrainConfig(
         n_updates=4800, batch_size=16, final_lr_ratio=0.02, segment=128, bf16="auto", eval_every=1200,
         checkpoint_every=1200,
