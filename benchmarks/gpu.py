@@ -242,20 +242,22 @@ def outcomes(ids: Sequence[str], text: str) -> dict[str, str]:
     ended: dict[str, str] = {}
     for line in text.splitlines():
         for name in ids:
-            if line.startswith(f"{name} "):
+            # Without a blank: the last line of a process that was killed.
+            if line == name or line.startswith(f"{name} "):
                 word = re.match("[A-Z]+", line[len(name) + 1 :].lstrip())
-                # A line that says nothing is the last of a process that was killed.
                 ended[name] = word[0].lower() if word and word[0].lower() in ENDS else "crashed"
     return ended
 
 
+# As torch says it, and as Triton does; running out of memory loses nothing.
+LOST = r"CUDA error|illegal memory access|Triton Error \[CUDA\](?!.*out of memory)"
 ENDS = ("passed", "failed", "skipped", "error", "xfail", "xpass")
 
 
 def after_loss(ids: Sequence[str], text: str) -> list[str]:
     """What came after the first test that lost the device, as an error leaves no call of CUDA in its process."""
     ended = outcomes(ids, text)
-    said = [line for line in text.splitlines() if re.search("CUDA error|illegal memory access", line)]
+    said = [line for line in text.splitlines() if re.search(LOST, line)]
     order = list(ended)
     for i, name in enumerate(order):
         if ended[name] == "crashed" or any(line.startswith((f"FAILED {name} ", f"ERROR {name} ")) for line in said):

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -681,6 +682,9 @@ def launch(
         out: float32 [P, act_dim], contiguous.
         scratch: of :func:`new_scratch`, for the same option.
     """
+    tiles = dict(option.tiles)
+    # Tiles of the MLP are not masked; a width that is no multiple of them takes narrower ones.
+    option = replace(option, tiles=tuple({**tiles, "BH": _divisor(packed.hidden, tiles["BH"])}.items()))
     _, n_rows, window, heads, width = rings[0].shape
     dim, n_z = heads * width, plans[0].shape[2]
     mean, std, mid, half = (None, None, None, None) if units is None else units

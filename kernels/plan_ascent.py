@@ -1027,8 +1027,9 @@ def run(
 ) -> None:
     """Fill ``out`` (seeds [P, n_z, D], mean [P], std [P]) with ascended plans, or with Langevin samples of ``target``.
 
-    The bits depend on the sizes alone. Beside packed weights a call takes at most 1 GiB, or what 16 to 32 plans need
-    with all their starts where that is more: starts x members x 8 to 16 KB at the `gym` size.
+    The bits depend on the sizes and, in groups, on the processors of the device. Beside packed weights a call takes at
+    most 1 GiB, or what 16 to 32 plans need with all their starts where that is more: starts x members x 8 to 16 KB at
+    the `gym` size.
 
     Args:
         prior, returns: weights as the ops take them, without the None of an identity prior.

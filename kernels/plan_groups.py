@@ -54,6 +54,9 @@ _INTERPRETED = tl.constexpr(INTERPRETED)
 _PROCESSORS = 132
 _MOST_PROGRAMS = 8
 
+# Bytes that the groups of a launch may have beside the weights, unless one of them alone needs more.
+_MOST_SCRATCH = 1 << 30
+
 
 @triton.jit
 def _nought():
@@ -569,11 +572,13 @@ def launch(call: Any, option: Option, group: int) -> Launch:
     sizes, arguments, z0 = call.sizes, call.arguments, call.z0
     tiles = dict(option.tiles)
     c = padded(sizes, max(tiles["BK"], tiles["BN"]))
-    n_groups = min(triton.cdiv(z0.shape[0], tiles["BP"]), max(1, processors_of(z0.device) // group))
     matrices, vectors = pack(sizes, c, call.prior, call.returns, call.dtype)
     bp, e, room = tiles["BP"], sizes.members, triton.next_power_of_2(sizes.members)
     operands = bp * (3 * c["D"] + c["C"] + 3 * c["U"] + e * (3 * c["H1"] + c["H2"]))
     floats = bp * (3 * c["D"] + c["D"] // c["PADDED"] + 2 * room + c["D"] // c["BD"])
+    # With fewer groups than tiles each takes several, one after the other.
+    most = min(processors_of(z0.device) // group, _MOST_SCRATCH // (operands * call.dtype.itemsize + floats * 4))
+    n_groups = min(triton.cdiv(z0.shape[0], bp), max(1, most))
     of_call = {name: arguments[name] for name in _ARGUMENTS} | {
         "p_w": matrices, "p_b": vectors, "p_op": z0.new_empty((n_groups, operands), dtype=call.dtype),
         "p_f": z0.new_empty((n_groups, floats), dtype=torch.float32),

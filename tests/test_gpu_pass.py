@@ -291,6 +291,21 @@ def test_what_comes_after_a_lost_device_is_run_again_once(gpu, tmp_path, monkeyp
     assert not good
 
 
+def test_a_lost_device_is_known_by_what_torch_and_triton_say(gpu):
+    ids = ["test_x.py::test_a[{'n': 1}]", "test_x.py::test_b"]
+    # The log of a process that was killed ends in a name alone.
+    killed = f"{ids[0]} PASSED [ 50%]\n{ids[1]}"
+    assert gpu.outcomes(ids, killed) == {ids[0]: "passed", ids[1]: "crashed"}
+    for said, again in (
+        ("RuntimeError: Triton Error [CUDA]: misaligned address", ids[1:]),
+        ("torch.AcceleratorError: CUDA error: unspecified launch failure", ids[1:]),
+        ("RuntimeError: Triton Error [CUDA]: out of memory", []),
+        ("AssertionError: x", []),
+    ):
+        text = f"{ids[0]} FAILED [ 50%]\n{ids[1]} FAILED [100%]\nFAILED {ids[0]} - {said}\nFAILED {ids[1]} - x"
+        assert gpu.after_loss(ids, text) == again
+
+
 def test_repeats_that_differ_are_found(gpu, tmp_path, monkeypatch):
     random = {"random": lambda: [torch.rand(3)], "same": lambda: [torch.ones(3)], "nan": lambda: [torch.ones(3) / 0]}
     monkeypatch.setattr(gpu, "repeat_cases", lambda device, dtype, size: random if dtype == "float32" else {})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from gac_fast import ops, reference
 from gac_fast.config import Config, PosteriorConfig, TrainConfig, preset
+from gac_fast.errors import EngineWarning
 from gac_fast.model import GAC, Batch
 from gac_fast.ops import _dispatch
 from gac_fast.posterior import PosteriorState
@@ -359,6 +361,48 @@ def test_a_recorded_update_is_the_same_for_every_size(pretended_graphs):
     assert run.n_recordings == 0
     run(batch, rows)
     assert len(pretended_graphs) == 12 - 2 * N_PLAIN
+
+
+def test_replays_count_as_changes_and_old_recordings_give_way(pretended_graphs, monkeypatch):
+    monkeypatch.setattr(recorded, "MOST_RECORDINGS", 2)
+    one = make(train={"cuda_graph": "on"})
+    weight = next(one.model.parameters())
+    moved = list(one.model.parameters())
+    run = RecordedUpdate(lambda batch, rows, infer: {"loss": torch.zeros(())}, moved)
+    for size, left in ((40, 1), (44, 2), (48, 1)):
+        batch, rows = fill_up(*plain_batch([5, 9, 1, 7]), size, 7)
+        for _ in range(N_PLAIN):
+            run(batch, rows)
+        before = weight._version
+        run(batch, rows)
+        assert weight._version > before
+        assert run.n_recordings == left
+
+
+def test_a_recording_that_fails_leaves_plain_updates_or_the_error(pretended_graphs, monkeypatch):
+    def fails(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(recorded, "record", fails)
+    one, other = make(train={"cuda_graph": "on"}), make(train={"cuda_graph": "on"})
+    run = RecordedUpdate(other.run, list(other.model.parameters()), may_fail=True)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", EngineWarning)
+        for number in range(N_PLAIN + 3):
+            batch, rows = fill_up(*plain_batch([5, 9, 1, 7], seed=number), 40, 7)
+            assert_same(run(batch, rows), one.run(batch, rows), rtol=0, atol=0)
+    assert_same(other.all(), one.all(), rtol=0, atol=0)
+    told = [str(warning.message) for warning in said if warning.category is EngineWarning]
+    assert [
+        text for text in told if "go on without a CUDA graph" in text and text.endswith("CUDA out of memory")
+    ] == told
+    assert len(told) == 1
+    assert run.n_recordings == 0
+    strict = RecordedUpdate(other.run)
+    for _ in range(N_PLAIN):
+        strict(batch, rows)
+    with pytest.raises(torch.OutOfMemoryError):
+        strict(batch, rows)
 
 
 def test_the_learning_rate_of_a_recorded_update_stays_where_it_is():

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gac_fast.errors import EngineWarning
 from gac_fast.model import Batch
 
 __all__ = ["RecordedUpdate"]
@@ -17,6 +19,7 @@ Update = Callable[..., dict[str, Tensor]]
 
 # Updates of a size before it is recorded: kernels are compiled and chosen, libraries make their work spaces.
 N_PLAIN = 3
+MOST_RECORDINGS = 12
 
 
 class RecordedUpdate:
@@ -27,35 +30,66 @@ class RecordedUpdate:
 
     Args:
         run: (batch, rows, infer=...) -> zero-dimensional diagnostics. It reads nothing back from the device.
+        moved: what it changes and others may keep something made of: their versions count replays too, which write
+            where torch does not look.
+        may_fail: where a recording cannot be made, as for want of memory, say so and go on plainly.
     """
 
-    def __init__(self, run: Update) -> None:
+    def __init__(self, run: Update, moved: Sequence[Tensor] = (), may_fail: bool = False) -> None:
         self._run = run
+        self._moved = moved
+        self._may_fail = may_fail
+        self._gave_up = False
         self._recordings: dict[Any, _Recording] = {}
         self._pool: Any = None
 
     def __call__(self, batch: Batch, rows: Tensor, infer: bool = True) -> dict[str, Tensor]:
+        if self._gave_up:
+            return self._run(batch, rows, infer=infer)
         key = infer, *(None if x is None else (x.shape, x.dtype) for x in (*batch, rows))
         if key not in self._recordings:
             self._recordings[key] = _Recording(batch, rows)
         one = self._recordings[key]
         one.read(batch, rows)
         if one.replay is not None:
-            one.replay()
-            return one.values()
+            return self._replayed(one)
         if len(one.names) == 0 or one.n_plain < N_PLAIN:
             values = plainly(lambda: self._run(one.batch, one.rows, infer=infer), rows.device)
             one.n_plain += 1
             one.names = tuple(values)
             return values
         # All graphs draw on one pool: they run one at a time, and none reads what another left there.
+        if self.n_recordings >= MOST_RECORDINGS:
+            # Their pool grows with every size and gives nothing back.
+            self.forget()
+            self._recordings[key] = one
         if self._pool is None:
             self._pool = make_pool()
-        one.replay, one.stacked = record(
-            lambda: torch.stack([x.to(torch.float32) for x in self._run(one.batch, one.rows, infer=infer).values()]),
-            len(one.names), rows.device, self._pool,
-        )  # fmt: skip
+        try:
+            one.replay, one.stacked = record(
+                lambda: torch.stack(
+                    [x.to(torch.float32) for x in self._run(one.batch, one.rows, infer=infer).values()]
+                ),
+                len(one.names), rows.device, self._pool,
+            )  # fmt: skip
+        except RuntimeError as error:
+            # Nothing of it has run.
+            if not self._may_fail:
+                raise
+            warnings.warn(
+                f"train.cuda_graph = auto: updates go on without a CUDA graph, as recording one failed: {error}",
+                EngineWarning, stacklevel=2,
+            )  # fmt: skip
+            self.forget()
+            self._gave_up = True
+            return self._run(batch, rows, infer=infer)
+        return self._replayed(one)
+
+    def _replayed(self, one: _Recording) -> dict[str, Tensor]:
+        assert one.replay is not None
         one.replay()
+        if self._moved:
+            torch.autograd.graph.increment_version(self._moved)
         return one.values()
 
     @property

@@ -141,7 +141,10 @@ class Trainer:
             parts = compiled(parts)
         posterior = self.posterior if self.config.baseline.method == "none" else None
         self._update = functools.partial(update, self.model, self.optimizer, posterior, config=self.config, parts=parts)
-        self._recorded = RecordedUpdate(self._update) if records(self.config, self.device) else None
+        self._recorded = None
+        if records(self.config, self.device):
+            may_fail = self.config.train.cuda_graph == "auto"
+            self._recorded = RecordedUpdate(self._update, list(self.model.parameters()), may_fail)
 
     def learning_rate(self) -> float:
         """Of the next update."""

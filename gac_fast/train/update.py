@@ -42,8 +42,9 @@ def records(config: Config, device: torch.device) -> bool:
     """Whether updates on ``device`` are recorded as CUDA graphs."""
     if config.train.cuda_graph != "auto":
         return config.train.cuda_graph == "on"
-    # By itself only what a GPU has run: an update of many small kernels took an H200 a twelfth of the time.
-    return device.type == "cuda" and config.posterior.method == "langevin" and config.baseline.method == "none"
+    # By itself only the kind of update that a GPU has run so: of many small kernels it took an H200 a twelfth.
+    is_usual = config.posterior.method == "langevin" and config.baseline.method == "none"
+    return device.type == "cuda" and is_usual and config.train.compile == "off"
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig, recorded: bool | None = None) -> torch.optim.AdamW:
