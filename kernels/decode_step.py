@@ -11,7 +11,7 @@ slot that a_{t-1} is the last to see. Both are folded into one softmax as they c
 has filled are not read at all.
 
 Counted for 1,024 environments of the gym size (D = 128, 3 layers, 64 slots, C = 2) in bfloat16: rings 101 MB and plan
-vectors 13 MB from memory, weights 1.4 MB into each of 64 programs from the second-level cache.
+vectors 13 MB from memory, weights 1.4 MB into each of 128 programs from the second-level cache.
 """
 
 from __future__ import annotations

@@ -54,13 +54,13 @@ _INTERPRETED = tl.constexpr(INTERPRETED)
 _COLUMNS = {80: 32, 90: 64}
 
 # Streaming multiprocessors of an H100 or H200: how many programs run at once.
-_PROCESSORS = 132
+_PROCESSORS = plan_groups.PROCESSORS
 # Microseconds that a step of a program takes alone, by its plans; counted, not measured.
 _CHAIN = {16: 19.0, 32: 21.0, 64: 31.0, 128: 60.0}
 
 # Bytes that the programs of one launch may have beside the weights, unless one program alone needs more. With several
 # starts for each plan they grow as plans x starts x members; more plans are then done in several launches.
-_MOST_SCRATCH = 1 << 30
+_MOST_SCRATCH = plan_groups.MOST_SCRATCH
 
 
 @triton.jit

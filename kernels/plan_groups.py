@@ -44,18 +44,18 @@ from gac_fast.kernels._plan_math import (
 )
 from gac_fast.kernels.philox_normal import box_muller, philox4x32
 
-__all__ = ["group_kernel", "launch", "option_for", "processors_of", "refusal"]
+__all__ = ["MOST_SCRATCH", "PROCESSORS", "group_kernel", "launch", "option_for", "processors_of", "refusal"]
 
 _NORM_EPS = tl.constexpr(1e-5)
 _LEAST_NORM = tl.constexpr(1e-12)
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
 # Streaming multiprocessors of an H100 or H200; on a smaller device there are as many programs as it has.
-_PROCESSORS = 132
+PROCESSORS = 132
 _MOST_PROGRAMS = 8
 
 # Bytes that the groups of a launch may have beside the weights, unless one of them alone needs more.
-_MOST_SCRATCH = 1 << 30
+MOST_SCRATCH = 1 << 30
 
 
 @triton.jit
@@ -504,11 +504,11 @@ def refusal(sizes: Any) -> str | None:
 def processors_of(device: torch.device) -> int:
     """How many programs certainly run at the same time."""
     if device.type != "cuda":
-        return _PROCESSORS
-    return min(_PROCESSORS, torch.cuda.get_device_properties(device).multi_processor_count)
+        return PROCESSORS
+    return min(PROCESSORS, torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def option_for(n_plans: int, processors: int = _PROCESSORS) -> tuple[Option, int]:
+def option_for(n_plans: int, processors: int = PROCESSORS) -> tuple[Option, int]:
     """Tiles and programs of a group, by these numbers alone: a tile decides where sums are cut."""
     if INTERPRETED:
         # One program at a time: others would wait for it for ever.
@@ -577,7 +577,7 @@ def launch(call: Any, option: Option, group: int) -> Launch:
     operands = bp * (3 * c["D"] + c["C"] + 3 * c["U"] + e * (3 * c["H1"] + c["H2"]))
     floats = bp * (3 * c["D"] + c["D"] // c["PADDED"] + 2 * room + c["D"] // c["BD"])
     # With fewer groups than tiles each takes several, one after the other.
-    most = min(processors_of(z0.device) // group, _MOST_SCRATCH // (operands * call.dtype.itemsize + floats * 4))
+    most = min(processors_of(z0.device) // group, MOST_SCRATCH // (operands * call.dtype.itemsize + floats * 4))
     n_groups = min(triton.cdiv(z0.shape[0], bp), max(1, most))
     of_call = {name: arguments[name] for name in _ARGUMENTS} | {
         "p_w": matrices, "p_b": vectors, "p_op": z0.new_empty((n_groups, operands), dtype=call.dtype),

@@ -390,6 +390,17 @@ def test_compiles_for_the_gym_size_without_spills(tokens, n_rows, tmp_path, monk
     assert_fits(launch, 90, tmp_path)
 
 
+def test_tiles_of_the_mlp_divide_its_width(monkeypatch):
+    class Narrow(kernel.Packed):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            self.hidden = 192
+
+    assert {dict(one.option.tiles)["BH"] for one in kernel.shipped()} == {128}
+    monkeypatch.setattr(kernel, "Packed", Narrow)
+    assert {dict(one.option.tiles)["BH"] for one in kernel.shipped()} == {64}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("sizes", "dtype", "architecture"), compile_cases("decode_step"))
 def test_compiles_for_every_width(sizes, dtype, architecture, tmp_path):

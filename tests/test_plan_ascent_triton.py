@@ -345,6 +345,20 @@ def test_groups_fill_the_processors_and_never_more():
     assert plan_groups.option_for(64, 4)[1] == 4
 
 
+def test_scratch_memory_of_groups_is_bounded():
+    from gac_fast.kernels import plan_ascent as kernel
+
+    wide = {"members": 64, "hidden1": 1024, "n_plans": 16384}
+    launches = [one for one in kernel.shipped(dtype=torch.bfloat16, **GYM, **wide) if one.name == "group_kernel"]
+    assert launches
+    for one in launches:
+        assert sum(one.arguments[name].nbytes for name in ("p_op", "p_f")) <= 1 << 30
+        assert one.grid[0] <= 132
+        assert one.grid[0] % one.constants["G"] == 0
+    # As many groups as processors would need more: fewer take their tiles in turn.
+    assert min(one.grid[0] for one in launches) < 66
+
+
 @pytest.mark.slow
 @pytest.mark.interpreter
 @pytest.mark.usefixtures("on_triton")
