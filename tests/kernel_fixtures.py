@@ -96,16 +96,19 @@ def wgmma_hazards(ttgir: str, ptx: str) -> list[str]:
       second to an unrelated register.
     """
     found, roots, loaded, products = [], {}, set(), set()
-    for line in ttgir.splitlines():
+    for number, line in enumerate(ttgir.splitlines()):
+        # Regions side by side use the same names.
+        if match := re.match(r"\s*(%\w+)(?::\d+)? = ", line):
+            roots.pop(match[1], None)
         if match := re.match(r"\s*(%\S+) = ttg\.local_alloc : \(\) -> ", line):
-            roots[match[1]] = match[1]
+            roots[match[1]] = f"{match[1]} of line {number + 1}"
         elif match := re.match(r"\s*(%\S+) = ttg\.memdesc_\w+ (%\w+)", line):
             roots[match[1]] = roots.get(match[2], "")
         elif match := re.search(r" = ttg\.local_load (%\w+)", line):
             loaded.add(roots.get(match[1], ""))
         elif (match := re.search(r" = ttng\.warp_group_dot (%[\w#]+), (%[\w#]+),", line)) and "isAsync = true" in line:
             products |= {roots.get(match[1], ""), roots.get(match[2], "")}
-    found += [f"{name} is read by wgmma and loaded" for name in sorted((loaded & products) - {""})]
+    found += [f"{name.split()[0]} is read by wgmma and loaded" for name in sorted((loaded & products) - {""})]
     halves: dict[str, set[int]] = {}
     for base, offset in re.findall(r"(?:add\.s64|or\.b64)\s+%rd\d+, (%rd\d+), (-?\d{15,});", ptx):
         halves.setdefault(base, set()).add((int(offset) >> 32) & 0xFFFFFFFF)
