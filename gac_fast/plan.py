@@ -36,6 +36,7 @@ class Plans:
         return Plans(self.z0[rows], self.return_mean[rows], self.return_std[rows])
 
 
+@torch.no_grad()
 def predict(model: GAC, normalization: Normalization, z0: Tensor, first_states: Tensor | None) -> Plans:
     """Plans of given seeds.
 
@@ -43,8 +44,7 @@ def predict(model: GAC, normalization: Normalization, z0: Tensor, first_states: 
         z0: [P, n_z, D].
         first_states: normalised [P, obs_dim] or [P, G, obs_dim]; None where the return model takes none.
     """
-    with torch.no_grad():
-        mean, std = model.return_moments(model.prior(z0), first_states)
+    mean, std = model.return_moments(model.prior(z0), first_states)
     return _plans(normalization, z0, mean, std)
 
 
@@ -81,6 +81,7 @@ def regression_direction(seeds: Tensor, returns: Tensor) -> Tensor:
     return (slope / length).to(seeds.dtype).view(seeds.shape[1:])
 
 
+@torch.no_grad()
 def along(
     model: GAC,
     normalization: Normalization,
@@ -106,6 +107,7 @@ def along(
     return predict(model, normalization, z0, None)
 
 
+@torch.no_grad()
 def exploit(
     model: GAC,
     normalization: Normalization,
@@ -138,10 +140,9 @@ def exploit(
     if first_states is not None and per_start:
         # All pairs are scored; only the most promising few of each start are worth the ascent.
         k = min(config.n_refine, len(candidates))
-        with torch.no_grad():
-            z = model.prior(candidates)
-            mean, std = model.return_moments_of_pairs(z, first_states[:, 0])
-            top = _bound(mean, std, candidates, config).topk(k, dim=1).indices
+        z = model.prior(candidates)
+        mean, std = model.return_moments_of_pairs(z, first_states[:, 0])
+        top = _bound(mean, std, candidates, config).topk(k, dim=1).indices
         candidates = candidates[top].flatten(0, 1)
         context = first_states[:, 0].repeat_interleave(k, dim=0)
     elif first_states is not None:
@@ -173,6 +174,7 @@ def _bound(mean: Tensor, std: Tensor, z0: Tensor, config: PlanConfig) -> Tensor:
     return mean - config.kappa * std - 0.5 * config.prior_weight * z0.square().sum((1, 2))
 
 
+@torch.no_grad()
 def explore(
     model: GAC,
     normalization: Normalization,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -577,6 +577,14 @@ def return_moments(means: Tensor, log_variances: Tensor) -> tuple[Tensor, Tensor
     return mean, variance.sqrt()
 
 
+_Weights = TypeVar("_Weights", PriorWeights, ReturnWeights)
+
+
+def _constants(weights: _Weights) -> _Weights:
+    """The same outside the graph: threads that plan with one model record nothing for parameters they share."""
+    return type(weights)(*(None if w is None else w.detach() for w in weights))
+
+
 def plan_ascent(
     prior_weights: PriorWeights,
     return_weights: ReturnWeights,
@@ -604,6 +612,7 @@ def plan_ascent(
     """
     scale = math.sqrt(z0[0].numel()) if len(z0) else 1.0
     start = z0.detach()
+    prior_weights, return_weights = _constants(prior_weights), _constants(return_weights)
 
     def norm(x: Tensor) -> Tensor:
         return x.flatten(1).norm(dim=1)[:, None, None].clamp_min(1e-12)
@@ -654,6 +663,7 @@ def plan_langevin(
     """
     scale = math.sqrt(z0.shape[1] * z0.shape[2])
     z0 = z0.detach()
+    prior_weights, return_weights = _constants(prior_weights), _constants(return_weights)
     for step in range(n_steps):
         x = z0.requires_grad_(True)
         with torch.enable_grad():

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from core_fixtures import OBS_DIM, make_model, make_normalization, model_config, random_seeds
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gac_fast import ops
 from gac_fast.config import PlanConfig
@@ -264,6 +266,35 @@ def test_planning_leaves_no_gradient_in_the_model():
     explore(m, UNITS, 3, 45.0, CONFIG)
     exploit(m, UNITS, random_seeds(3, m.config), 3, CONFIG)
     assert all(p.grad is None and p.requires_grad for p in m.parameters())
+
+
+@pytest.mark.parametrize("per_start", [False, True])
+def test_planning_on_a_thread_records_no_gradients(per_start):
+    """Threads begin with gradients on; two that recorded them for one model's weights at once could wait for each
+    other for ever (torch takes the interpreter's lock while it holds that of a parameter)."""
+    m = model(return_context="first_state")
+    given = starts(3)[:, None] if per_start else starts(3)
+    seeds, each = random_seeds(3, m.config), starts(3)[:, None]
+    own = {id(p) for p in m.parameters()}
+    recorded, seen = [], []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            recorded.extend(func for x in args if torch.is_grad_enabled() and id(x) in own)
+            return func(*args, **(kwargs or {}))
+
+    def plan():
+        assert torch.is_grad_enabled()
+        with ops.backend("reference"), Watch():
+            explore(m, UNITS, 3, 45.0, CONFIG, first_states=each)
+            exploit(m, UNITS, seeds, 3, CONFIG, given)
+            predict(m, UNITS, seeds, each)
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(plan).result()
+    assert len(seen) > 20
+    assert recorded == []
 
 
 # ---------------------------------------------------------------------------------------------------------------------
