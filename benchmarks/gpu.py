@@ -290,7 +290,7 @@ def compile_kernels(ctx: Context) -> None:
         warm("plan_ascent:0", ctx.device, dry=True)
         ctx.add(op="compile", provider="warm-up", mode="", status="dry run")
         return
-    names = warm_names()
+    names = [name for name in warm_names() if ctx.may_compile or name.count(":") < 2]
     command = [sys.executable, "-m", "benchmarks.gpu", "--out", str(ctx.out), "--warm"]
     ctx.begin(op="compile", provider="warm-up", mode="")
     results = in_parallel([[*command, name] for name in names], ctx.out, "compile")
@@ -302,15 +302,23 @@ def compile_kernels(ctx: Context) -> None:
 
 
 def warm_names() -> list[str]:
+    """Of the engine's kernels; then of peers that compile, whose code Inductor keeps, all but those that autotune:
+    on a device that others use they would choose by chance."""
     cases = {"decode_step": 4, "update": 4, "plan_ascent": 2, "window_attention": 1}
-    return ["repeats:bfloat16", "repeats:float32", *(f"{op}:{i}" for op, n in cases.items() for i in range(n))]
+    peers = {
+        "decode_step": ["torch + compile"], "plan_ascent": ["torch + compile"],
+        "update": ["triton + compile", "reference + compile"],
+        "window_attention": ["flex 128", "flex 64", "sdpa banded + compile"],
+    }  # fmt: skip
+    names = ["repeats:bfloat16", "repeats:float32", *(f"{op}:{i}" for op, n in cases.items() for i in range(n))]
+    return names + [f"{op}:{i}:{peer}" for op, n in cases.items() for i in range(n) for peer in peers[op]]
 
 
 def warm(name: str, device: torch.device, dry: bool) -> None:
-    """The engine's provider of one case, or every op of the repeats, once."""
-    op, _, which = name.partition(":")
+    """One provider of a case, or every op of the repeats, once."""
+    op, which, *provider = name.split(":")
     if op != "repeats":
-        cases_of(op, device, tiny=dry)[int(which)].providers["triton"]()
+        cases_of(op, device, tiny=dry)[int(which)].providers["".join(provider) or "triton"]()
         return
     errors = []
     for run in repeat_cases(device, which, "tiny" if dry else "full").values():
@@ -499,7 +507,7 @@ def timed(op: str) -> Callable[[Context], None]:
         floors = measure_floors(ctx.device, clock, ctx.dry)
         planned = cases_of(op, ctx.device, tiny=ctx.dry)
         # Where the time runs out, no case is without its engine, then none without its plain peers.
-        for turn in range(3):
+        for turn in range(4):
             for case in planned:
                 for provider, make in case.providers.items():
                     if turn_of(provider) == turn:
@@ -510,6 +518,8 @@ def timed(op: str) -> Callable[[Context], None]:
 
 def turn_of(provider: str) -> int:
     """The engine first, what compiles for long last."""
+    if "autotune" in provider:
+        return 3
     return 2 if "compile" in provider or "flex" in provider else 0 if provider.startswith("triton") else 1
 
 
@@ -520,7 +530,7 @@ def measure(
     key = {"op": case.op, "provider": provider, "mode": case.mode, "shape": case.shape, "dtype": case.dtype}
     if ctx.has(**key):
         return
-    if not ctx.may_compile and ("compile" in provider or "flex" in provider):
+    if not ctx.may_compile and turn_of(provider) >= 2:
         ctx.add(**key, status="left out: --no-compile")
         return
     if ctx.left < 2 and not ctx.dry:
@@ -658,15 +668,15 @@ def short(value: float) -> float:
 
 
 PARTS = (
-    Part("tests", 110, kernel_tests),
-    Part("compile", 40, compile_kernels),
+    Part("tests", 100, kernel_tests),
+    Part("compile", 60, compile_kernels),
     Part("repeats", 30, repeats),
     Part("decode_step", 50, timed("decode_step")),
     Part("plan_ascent", 55, timed("plan_ascent")),
     Part("window_attention", 50, timed("window_attention")),
     Part("update", 80, timed("update")),
     Part("train", 25, training),
-    Part("sanitizer", 40, sanitizer),
+    Part("sanitizer", 30, sanitizer),
 )
 """In the order of running. Their seconds bound the whole pass."""
 

@@ -32,7 +32,8 @@ from gac_fast.reference import BlockWeights, StepWeights
 from gac_fast.train.update import Parts, compiled, make_optimizer, parts_of, update
 
 OBS_DIM, ACT_DIM = 17, 6  # halfcheetah
-MAX_AUTOTUNE = "max-autotune-no-cudagraphs"  # graphs are recorded by :func:`recorded`, for all alike
+MODES = {"compile": None, "max-autotune": "max-autotune-no-cudagraphs"}
+"""Of ``torch.compile``, by what providers call them; graphs are recorded by :func:`recorded`, for all alike."""
 ASCENT_STEPS = 100
 
 Run = Callable[[], object]
@@ -125,12 +126,12 @@ def replayed(replay: Run, kept: list[Tensor]) -> list[Tensor]:
     return tensors(kept)
 
 
-def autotuned(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
-    """``torch.compile`` as hard as it tries; on the CPU its tracing alone."""
+def by_compiler(function: Callable[..., Any], device: torch.device, mode: str) -> Callable[..., Any]:
+    """Through ``torch.compile`` in one of :data:`MODES`; on the CPU its tracing alone."""
     torch._dynamo.reset()
     if device.type != "cuda":
         return torch.compile(function, backend="eager", dynamic=False, fullgraph=True)
-    return torch.compile(function, mode=MAX_AUTOTUNE, dynamic=False, fullgraph=True)
+    return torch.compile(function, mode=MODES[mode], dynamic=False, fullgraph=True)
 
 
 def on_reference(run: Callable[[], Any]) -> Callable[[], Any]:
@@ -148,11 +149,15 @@ def tensors(out: Any) -> list[Tensor]:
 def variants(
     device: torch.device,
     plain: Callable[[], Callable[[], Any]],
-    fast: Callable[[], Callable[[], Any]] | None,
+    fast: Callable[[str], Callable[[], Any]] | None,
     name: str,
     pure: bool = True,
 ) -> dict[str, Callable[[], Built]]:
-    """``name`` as it is, recorded, compiled, and both, of builders of a call; not ``pure`` where each moves a state."""
+    """``name`` as it is, recorded, compiled, and both, of builders of a call; not ``pure`` where each moves a state.
+
+    Args:
+        fast: builder of what is compiled in a mode.
+    """
 
     def built(make: Callable[[], Callable[[], Any]], record: bool) -> Built:
         following: list[Tensor] = []
@@ -172,8 +177,11 @@ def variants(
 
     found = {name: lambda: built(plain, False), f"{name} + graph": lambda: built(plain, True)}
     if fast is not None:
-        found[f"{name} + compile"] = lambda: built(fast, False)
-        found[f"{name} + compile + graph"] = lambda: built(fast, True)
+        found[f"{name} + compile"] = lambda: built(lambda: fast("compile"), False)
+        found |= {
+            f"{name} + {mode} + graph": lambda mode=mode: built(lambda: fast(mode), True)  # type: ignore[misc]
+            for mode in MODES
+        }
     return found
 
 
@@ -247,9 +255,9 @@ def attention_case(device: torch.device, tiny: bool) -> Planned:
         out = out.transpose(1, 2).reshape(b, n_chunks * window, heads, width)[:, :t]
         return out.reshape(n, heads, width)
 
-    def flex(block: int) -> Callable[[], Built]:
+    def flex(block: int, mode: str) -> Callable[[], Built]:
         def make() -> Built:
-            attend = flex_attend(device, n, t, window, block, table)
+            attend = flex_attend(device, n, t, window, block, table, mode)
             if device.type != "cuda":
                 # It has no backward on the CPU.
                 def forward() -> Tensor:
@@ -270,12 +278,15 @@ def attention_case(device: torch.device, tiny: bool) -> Planned:
 
     providers = {
         "triton": once(lambda: both(op)),
-        **variants(device, lambda: on_reference(both(op)), lambda: both(autotuned(plain, device)), "reference"),
+        **variants(device, lambda: on_reference(both(op)), None, "reference"),
         "sdpa dense": once(lambda: both(sdpa_dense)),
         "sdpa banded": once(lambda: both(sdpa_banded)),
-        "sdpa banded + compile": once(lambda: both(autotuned(sdpa_banded, device))),
-        "flex 128": flex(128),
-        "flex 64": flex(64),
+        "flex 128": flex(128, "compile"),
+        "flex 64": flex(64, "compile"),
+        "sdpa banded + compile": once(lambda: both(by_compiler(sdpa_banded, device, "compile"))),
+        "reference + compile": once(lambda: both(by_compiler(plain, device, "compile"))),
+        "flex 128, max-autotune": flex(128, "max-autotune"),
+        "sdpa banded + max-autotune": once(lambda: both(by_compiler(sdpa_banded, device, "max-autotune"))),
     }
     pairs = b * sum(min(j + 1, window) for j in range(t))
 
@@ -292,7 +303,7 @@ def attention_case(device: torch.device, tiny: bool) -> Planned:
 
 
 def flex_attend(
-    device: torch.device, n: int, t: int, window: int, block: int, table: tuple[Tensor, Tensor]
+    device: torch.device, n: int, t: int, window: int, block: int, table: tuple[Tensor, Tensor], mode: str = "compile"
 ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """FlexAttention over one packed sequence, its sliding window within trajectories as a mask of blocks."""
     from torch.nn.attention.flex_attention import BlockMask, flex_attention
@@ -323,7 +334,7 @@ def flex_attend(
 
     if device.type != "cuda":
         return attend
-    return autotuned(attend, device)
+    return by_compiler(attend, device, mode)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -363,14 +374,14 @@ def update_case(device: torch.device, tiny: bool, c: int, b: int, t: int) -> Pla
         train={"cuda_graph": "on" if device.type == "cuda" else "off"},
     )
 
-    def maker(backend: str, compile_it: bool) -> Callable[[], Callable[[], list[Tensor]]]:
+    def maker(backend: str, mode: str | None) -> Callable[[], Callable[[], list[Tensor]]]:
         def make() -> Callable[[], list[Tensor]]:
             state = make_update(device, config, b, t)
             parts: Parts = parts_of(state[0], config)
-            if compile_it:
+            if mode is not None:
                 torch._dynamo.reset()
                 on_gpu = device.type == "cuda"
-                parts = compiled(parts, "inductor" if on_gpu else "eager", MAX_AUTOTUNE if on_gpu else None)
+                parts = compiled(parts, "inductor" if on_gpu else "eager", MODES[mode] if on_gpu else None)
 
             def run() -> list[Tensor]:
                 with ops.backend(backend) if backend else contextlib.nullcontext():
@@ -390,8 +401,8 @@ def update_case(device: torch.device, tiny: bool, c: int, b: int, t: int) -> Pla
 
     flops, n_bytes = update_cost(config, b * t)
     providers = {
-        **variants(device, maker("", False), maker("", True), "triton", pure=False),
-        **variants(device, maker("reference", False), maker("reference", True), "reference", pure=False),
+        **variants(device, maker("", None), lambda mode: maker("", mode)(), "triton", pure=False),
+        **variants(device, maker("reference", None), lambda mode: maker("reference", mode)(), "reference", pure=False),
     }
     # Of the traffic in float32: the stream alone is kept so, and each layer's input may be kept in bfloat16.
     return Planned(
@@ -461,7 +472,7 @@ def ascent_case(device: torch.device, tiny: bool, n_plans: int) -> Planned:
     providers = {
         **variants(device, lambda: op, None, "triton"),
         **variants(device, lambda: on_reference(op), None, "reference"),
-        **variants(device, lambda: ascend(step), lambda: ascend(autotuned(step, device)), "torch"),
+        **variants(device, lambda: ascend(step), lambda mode: ascend(by_compiler(step, device, mode)), "torch"),
     }
     return Planned(
         "plan_ascent", f"{n_steps} steps", f"{size} E=1 P={n_plans}", "bfloat16", flops * n_steps / N_STEPS,
@@ -612,10 +623,10 @@ def decode_case(device: torch.device, tiny: bool, c: int, n: int) -> Planned:
 
         return make
 
-    def peer(compile_it: bool) -> Callable[[], Callable[[Tensor], Tensor]]:
+    def peer(mode: str | None) -> Callable[[], Callable[[Tensor], Tensor]]:
         def make() -> Callable[[Tensor], Tensor]:
             actor = TorchActor(model, z0, device, torch.bfloat16)
-            return autotuned(actor.step, device) if compile_it else actor.step
+            return actor.step if mode is None else by_compiler(actor.step, device, mode)
 
         return make
 
@@ -627,8 +638,9 @@ def decode_case(device: torch.device, tiny: bool, c: int, n: int) -> Planned:
         "triton": acting(op(""), False),
         "triton + graph": acting(op(""), True),
         "reference": acting(op("reference"), False),
-        **{f"torch{' + graph' * g}": acting(peer(False), g) for g in (False, True)},
-        **{f"torch + compile{' + graph' * g}": acting(peer(True), g, peer(False)) for g in (False, True)},
+        **{f"torch{' + graph' * g}": acting(peer(None), g) for g in (False, True)},
+        "torch + compile": acting(peer("compile"), False),
+        **{f"torch + {mode} + graph": acting(peer(mode), True, peer(None)) for mode in MODES},
     }
     flops, n_bytes = decode_cost(config, n)
     # With C = 2 an actor reads its own actions, and errors feed themselves.

@@ -20,55 +20,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gac_fast.kernels._halves import load_halves, load_rows, rotated, store_halves
 from gac_fast.kernels._launch import INTERPRETED, Launch, Option, architecture_of, choose
 from gac_fast.kernels._rotary import cos_sin, rotary_turns
 from gac_fast.kernels._tiles import bounds, find_tile, n_tiles
+from gac_fast.kernels.window_walk import window_walk_backward_kernel, window_walk_kernel
 
 __all__ = ["shipped", "window_attention", "window_attention_backward"]
 
 _LOG2_E = 1.4426950408889634
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Device functions: rows of one head, its two halves apart, because rotary pairs are (i, i + d / 2)
-
-
-@triton.jit
-def _store_halves(p_x, o_row, m_row, stride_t, b_x1, b_x2, HALF: tl.constexpr, BH: tl.constexpr):
-    o_d = tl.arange(0, BH)
-    p = p_x + (o_row[:, None] * stride_t + o_d[None, :])
-    m = m_row[:, None] & (o_d < HALF)[None, :]
-    tl.store(p, b_x1.to(p_x.dtype.element_ty), mask=m)
-    tl.store(p + HALF, b_x2.to(p_x.dtype.element_ty), mask=m)
+# Device functions: a head's two halves apart, because rotary pairs are (i, i + d / 2)
 
 
 @triton.jit
 def _moved(p_x, rows, stride_t):
     """The pointer that many rows on; the rows of a long window times their stride may exceed 2^31."""
     return p_x + rows * stride_t.to(tl.int64)
-
-
-@triton.jit
-def _load_halves(p_x, o_row, m_row, stride_t, HALF: tl.constexpr, BH: tl.constexpr):
-    o_d = tl.arange(0, BH)
-    # [rows, BH] twice
-    p = p_x + (o_row[:, None] * stride_t + o_d[None, :])
-    m = m_row[:, None] & (o_d < HALF)[None, :]
-    return tl.load(p, mask=m, other=0.0), tl.load(p + HALF, mask=m, other=0.0)
-
-
-@triton.jit
-def _rotated(b_x1, b_x2, b_cos, b_sin):
-    b_x1, b_x2 = b_x1.to(tl.float32), b_x2.to(tl.float32)
-    return b_x1 * b_cos - b_x2 * b_sin, b_x2 * b_cos + b_x1 * b_sin
-
-
-@triton.jit
-def _load_rows(p_x, o_row, m_row, stride_t, WIDTH: tl.constexpr, BD: tl.constexpr):
-    o_d = tl.arange(0, BD)
-    # [rows, BD]
-    return tl.load(
-        p_x + (o_row[:, None] * stride_t + o_d[None, :]), mask=m_row[:, None] & (o_d < WIDTH)[None, :], other=0.0
-    )
 
 
 @triton.jit
@@ -85,11 +54,11 @@ def _attend(
 ):  # fmt: skip
     """One block of keys before the tile into the running softmax of its queries."""
     m_j = o_j >= low
-    b_k1, b_k2 = _load_halves(p_k, o_row, m_j, stride_kt, HALF, BH)
+    b_k1, b_k2 = load_halves(p_k, o_row, m_j, stride_kt, HALF, BH)
     if ROTATE:
-        b_cos, b_sin = _load_halves(p_angles, o_row, m_j, WIDTH, HALF, BH)
-        b_k1, b_k2 = _rotated(b_k1, b_k2, b_cos, b_sin)
-    b_v = _load_rows(p_v, o_row, m_j, stride_vt, WIDTH, BD).to(DOT)
+        b_cos, b_sin = load_halves(p_angles, o_row, m_j, WIDTH, HALF, BH)
+        b_k1, b_k2 = rotated(b_k1, b_k2, b_cos, b_sin)
+    b_v = load_rows(p_v, o_row, m_j, stride_vt, WIDTH, BD).to(DOT)
     b_s = _product(b_q1, b_q2, b_k1.to(DOT), b_k2.to(DOT))
     b_s = tl.where(o_j[None, :] >= b_low[:, None], b_s, -float("inf"))
     b_new = tl.maximum(b_max, tl.max(b_s, 1))
@@ -115,12 +84,12 @@ def _query_gradient(
 ):  # fmt: skip
     """What one block of keys before the tile adds to its dq."""
     m_j = o_j >= low
-    b_k1, b_k2 = _load_halves(p_k, o_row, m_j, stride_kt, HALF, BH)
+    b_k1, b_k2 = load_halves(p_k, o_row, m_j, stride_kt, HALF, BH)
     if ROTATE:
-        b_cos, b_sin = _load_halves(p_angles, o_row, m_j, WIDTH, HALF, BH)
-        b_k1, b_k2 = _rotated(b_k1, b_k2, b_cos, b_sin)
+        b_cos, b_sin = load_halves(p_angles, o_row, m_j, WIDTH, HALF, BH)
+        b_k1, b_k2 = rotated(b_k1, b_k2, b_cos, b_sin)
     b_k1, b_k2 = b_k1.to(DOT), b_k2.to(DOT)
-    b_v = _load_rows(p_v, o_row, m_j, stride_vt, WIDTH, BD).to(DOT)
+    b_v = load_rows(p_v, o_row, m_j, stride_vt, WIDTH, BD).to(DOT)
     b_s = _product(b_q1, b_q2, b_k1, b_k2)
     b_dp = tl.dot(b_do, tl.trans(b_v), input_precision="ieee")
     visible = o_j[None, :] >= b_low[:, None]
@@ -138,16 +107,16 @@ def _key_gradient(
 ):  # fmt: skip
     """What one block of queries after the tile adds to its dk and dv; delta comes from o where READ_O."""
     m_j = o_j < high
-    b_q1, b_q2 = _load_halves(p_q, o_row, m_j, stride_qt, HALF, BH)
+    b_q1, b_q2 = load_halves(p_q, o_row, m_j, stride_qt, HALF, BH)
     if ROTATE:
-        b_cos, b_sin = _load_halves(p_angles, o_row, m_j, WIDTH, HALF, BH)
-        b_q1, b_q2 = _rotated(b_q1, b_q2, b_cos, b_sin)
+        b_cos, b_sin = load_halves(p_angles, o_row, m_j, WIDTH, HALF, BH)
+        b_q1, b_q2 = rotated(b_q1, b_q2, b_cos, b_sin)
     b_q1, b_q2 = b_q1.to(DOT), b_q2.to(DOT)
-    b_do = _load_rows(p_do, o_row, m_j, stride_gt, WIDTH, BD)
+    b_do = load_rows(p_do, o_row, m_j, stride_gt, WIDTH, BD)
     # [BP]
     b_lse = tl.load(p_lse + o_j, mask=m_j, other=0.0)
     if READ_O:
-        b_o = _load_rows(p_o, o_row, m_j, stride_ot, WIDTH, BD)
+        b_o = load_rows(p_o, o_row, m_j, stride_ot, WIDTH, BD)
         b_delta = tl.sum(b_do.to(tl.float32) * b_o.to(tl.float32), 1)
     else:
         b_delta = tl.load(p_delta + o_j, mask=m_j, other=0.0)
@@ -197,15 +166,15 @@ def window_attention_kernel(
         p_qh = p_q + first_row * stride_qt + i_h * stride_qh
         p_kh = p_k + first_row * stride_kt + i_h * stride_kh
         p_vh = p_v + first_row * stride_vt + i_h * stride_vh
-        b_q1, b_q2 = _load_halves(p_qh, o_i, m_i, stride_qt, HALF, BH)
-        b_k1, b_k2 = _load_halves(p_kh, o_i, m_i, stride_kt, HALF, BH)
+        b_q1, b_q2 = load_halves(p_qh, o_i, m_i, stride_qt, HALF, BH)
+        b_k1, b_k2 = load_halves(p_kh, o_i, m_i, stride_kt, HALF, BH)
         p_anglest = p_angles + first_row * WIDTH
         if ROTATE:
-            b_cos, b_sin = _load_halves(p_anglest, o_i, m_i, WIDTH, HALF, BH)
-            b_q1, b_q2 = _rotated(b_q1, b_q2, b_cos, b_sin)
-            b_k1, b_k2 = _rotated(b_k1, b_k2, b_cos, b_sin)
+            b_cos, b_sin = load_halves(p_anglest, o_i, m_i, WIDTH, HALF, BH)
+            b_q1, b_q2 = rotated(b_q1, b_q2, b_cos, b_sin)
+            b_k1, b_k2 = rotated(b_k1, b_k2, b_cos, b_sin)
         b_q1, b_q2, b_k1, b_k2 = b_q1.to(DOT), b_q2.to(DOT), b_k1.to(DOT), b_k2.to(DOT)
-        b_v = _load_rows(p_vh, o_i, m_i, stride_vt, WIDTH, BD).to(DOT)
+        b_v = load_rows(p_vh, o_i, m_i, stride_vt, WIDTH, BD).to(DOT)
 
         # The tile itself first: every row sees itself, so the running maximum is finite from here on.
         visible = o_i[None, :] <= o_i[:, None]
@@ -247,19 +216,19 @@ def rotary_kernel(
     b_position = tl.load(p_positions + (i_t + o_i) * stride_position, mask=m_i, other=0).to(tl.int64)
     b_turns = tl.load(p_turns + o_d, mask=o_d < HALF, other=0)
     b_cos, b_sin = cos_sin(b_position[:, None], b_turns[None, :])
-    _store_halves(p_angles + i_t * WIDTH, o_i, m_i, WIDTH, b_cos, b_sin, HALF, BH)
+    store_halves(p_angles + i_t * WIDTH, o_i, m_i, WIDTH, b_cos, b_sin, HALF, BH)
     if ROTATE:
         stride_t = n_heads * WIDTH
         for i in range(n_heads):
             i_h = (tl.program_id(1) + i).to(tl.int64)
             p_to = p_rotated + (i_t * stride_t + i_h * WIDTH)
-            b_q1, b_q2 = _load_halves(p_q + i_t * stride_qt + i_h * stride_qh, o_i, m_i, stride_qt, HALF, BH)
-            b_q1, b_q2 = _rotated(b_q1, b_q2, b_cos, b_sin)
-            _store_halves(p_to, o_i, m_i, stride_t, b_q1, b_q2, HALF, BH)
-            b_k1, b_k2 = _load_halves(p_k + i_t * stride_kt + i_h * stride_kh, o_i, m_i, stride_kt, HALF, BH)
-            b_k1, b_k2 = _rotated(b_k1, b_k2, b_cos, b_sin)
+            b_q1, b_q2 = load_halves(p_q + i_t * stride_qt + i_h * stride_qh, o_i, m_i, stride_qt, HALF, BH)
+            b_q1, b_q2 = rotated(b_q1, b_q2, b_cos, b_sin)
+            store_halves(p_to, o_i, m_i, stride_t, b_q1, b_q2, HALF, BH)
+            b_k1, b_k2 = load_halves(p_k + i_t * stride_kt + i_h * stride_kh, o_i, m_i, stride_kt, HALF, BH)
+            b_k1, b_k2 = rotated(b_k1, b_k2, b_cos, b_sin)
             p_to += (i_t * 0 + n_tokens) * stride_t
-            _store_halves(p_to, o_i, m_i, stride_t, b_k1, b_k2, HALF, BH)
+            store_halves(p_to, o_i, m_i, stride_t, b_k1, b_k2, HALF, BH)
 
 
 @triton.jit(do_not_specialize=["n_tokens", "n_sequences", "window"])
@@ -307,19 +276,19 @@ def window_attention_backward_kernel(
         p_lseh = p_lse + i_h * n_tokens + first
         p_deltah = p_delta + i_h * n_tokens + first
 
-        b_q1, b_q2 = _load_halves(p_qh, o_i, m_i, stride_qt, HALF, BH)
-        b_k1, b_k2 = _load_halves(p_kh, o_i, m_i, stride_kt, HALF, BH)
+        b_q1, b_q2 = load_halves(p_qh, o_i, m_i, stride_qt, HALF, BH)
+        b_k1, b_k2 = load_halves(p_kh, o_i, m_i, stride_kt, HALF, BH)
         if ROTATE:
-            b_cos, b_sin = _load_halves(p_anglest, o_i, m_i, WIDTH, HALF, BH)
-            b_q1, b_q2 = _rotated(b_q1, b_q2, b_cos, b_sin)
-            b_k1, b_k2 = _rotated(b_k1, b_k2, b_cos, b_sin)
+            b_cos, b_sin = load_halves(p_anglest, o_i, m_i, WIDTH, HALF, BH)
+            b_q1, b_q2 = rotated(b_q1, b_q2, b_cos, b_sin)
+            b_k1, b_k2 = rotated(b_k1, b_k2, b_cos, b_sin)
         b_q1, b_q2, b_k1, b_k2 = b_q1.to(DOT), b_q2.to(DOT), b_k1.to(DOT), b_k2.to(DOT)
-        b_v = _load_rows(p_vh, o_i, m_i, stride_vt, WIDTH, BD).to(DOT)
-        b_do = _load_rows(p_gh, o_i, m_i, stride_gt, WIDTH, BD)
+        b_v = load_rows(p_vh, o_i, m_i, stride_vt, WIDTH, BD).to(DOT)
+        b_do = load_rows(p_gh, o_i, m_i, stride_gt, WIDTH, BD)
         # [BT]
         b_lse = tl.load(p_lseh + o_i, mask=m_i, other=0.0)
         if WITH_DQ:
-            b_o = _load_rows(p_oh, o_i, m_i, stride_ot, WIDTH, BD)
+            b_o = load_rows(p_oh, o_i, m_i, stride_ot, WIDTH, BD)
             b_delta = tl.sum(b_do.to(tl.float32) * b_o.to(tl.float32), 1)
             if not WITH_DKV:
                 tl.store(p_deltah + o_i, b_delta, mask=m_i)
@@ -349,10 +318,10 @@ def window_attention_backward_kernel(
             b_dq1 = tl.dot(b_ds, b_k1, b_dq1, input_precision="ieee") * grad_scale
             b_dq2 = tl.dot(b_ds, b_k2, b_dq2, input_precision="ieee") * grad_scale
             if TURN_BACK:
-                b_cos, b_sin = _load_halves(p_anglest, o_i, m_i, WIDTH, HALF, BH)
-                b_dq1, b_dq2 = _rotated(b_dq1, b_dq2, b_cos, -b_sin)
+                b_cos, b_sin = load_halves(p_anglest, o_i, m_i, WIDTH, HALF, BH)
+                b_dq1, b_dq2 = rotated(b_dq1, b_dq2, b_cos, -b_sin)
             p_dqh = p_dq + first_row * stride_dt + i_h * stride_dh
-            _store_halves(p_dqh, o_i, m_i, stride_dt, b_dq1, b_dq2, HALF, BH)
+            store_halves(p_dqh, o_i, m_i, stride_dt, b_dq1, b_dq2, HALF, BH)
 
         if WITH_DKV:
             b_dv = tl.dot(tl.trans(b_p), b_do, input_precision="ieee")
@@ -368,9 +337,9 @@ def window_attention_backward_kernel(
             p_dkh = p_dk + first_row * stride_dt + i_h * stride_dh
             b_dk1, b_dk2 = b_dk1 * grad_scale, b_dk2 * grad_scale
             if TURN_BACK:
-                b_cos, b_sin = _load_halves(p_anglest, o_i, m_i, WIDTH, HALF, BH)
-                b_dk1, b_dk2 = _rotated(b_dk1, b_dk2, b_cos, -b_sin)
-            _store_halves(p_dkh, o_i, m_i, stride_dt, b_dk1, b_dk2, HALF, BH)
+                b_cos, b_sin = load_halves(p_anglest, o_i, m_i, WIDTH, HALF, BH)
+                b_dk1, b_dk2 = rotated(b_dk1, b_dk2, b_cos, -b_sin)
+            store_halves(p_dkh, o_i, m_i, stride_dt, b_dk1, b_dk2, HALF, BH)
             o_d = tl.arange(0, BD)
             p_dvh = p_dv + first_row * stride_dt + i_h * stride_dh
             tl.store(
@@ -383,10 +352,23 @@ def window_attention_backward_kernel(
 # Launchers
 
 
-# By head width, the longest window whose keys before a tile are one block. Others would not fit into registers, or they
-# mix swizzles of operands where ptxas 12.8 mixes up their descriptors (``wgmma_hazards`` of the tests): an H200 read
-# beyond its shared memory.
-_LONGEST_BLOCK = {8: 65, 16: 129, 32: 65}
+_WALK_TILE = 64
+
+
+def _walks(q: Tensor, window: int, hopper: bool) -> bool:
+    """Whether ``window_walk`` takes it: windows of one tile, and as many registers as there are."""
+    return hopper and q.dtype == torch.bfloat16 and window <= _WALK_TILE + 1 and q.shape[2] in (16, 32)
+
+
+def _walk_option(q: Tensor, window: int, rotates: bool, backward: bool) -> Option:
+    """Tiles in a row: as many as leave every processor several programs; sums do not depend on it."""
+    n_tiles = q.shape[0] * q.shape[1] // _WALK_TILE
+    in_a_row = max(1, min(16, triton.next_power_of_2(n_tiles // 1056 + 1) // 2))
+    tiles = (("BT", _WALK_TILE), ("TILES", in_a_row))
+    if backward:
+        return Option(tiles, 4, 2)
+    # Four programs on a processor, or three, without spills: 533 and 580 us for a million tokens, else 754.
+    return Option(tiles, 4, 3 if rotates else 2, 128 if rotates and window >= _WALK_TILE else 168)
 
 
 def _is_long(window: int, width: int, dtype: torch.dtype, hopper: bool) -> bool:
@@ -394,25 +376,18 @@ def _is_long(window: int, width: int, dtype: torch.dtype, hopper: bool) -> bool:
 
     Before Hopper always: products read both operands from registers there, and larger blocks would spill.
     """
-    if not hopper:
-        return True
-    if dtype == torch.float32:
-        return window > 65 or width > 32
-    return window > _LONGEST_BLOCK.get(width, 0)
+    return not hopper or dtype != torch.float32 or window > 65 or width > 32
 
 
-def _block(window: int) -> int:
-    """Keys before a tile that a short window may reach: a power of two that a tensor core takes."""
-    return max(16, triton.next_power_of_2(window - 1))
-
-
-def _options(q: Tensor, window: int, hopper: bool, backward: bool) -> list[Option]:
+def _options(q: Tensor, window: int, rotates: bool, hopper: bool, backward: bool) -> list[Option]:
     """The likely best first, each as (BT, BP, HEADS, warps, stages, registers).
 
     Tiles of 64 tokens are what one group of four warps multiplies at once. All heads in one program read the angles
     once; few tiles leave processors idle, and want the heads apart.
     """
-    n, heads, width = q.shape
+    if _walks(q, window, hopper):
+        return [_walk_option(q, window, rotates, backward)]
+    width = q.shape[2]
     is_long = _is_long(window, width, q.dtype, hopper)
     found: list[tuple[int, int, int, int, int, int | None]]
     if q.dtype == torch.float32:
@@ -421,26 +396,15 @@ def _options(q: Tensor, window: int, hopper: bool, backward: bool) -> list[Optio
         else:
             # Blocks of 64 keys even where fewer would do: smaller ones made the compiler spill.
             found = [(32, 64, 1, 4, 1, None)]
-    elif is_long:
-        if width > 64:
-            found = [(64, 32, 1, 8, 2, None)]
-            if backward and (width > 128 or not hopper):
-                found = [(16, 16, 1, 8, 2, None)]
-        else:
-            found = [(64, 32 if width >= 16 else 16, 1, 4, 2, None)]
-            if hopper:
-                # Alone: another block of keys cuts the sums of the softmax in other places.
-                found = [(64, 64, 1, 4, 2, None)]
+    elif width > 64:
+        found = [(64, 32, 1, 8, 2, None)]
+        if backward and (width > 128 or not hopper):
+            found = [(16, 16, 1, 8, 2, None)]
     else:
-        # 64 keys at width 32 even where fewer would do: the one block without mixed descriptors.
-        bp = 64 if width == 32 else _block(window)
-        found = [(64, bp, 1, 4, 1, None)]
-        if width == 32 and 32 <= bp <= 64:
-            # Found by compiling: as few registers as need no spills, for three or four programs on a processor.
-            found = [(64, bp, 1, 4, 1, 168 if backward else None)]
-            if heads > 1 and n >= 2**15 and not backward:
-                # A backward has one: over several heads the compiler lays out do * o otherwise, and adds it otherwise.
-                found = [(64, bp, heads, 4, 3, 128 if heads == 4 else 168), (64, bp, heads, 4, 2, 168), *found]
+        found = [(64, 32 if width >= 16 else 16, 1, 4, 2, None)]
+        if hopper:
+            # Alone: another block of keys cuts the sums of the softmax in other places.
+            found = [(64, 64, 1, 4, 2, None)]
     return [
         Option((("BT", bt), ("BP", bp), ("HEADS", n_together)), warps, stages, registers)
         for bt, bp, n_together, warps, stages, registers in found
@@ -478,6 +442,8 @@ class _Inputs(NamedTuple):
     rotated: Tensor | None
     """Memory for q and k of a long window, [2, N, H, d]."""
     is_long: bool
+    walks: bool
+    """Whether a program walks along a trajectory (``window_walk``)."""
 
 
 def _inputs(
@@ -486,10 +452,11 @@ def _inputs(
 ) -> _Inputs:  # fmt: skip
     n, _, width = q.shape
     window = min(window, n)
-    is_long = _is_long(window, width, q.dtype, hopper)
+    walks = _walks(q, window, hopper)
+    is_long = not walks and _is_long(window, width, q.dtype, hopper)
     turns = None if positions is None else rotary_turns(width, base, q.device)
     rotated = q.new_empty((2, *q.shape)) if is_long and positions is not None else None
-    return _Inputs(_rows(q), _rows(k), _rows(v), cu_seqlens, window, positions, turns, rotated, is_long)
+    return _Inputs(_rows(q), _rows(k), _rows(v), cu_seqlens, window, positions, turns, rotated, is_long, walks)
 
 
 def _rotary(x: _Inputs, angles: Tensor) -> list[Launch]:
@@ -529,8 +496,29 @@ def _tile_launch(
     return Launch(kernel, (n_tiles(n, n_sequences, tiles["BT"]) * n_groups,), arguments, constants, option)
 
 
+def _walk_launch(
+    kernel: object, x: _Inputs, option: Option, arguments: dict[str, Tensor | int | float | None],
+    strides: dict[str, Tensor],
+) -> Launch:  # fmt: skip
+    (n, heads, width), tiles, n_sequences = x.q.shape, dict(option.tiles), x.cu_seqlens.shape[0] - 1
+    arguments = {
+        "p_q": x.q, "p_k": x.k, "p_v": x.v, "p_cu": x.cu_seqlens, "n_tokens": n, "n_sequences": n_sequences,
+        "n_heads": heads, "window": x.window, "scale": _LOG2_E / math.sqrt(width),
+        **arguments, **_strides(q=x.q, k=x.k, v=x.v, **strides),
+    }  # fmt: skip
+    constants: dict[str, object] = {name: value for name, value in _constants(x.q).items() if name != "BD"}
+    constants |= {
+        "BH": max(8, triton.next_power_of_2(width // 2)),
+        "ROTATE": x.positions is not None, "NARROW": x.window < tiles["BT"],
+    }  # fmt: skip
+    grid = (n_tiles(n, n_sequences, tiles["BT"] * tiles["TILES"]) * heads,)
+    return Launch(kernel, grid, arguments, constants, option)
+
+
 def _forward(x: _Inputs, out: Tensor, lse: Tensor, angles: Tensor, option: Option) -> list[Launch]:
     arguments: dict[str, Tensor | int | float | None] = {"p_angles": angles, "p_o": out, "p_lse": lse}
+    if x.walks:
+        return [*_rotary(x, angles), _walk_launch(window_walk_kernel, x, option, arguments, {"o": out})]
     return [*_rotary(x, angles), _tile_launch(window_attention_kernel, x, option, arguments, {"o": out}, {})]
 
 
@@ -543,6 +531,9 @@ def _backward(
         "p_dq": d_q, "p_dk": d_k, "p_dv": d_v, "grad_scale": 1 / math.sqrt(x.q.shape[2]),
     }  # fmt: skip
     strides = {"g": d_out, "o": out, "d": d_q}
+    if x.walks:
+        del arguments["p_delta"]
+        return [_walk_launch(window_walk_backward_kernel, x, option, arguments, strides)]
     launches = _rotary(x, angles) if x.is_long else []
     for with_dq, with_dkv in [(True, False), (False, True)] if x.is_long else [(True, True)]:
         flags = {"TURN_BACK": x.positions is not None, "WITH_DQ": with_dq, "WITH_DKV": with_dkv}
@@ -580,7 +571,7 @@ def window_attention(
     def launches(option: Option) -> list[Launch]:
         return _forward(x, out, lse, angles, option)
 
-    options = _options(x.q, x.window, hopper, backward=False)
+    options = _options(x.q, x.window, positions is not None, hopper, backward=False)
     for launch in launches(choose(_key("window_attention", x), launches, options, x.q.device)):
         launch.run()
 
@@ -599,7 +590,7 @@ def window_attention_backward(
     def launches(option: Option) -> list[Launch]:
         return _backward(x, d_out, out, lse, angles, delta, grads, option)
 
-    options = _options(x.q, x.window, hopper, backward=True)
+    options = _options(x.q, x.window, positions is not None, hopper, backward=True)
     for launch in launches(choose(_key("window_attention_backward", x), launches, options, x.q.device)):
         launch.run()
 
@@ -618,9 +609,9 @@ def shipped(
     q, k, v = qkv.unbind(1)
     x = _inputs(q, k, v, cu_seqlens, window, positions, 10000.0, hopper)
     found = []
-    for option in _options(q, x.window, hopper, backward=False):
+    for option in _options(q, x.window, rotate, hopper, backward=False):
         found += _forward(x, out, lse, angles, option)
-    for option in _options(q, x.window, hopper, backward=True):
+    for option in _options(q, x.window, rotate, hopper, backward=True):
         found += _backward(x, out, out, lse, angles, lse, grads, option)
     # The launch of the angles is the same for every option.
     return list({(str(one.option), one.name, *one.constants.items()): one for one in found}.values())

@@ -87,6 +87,44 @@ def test_interpreted_tiles_of_other_dtypes(bt, bp, together, is_long, monkeypatc
 
 
 @pytest.mark.interpreter
+@pytest.mark.usefixtures("nan_filled_empty")
+@pytest.mark.parametrize(("tiles", "window", "width"), [(1, 64, 32), (2, 65, 10), (2, 5, 16), (4, 33, 8), (16, 1, 32)])
+def test_interpreted_walk(tiles, window, width, monkeypatch):
+    """What bfloat16 takes on Hopper: programs that begin within a trajectory, end with it, or hold all of it."""
+    from gac_fast.kernels import window_attention as kernel
+    from gac_fast.kernels._launch import Launch, Option
+
+    run, names = Launch.run, []
+    option = Option((("BT", 64), ("TILES", tiles)), 4, 2)
+    monkeypatch.setattr(kernel, "_walks", lambda *args: True)
+    monkeypatch.setattr(kernel, "_walk_option", lambda *args: option)
+    monkeypatch.setattr(Launch, "run", lambda launch: (names.append(launch.name), run(launch)))
+    q, k, v, cu, positions = packed((0, 40, 64, 0, 193, 1), 2, width, torch.float32)
+    compare(q, k, v, cu, window, positions, 100.0)
+    compare(q, k, v, cu, window, None)
+    assert [name for name in names if name != "rotary_kernel"] == 2 * [
+        "window_walk_kernel", "window_walk_backward_kernel"
+    ]  # fmt: skip
+
+
+@pytest.mark.interpreter
+def test_interpreted_walk_gives_the_same_bits_in_tiles_of_any_number(monkeypatch):
+    from gac_fast.kernels import window_attention as kernel
+    from gac_fast.kernels._launch import Option
+
+    monkeypatch.setattr(kernel, "_walks", lambda *args: True)
+    q, k, v, cu, positions = packed((300, 70), 1, 16, torch.float32)
+    leaves, found = [x.detach().requires_grad_() for x in (q, k, v)], []
+    for tiles in (1, 2, 8):
+        option = Option((("BT", 64), ("TILES", tiles)), 4, 2)
+        monkeypatch.setattr(kernel, "_walk_option", lambda *args, option=option: option)
+        with ops.backend("triton"):
+            out = ops.window_attention(*leaves, cu, 64, positions)
+        found.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
+    assert all(torch.equal(x, y) for other in found[1:] for x, y in zip(found[0], other, strict=True))
+
+
+@pytest.mark.interpreter
 def test_interpreted_positions_may_be_anything():
     q, k, v, cu, positions = packed((30, 10), 1, 8, torch.float32)
     with ops.backend("triton"):
@@ -294,13 +332,13 @@ def test_gym_compiles_without_spills(window, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     launches = shipped(128, 4, window, torch.bfloat16)
     assert {launch.name for launch in launches} == {
-        "rotary_kernel", "window_attention_kernel", "window_attention_backward_kernel"
+        "rotary_kernel", "window_walk_kernel", "window_walk_backward_kernel"
     }  # fmt: skip
     check_compiled(launches, 90, tmp_path)
     ptx = launches[1].compile(90).asm["ptx"]
-    # Tensor cores of Hopper, and loads of 16 bytes, ahead where heads follow each other.
+    # Tensor cores of Hopper, and loads of 16 bytes, ahead of the tile that needs them.
     assert "wgmma.mma_async" in ptx
-    assert "ld.global.v4" in ptx or "cp.async.cg.shared.global" in ptx
+    assert "cp.async.cg.shared.global" in ptx
 
 
 @pytest.mark.slow
