@@ -56,8 +56,8 @@ N_REPEATS = 1000
 OUT_OF_TIME = "ran out of time"
 FLUSH_BYTES = 256 * 2**20
 N_PROCESSES = max(1, min(14, len(os.sched_getaffinity(0)) - 2))
-SHARDS_PER_PROCESS = 3
-"""Of the tests: more even out what some take longer, and each costs a start of Python and of the device."""
+SHARDS_PER_PROCESS = 1
+"""Of the tests: more even out what some take longer, and each costs seconds to start Python and the device."""
 
 
 class Part(NamedTuple):
@@ -734,6 +734,8 @@ def run_isolated(part: Part, arguments: argparse.Namespace) -> None:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     if reason:
+        if part.name == "tests":
+            reason = with_outcomes(reason, arguments.out)
         record = Record.load(arguments.out, part.name)
         blamed = record.pending or {"op": part.name, "provider": "all", "mode": ""}
         known = record.rows[-1] if record.rows else dict(machine(torch.device("cpu")), gpu="unknown")
@@ -741,6 +743,18 @@ def run_isolated(part: Part, arguments: argparse.Namespace) -> None:
         record.rows.append({name: {**same, **blamed, "status": reason}.get(name, "") for name in COLUMNS})
         record.pending = None
         record.save()
+
+
+def with_outcomes(reason: str, out: Path) -> str:
+    """What is known of tests that did not end; those that failed are no matter of time."""
+    found = Counter(
+        word.lower() for log in out.glob("tests*.log")
+        for word in re.findall(
+            r"^\S*::.* (PASSED|FAILED|ERROR)\b", log.read_text(encoding="utf-8", errors="replace"), re.MULTILINE
+        )
+    )  # fmt: skip
+    said = f"{reason}; by then {', '.join(f'{n} {word}' for word, n in sorted(found.items())) or 'none had ended'}"
+    return said if set(found) <= {"passed"} else f"FAILED: {said}"
 
 
 def ran_out(row: Mapping[str, Any]) -> bool:
@@ -870,6 +884,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{name}: at most {parts[name].seconds} s", flush=True)
         # Without a device nothing can hang; one part shows that a process of its own works.
         (run_part if arguments.dry_run and name != "tests" else run_isolated)(parts[name], arguments)
+        # After every part: whoever stops the pass has what was measured.
+        write_csv(arguments.out, [Record.load(arguments.out, name) for name in names])
     records = [Record.load(arguments.out, name) for name in names]
     path = write_csv(arguments.out, records)
     print(f"rows: {path}")

@@ -275,6 +275,25 @@ def test_c():
 """
 
 
+def test_tests_that_do_not_end_say_how_far_they_came(gpu, tmp_path):
+    part = gpu.Part("tests", 0.05, lambda ctx: None)
+    arguments = argparse.Namespace(out=tmp_path, dry_run=True, quick=False, no_compile=True)
+
+    def status() -> str:
+        (tmp_path / "parts" / "tests.json").unlink(missing_ok=True)
+        gpu.run_isolated(part, arguments)
+        return gpu.Record.load(tmp_path, "tests").rows[0]["status"]
+
+    assert status().endswith("s of this part; by then none had ended")
+    (tmp_path / "tests.0.log").write_text("a.py::test_a PASSED [ 3%]\na.py::test_b[x y] PASSED [ 5%]\na.py::test_c\n")
+    said = status()
+    assert said.startswith(gpu.OUT_OF_TIME)
+    assert said.endswith("by then 2 passed")
+    (tmp_path / "tests.1.log").write_text("a.py::test_d FAILED [ 3%]\n")
+    assert status().startswith("FAILED: ran out of time")
+    assert gpu.is_wrong({"op": "tests", "provider": "all", "mode": "", "status": status()})
+
+
 def test_what_comes_after_a_lost_device_is_run_again_once(gpu, tmp_path, monkeypatch):
     (tmp_path / "test_x.py").write_text(LOSES)
     monkeypatch.setattr(gpu, "ROOT", tmp_path)
