@@ -25,6 +25,7 @@ from gac_fast.errors import ConfigError, DataError
 from gac_fast.evaluate import evaluate
 from gac_fast.plan import regression_direction
 from gac_fast.policy import ExploitActor, load
+from gac_fast.train import offline as offline_module
 from gac_fast.train import values as values_module
 from gac_fast.train.baseline import BaselineTrainer
 from gac_fast.train.offline import OfflineTrainer
@@ -262,6 +263,7 @@ def test_advantages_need_values_and_segments():
 
 def test_the_preset_of_the_larger_mazes_learns_from_segments_of_their_episodes(tmp_path, monkeypatch):
     assert preset("pointmaze-medium") == preset("pointmaze-large")
+    monkeypatch.setattr(offline_module, "_write_plots", lambda run: None)
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
     dataset, spec = make_pointmaze_dataset("large", 6, progress=False), maze_spec("large")
     short = {"n_updates": 1, "batch_size": 4, "bf16": "off", "held_out": 0.0}
