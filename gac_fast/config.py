@@ -512,6 +512,32 @@ _REPLAY = Config(
     ),
 )  # fmt: skip
 
+# Tuned on umaze (docs/tuning.md): a short window and few plan vectors leave the plan something to say, and T_a is the
+# variance of the controller's own noise.
+_MAZE = Config(
+    model=ModelConfig(
+        dim=64, n_layers=2, window=4, n_z=2, context="states", rope_base=1000.0, return_ensemble=4,
+        return_context="first_state",
+    ),
+    posterior=PosteriorConfig(action_temperature=0.12),
+    plan=PlanConfig(radius=1.0, explore_sharpness=16.0),
+    train=TrainConfig(n_updates=700, batch_size=32, held_out=0.01, bf16="auto", eval_every=175, checkpoint_every=175),
+    # 100 rounds: nine minutes on two cores.
+    online=OnlineConfig(
+        n_steps=1_920_000, action_noise=0.4, best_share=0.25, exploit_share=0.25, eval_every=10, checkpoint_every=10
+    ),
+)  # fmt: skip
+
+# An episode of a larger maze is a walk to many cells, which no one plan tells: segments, about as long as the way to
+# one of them, with their advantages, and plans anew on the way (docs/tuning.md).
+_LARGE_MAZE = _MAZE.replace(
+    plan={"replan_every": 25},
+    train={
+        "n_updates": 1500, "batch_size": 64, "learning_rate": 2e-3, "segment": 100, "segment_returns": "advantage",
+        "eval_every": 500, "checkpoint_every": 500,
+    },
+)  # fmt: skip
+
 PRESETS: dict[str, Config] = {
     "gym": Config(model=ModelConfig(return_ensemble=4)),
     "hopper": _LOCOMOTION,
@@ -521,29 +547,9 @@ PRESETS: dict[str, Config] = {
     # Plans on which the members of its return model disagree often tumble (docs/mujoco.md).
     "halfcheetah-replay": _REPLAY.replace(plan={"kappa": 3.0}),
     "walker2d-replay": _REPLAY,
-    # Tuned on umaze (docs/tuning.md): a short window and few plan vectors leave the plan something to say, and T_a is
-    # the variance of the controller's own noise.
-    "pointmaze-umaze": Config(
-        model=ModelConfig(
-            dim=64,
-            n_layers=2,
-            window=4,
-            n_z=2,
-            context="states",
-            rope_base=1000.0,
-            return_ensemble=4,
-            return_context="first_state",
-        ),
-        posterior=PosteriorConfig(action_temperature=0.12),
-        plan=PlanConfig(radius=1.0, explore_sharpness=16.0),
-        train=TrainConfig(
-            n_updates=700, batch_size=32, held_out=0.01, bf16="auto", eval_every=175, checkpoint_every=175
-        ),
-        # 100 rounds: nine minutes on two cores.
-        online=OnlineConfig(
-            n_steps=1_920_000, action_noise=0.4, best_share=0.25, exploit_share=0.25, eval_every=10, checkpoint_every=10
-        ),
-    ),
+    "pointmaze-umaze": _MAZE,
+    "pointmaze-medium": _LARGE_MAZE,
+    "pointmaze-large": _LARGE_MAZE,
     "tiny": Config(
         model=ModelConfig(dim=32, n_layers=2, n_heads=2, window=4, n_z=2, prior_hidden=32, return_hidden=32),
         plan=PlanConfig(n_steps=10, n_best=8, n_prior=8),

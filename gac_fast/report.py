@@ -19,7 +19,7 @@ from gac_fast.data.scores import has_reference_scores
 from gac_fast.errors import DataError
 from gac_fast.files import replacing
 from gac_fast.intervals import t_interval
-from gac_fast.results import BEST, Row, read_rows
+from gac_fast.results import BEST, Row, holds_results, read_rows
 
 __all__ = ["Published", "dataset_of", "published_scores", "report"]
 
@@ -102,7 +102,8 @@ def report(results: str | os.PathLike[str], out: str | os.PathLike[str]) -> Path
     """Write ``report.md`` with its pictures.
 
     Args:
-        results: folder that holds ``<method>/<task>.csv``; files right in it are left aside.
+        results: folder that holds ``<method>/<task>.csv``; files right in it, and tables of other things, are not
+            read.
         out: folder to write to. What an earlier report left there is replaced, other files are never.
 
     Returns:
@@ -138,6 +139,9 @@ def _read(folder: Path) -> list[_Line]:
         raise DataError(f"{folder}: expected a folder of results, found {'a file' if folder.exists() else 'nothing'}")
     lines: dict[tuple[str, str, str], _Line] = {}
     for path in sorted(folder.glob("*/*.csv")):
+        # Beside methods lie folders of other measurements.
+        if not holds_results(path):
+            continue
         for row in read_rows(path):
             key = path.stem, path.parent.name, row.kind
             line = lines.setdefault(key, _Line(*key, {}))

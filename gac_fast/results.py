@@ -19,7 +19,7 @@ from typing import NamedTuple
 from gac_fast.errors import DataError
 from gac_fast.files import locked
 
-__all__ = ["BEST", "COLUMNS", "Row", "append_rows", "check_appendable", "read_rows"]
+__all__ = ["BEST", "COLUMNS", "Row", "append_rows", "check_appendable", "holds_results", "read_rows"]
 
 BEST = ", best"
 """Ends the kind of a row whose checkpoint was chosen by earlier evaluations."""
@@ -56,6 +56,12 @@ class Row(NamedTuple):
 COLUMNS = ("step", "return", *Row._fields[2:])
 ADDED = ("eval_seed", "env_id", "evaluations")
 """Columns that files from before do without."""
+
+
+def holds_results(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is meant to hold such rows: its header has at least a step, a return or a kind."""
+    with Path(path).open(encoding="utf-8", errors="replace", newline="") as file:
+        return not {"step", "return", "kind"}.isdisjoint(next(csv.reader(file), []))
 
 
 def read_rows(path: str | os.PathLike[str]) -> list[Row]:

@@ -29,7 +29,7 @@ def row(step: int, mean: float, seed: int, kind: str = "exploit", predicted: flo
 @pytest.fixture
 def results(tmp_path: Path) -> Path:
     """GAC with three seeds, of which one was evaluated twice at its last step; a peer with one; a task of no known
-    scale; and a file that is none of these."""
+    scale; and files that are none of these."""
     folder = tmp_path / "results"
     gac = [row(step, step + 100.0 * seed, seed, predicted=2000.0) for seed in (0, 1, 2) for step in (1000, 1500)]
     append_rows(folder / "gac" / "hopper-medium.csv", [row(1500, 9999.0, 2), *gac])
@@ -39,6 +39,8 @@ def results(tmp_path: Path) -> Path:
     swimmer = [row(10, 35.0, seed, predicted=30.0)._replace(normalised=None) for seed in (0, 1)]
     append_rows(folder / "gac" / "swimmer.csv", swimmer)
     (folder / "speed.csv").write_text("op,p50_us\nblock,3\n")
+    (folder / "gpu").mkdir()
+    (folder / "gpu" / "h200.csv").write_text("date,commit,op,p50_us\n2026,abc,block,3\n")
     return folder
 
 

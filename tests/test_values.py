@@ -17,12 +17,15 @@ from test_online import config as online_config
 from test_online import rewarded_data, tensors_of, tune
 
 import gac_fast
-from gac_fast.config import Config
+from gac_fast.config import Config, preset
 from gac_fast.data import Trajectories
+from gac_fast.data.pointmaze import make_pointmaze_dataset
+from gac_fast.envs import maze_spec
 from gac_fast.errors import ConfigError, DataError
 from gac_fast.evaluate import evaluate
 from gac_fast.plan import regression_direction
-from gac_fast.policy import load
+from gac_fast.policy import ExploitActor, load
+from gac_fast.train import offline as offline_module
 from gac_fast.train import values as values_module
 from gac_fast.train.baseline import BaselineTrainer
 from gac_fast.train.offline import OfflineTrainer
@@ -256,3 +259,21 @@ def test_advantages_need_values_and_segments():
     cut = dataclasses.replace(rewarded_data(), rewards=None)
     with pytest.raises(DataError, match="keep_rewards=True"):
         OfflineTrainer(cut, config(offline_config))
+
+
+def test_the_preset_of_the_larger_mazes_learns_from_segments_of_their_episodes(tmp_path, monkeypatch):
+    assert preset("pointmaze-medium") == preset("pointmaze-large")
+    monkeypatch.setattr(offline_module, "_write_plots", lambda run: None)
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    dataset, spec = make_pointmaze_dataset("large", 6, progress=False), maze_spec("large")
+    short = {"n_updates": 1, "batch_size": 4, "bf16": "off", "held_out": 0.0}
+    conf = preset("pointmaze-large").replace(train=short, plan={"n_steps": 2})
+    with pytest.warns(UserWarning, match="the first steps of a segment are learnt without what came before them"):
+        run = gac_fast.train(dataset, conf, tmp_path / "run", progress=False, tensorboard=False)
+    policy = load(run)
+    assert policy.env_id == spec.env_id
+    assert (len(policy.returns), int(policy.opens.sum())) == (6 * spec.horizon // 100, 6)
+    starts = policy.first_observations[policy.opens].numpy()
+    plans = policy.exploit(6, starts)
+    assert np.isfinite(policy.start_values(starts) + plans.return_mean.numpy()).all()
+    assert isinstance(policy.exploiting(plans), ExploitActor)
