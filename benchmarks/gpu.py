@@ -94,6 +94,8 @@ BARS: Mapping[tuple[str, str], Bar] = {
     ("decode_step", "gym C=2 N=1"): Bar(2.0),
     ("decode_step", "gym C=1 N=1"): Bar(2.0),
     ("window_attention", "B=500 T=2000 H=4 d=32 W=64"): Bar(1.5, roof_share=0.6),
+    # Beside the simulator alone: the share of its speed that a policy on the device leaves.
+    ("runner", "gym C=2 Hopper-v5 N=64 T=150"): Bar(0.9),
 }
 
 
@@ -653,6 +655,92 @@ def trained(ctx: Context, folder: Path, episodes: int, steps: int, n: int) -> tu
     return seconds[n:], losses
 
 
+LOOP = {False: (64, 150, 7), True: (4, 3, 1)}
+"""Environments, their steps, and rounds; of a dry run too."""
+
+
+def runner(ctx: Context) -> None:
+    """Whole episodes of Hopper by a policy on the device, beside the simulator alone: seconds of a round."""
+    n, n_steps, rounds = LOOP[ctx.dry]
+    shape = f"{'tiny' if ctx.dry else 'gym'} C=2 Hopper-v5 N={n} T={n_steps}"
+    keys = [
+        {"op": "runner", "provider": provider, "mode": "loop", "shape": shape, "dtype": "bfloat16"}
+        for provider in ("triton", "mujoco.batch")
+    ]
+    if all(ctx.has(**key) for key in keys):
+        return
+    missing = [name for name in ("gymnasium", "mujoco") if importlib.util.find_spec(name) is None]
+    if missing:
+        ctx.add(**keys[0], status=f"not run: needs {', '.join(missing)}")
+        return
+    ctx.begin(**keys[0])
+    with reported(ctx, keys[0]):
+        ops.reset_dispatch_counts()
+        times = looped(ctx, n, n_steps, rounds)
+        found = engines(ctx)
+        for key, name in zip(keys, ("halves", "bare"), strict=True):
+            p20, p50, p80 = (quantile(times[name], q) for q in (0.2, 0.5, 0.8))
+            ctx.add(
+                **key, rounds=rounds, p20_us=short(p20 * 1e6), p50_us=short(p50 * 1e6), p80_us=short(p80 * 1e6),
+                status=found if name == "halves" else "",
+            )  # fmt: skip
+
+
+def looped(ctx: Context, n: int, n_steps: int, rounds: int) -> dict[str, list[float]]:
+    """Seconds of rounds in turns: two halves with the policy, and the simulator alone with the same states and
+    controls."""
+    import numpy as np
+    from bench_runner import ACT_DIM, ENV, OBS_DIM, bare_stepper, units
+
+    from gac_fast.act import Actor
+    from gac_fast.config import preset
+    from gac_fast.envs import close_vector, make_halves, make_vector
+    from gac_fast.model import GAC
+    from gac_fast.rollout import rollout
+
+    config = preset("tiny" if ctx.dry else "gym").replace(model={"context": "states_actions"})
+    torch.manual_seed(0)
+    model = GAC(config.model, OBS_DIM, ACT_DIM).to(ctx.device)
+    z0 = torch.randn(n, config.model.n_z, config.model.dim, device=ctx.device)
+    actor = Actor(model, units(torch.float32).to(ctx.device), z0, bf16=not ctx.dry)
+
+    def make_actor(obs: np.ndarray, first: int) -> Actor:
+        actor.reset()
+        return actor
+
+    n_threads = len(os.sched_getaffinity(0))
+    # Of equal length, so that all rows count to the end.
+    arguments = {"terminate_when_unhealthy": False, "max_episode_steps": n_steps}
+    states: list[np.ndarray] = []
+    with contextlib.ExitStack() as stack:
+        whole = make_vector(ENV, n, n_threads=n_threads, **arguments)
+        stack.callback(close_vector, whole)
+        halves = make_halves(ENV, n, n_threads=max(1, n_threads // 2), **arguments)
+        for half in halves:
+            stack.callback(close_vector, half)
+        seen = rollout(
+            whole, make_actor, n, seed=0, keep=n, on_step=lambda done, steps: states.append(whole._batch.state.copy())
+        )
+        actions = np.stack([np.stack([episode[t] for episode in seen.actions]) for t in range(n_steps)])
+        bare = bare_stepper(n, n_threads, states, actions)
+
+        def step_all() -> None:
+            for _ in range(n_steps):
+                bare()
+
+        calls: dict[str, Callable[[], object]] = {
+            "halves": lambda: rollout(halves, make_actor, n, seed=0), "bare": step_all,
+        }  # fmt: skip
+        times: dict[str, list[float]] = {name: [] for name in calls}
+        for i in range(1 + rounds):
+            for name, call in calls.items():
+                start = time.perf_counter()
+                call()
+                if i:
+                    times[name].append(time.perf_counter() - start)
+    return times
+
+
 def same_case(row: Mapping[str, Any], key: Mapping[str, Any]) -> bool:
     return all(row[name] == key[name] for name in ("op", "mode", "shape", "dtype"))
 
@@ -668,14 +756,15 @@ def short(value: float) -> float:
 
 
 PARTS = (
-    Part("tests", 100, kernel_tests),
-    Part("compile", 60, compile_kernels),
+    Part("tests", 95, kernel_tests),
+    Part("compile", 55, compile_kernels),
     Part("repeats", 30, repeats),
     Part("decode_step", 50, timed("decode_step")),
-    Part("plan_ascent", 55, timed("plan_ascent")),
+    Part("plan_ascent", 50, timed("plan_ascent")),
     Part("window_attention", 50, timed("window_attention")),
-    Part("update", 80, timed("update")),
+    Part("update", 75, timed("update")),
     Part("train", 25, training),
+    Part("runner", 20, runner),
     Part("sanitizer", 30, sanitizer),
 )
 """In the order of running. Their seconds bound the whole pass."""
