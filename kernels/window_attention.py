@@ -5,9 +5,10 @@ it, blocks of BP tokens back to the start of the window; in the backward its que
 where the window of the tile's last token ends. So the work is tokens times window, and one kernel gives dq, dk and dv
 with each score computed once for the tile itself and once more at either side.
 
-Short windows (one block before, one after) rotate q and k on the fly; a program then runs over HEADS heads, which
-share their cosines and sines. Long ones read q and k that :func:`rotary_kernel` has rotated, block after block.
-Scores are in base 2: exp2 is what the hardware has.
+Short windows (one block before, one after) rotate q and k on the fly. Long ones read q and k that
+:func:`rotary_kernel` has rotated, block after block. Scores are in base 2: exp2 is what the hardware has.
+
+In bfloat16 on Hopper short windows are ``window_walk``'s, and everything else is a long one.
 """
 
 from __future__ import annotations
@@ -147,7 +148,7 @@ def window_attention_kernel(
 ):  # fmt: skip
     """o, and the base-2 logarithm of each softmax denominator, [H, N]."""
     i_sequence, start, end, first = find_tile(p_cu, n_tokens, n_sequences, tl.program_id(0) // n_groups, BT)
-    if first >= end:
+    if (first >= end) | (first < start):
         return
     number = (first - start) // BT
     i_group = tl.program_id(0) % n_groups
@@ -247,7 +248,7 @@ def window_attention_backward_kernel(
     Both at once reads every row once; apart, the first leaves delta = sum(do * o) [H, N] for the second.
     """
     i_sequence, start, end, first = find_tile(p_cu, n_tokens, n_sequences, tl.program_id(0) // n_groups, BT)
-    if first >= end:
+    if (first >= end) | (first < start):
         return
     number = (first - start) // BT
     i_group = tl.program_id(0) % n_groups
@@ -361,13 +362,13 @@ def _walks(q: Tensor, window: int, hopper: bool) -> bool:
 
 
 def _walk_option(q: Tensor, window: int, rotates: bool, backward: bool) -> Option:
-    """Tiles in a row: as many as leave every processor several programs; sums do not depend on it."""
+    """Tiles in a row: as many as leave every processor several programs; no sum is cut by them."""
     n_tiles = q.shape[0] * q.shape[1] // _WALK_TILE
     in_a_row = max(1, min(16, triton.next_power_of_2(n_tiles // 1056 + 1) // 2))
     tiles = (("BT", _WALK_TILE), ("TILES", in_a_row))
     if backward:
         return Option(tiles, 4, 2)
-    # Four programs on a processor, or three, without spills: 533 and 580 us for a million tokens, else 754.
+    # Four programs on a processor, or three, without spills: 533 and 580 us for a million tokens, window 64; else 754.
     return Option(tiles, 4, 3 if rotates else 2, 128 if rotates and window >= _WALK_TILE else 168)
 
 
@@ -382,8 +383,7 @@ def _is_long(window: int, width: int, dtype: torch.dtype, hopper: bool) -> bool:
 def _options(q: Tensor, window: int, rotates: bool, hopper: bool, backward: bool) -> list[Option]:
     """The likely best first, each as (BT, BP, HEADS, warps, stages, registers).
 
-    Tiles of 64 tokens are what one group of four warps multiplies at once. All heads in one program read the angles
-    once; few tiles leave processors idle, and want the heads apart.
+    Tiles of 64 tokens are what one group of four warps multiplies at once.
     """
     if _walks(q, window, hopper):
         return [_walk_option(q, window, rotates, backward)]
@@ -403,7 +403,6 @@ def _options(q: Tensor, window: int, rotates: bool, hopper: bool, backward: bool
     else:
         found = [(64, 32 if width >= 16 else 16, 1, 4, 2, None)]
         if hopper:
-            # Alone: another block of keys cuts the sums of the softmax in other places.
             found = [(64, 64, 1, 4, 2, None)]
     return [
         Option((("BT", bt), ("BP", bp), ("HEADS", n_together)), warps, stages, registers)

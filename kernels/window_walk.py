@@ -2,8 +2,8 @@
 
 A program owns one head of TILES tiles of BT tokens in a row. What a tile has loaded and rotated its successor needs
 again: keys and values in the forward, queries and their gradients in the backward. They are handed on in registers, so
-that every row is read once, every score is computed once, and what the next tile needs is on its way while this one
-is computed. Each gradient is a sum of two products in one order, whatever TILES is.
+that but for where programs begin every row is read once and every score computed once, and what the next tile needs
+is on its way while this one is computed. Each gradient is a sum of two products in one order, whatever TILES is.
 """
 
 from __future__ import annotations
@@ -76,7 +76,8 @@ def window_walk_kernel(
 ):  # fmt: skip
     """o, and the base-2 logarithm of each softmax denominator, [H, N]; ``window`` is at most BT + 1."""
     _i_sequence, start, end, first = find_tile(p_cu, n_tokens, n_sequences, tl.program_id(0) // n_heads, BT * TILES)
-    if first >= end:
+    # Before the start: of offsets that break the contract.
+    if (first >= end) | (first < start):
         return
     i_h = (tl.program_id(0) % n_heads).to(tl.int64)
     first_row = first.to(tl.int64)
@@ -141,7 +142,8 @@ def window_walk_backward_kernel(
     begun and handed on. Before its first step a program begins the dq of its own first tile.
     """
     _i_sequence, start, end, first = find_tile(p_cu, n_tokens, n_sequences, tl.program_id(0) // n_heads, BT * TILES)
-    if first >= end:
+    # Before the start: of offsets that break the contract.
+    if (first >= end) | (first < start):
         return
     i_h = (tl.program_id(0) % n_heads).to(tl.int64)
     first_row = first.to(tl.int64)

@@ -54,6 +54,11 @@ SIZES: dict[str, list[dict[str, Any]]] = {
             for rotate in ((True, False) if dim == 128 else (True,))
         ),
         *({"dim": dim, "heads": heads, "window": 64, "dtype": torch.float32} for dim, heads in _HEADS),
+        # Fewer tiles in a row of a walk: 1, 2, 4 and 8.
+        *(
+            {"dim": 128, "heads": 4, "window": window, "n_tokens": n_tokens, "dtype": torch.bfloat16}
+            for window in (32, 64) for n_tokens in (2**10, 2**16, 2**17, 2**18)
+        ),
     ],
 }  # fmt: skip
 

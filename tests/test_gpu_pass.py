@@ -117,7 +117,14 @@ def test_every_part_runs_dry_and_is_not_run_again(gpu, tmp_path, capsys, monkeyp
     assert {row["gpu"] for row in rows} == {"none (dry run)"}
     assert {row["op"] for row in rows} >= {"tests", "sanitizer", "update", "decode_step", "plan_ascent", "block"}
     timed = [row for row in rows if row["p50_us"]]
-    assert {row["op"] for row in timed} == {"update", "decode_step", "plan_ascent", "window_attention", "train", "runner"}
+    assert {row["op"] for row in timed} == {
+        "update",
+        "decode_step",
+        "plan_ascent",
+        "window_attention",
+        "train",
+        "runner",
+    }
     for row in timed:
         assert float(row["p20_us"]) <= float(row["p50_us"]) <= float(row["p80_us"])
         assert row["op"] in ("train", "runner") or float(row["copy_bytes_per_s"]) > 0

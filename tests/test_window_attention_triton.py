@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -68,7 +69,7 @@ def test_interpreted_head_counts_and_widths(heads, width):
     compare(q, k, v, cu, 40, None)
 
 
-OPTIONS = [(64, 16, 2, False), (64, 128, 1, False), (32, 32, 2, False), (16, 32, 1, True), (64, 32, 1, True)]
+OPTIONS = [(64, 16, 2, False), (32, 64, 1, False), (16, 16, 1, True), (32, 16, 1, True), (64, 32, 1, True)]
 
 
 @pytest.mark.interpreter
@@ -222,6 +223,30 @@ def test_interpreted_offsets_that_break_the_contract_stay_within_the_tensors():
 
 
 @pytest.mark.interpreter
+@pytest.mark.parametrize("offsets", [[0, -100, 7], [0, -2000, 7], [-5, 3, 7], [0, 7, 3], [0, 3, 2**20]])
+def test_interpreted_walk_writes_within_the_tensors(offsets, monkeypatch):
+    from gac_fast.kernels import window_attention as kernel
+
+    monkeypatch.setattr(kernel, "_walks", lambda *args: True)
+    n, heads, width, around = 7, 2, 8, 2048 * 48
+    whole = []
+
+    def within(*shape: int) -> Tensor:
+        size = torch.Size(shape).numel()
+        whole.append((torch.full((2 * around + size,), 3.0), slice(around, around + size)))
+        return whole[-1][0][whole[-1][1]].view(shape)
+
+    q, k, v = (within(n, heads, width).normal_() for _ in range(3))
+    out, lse, angles, grads = within(n, heads, width), within(heads, n), within(n, width), within(n, 3, heads, width)
+    arguments = q, k, v, torch.tensor(offsets), 2, torch.arange(n), 1e4
+    kernel.window_attention(*arguments, out, lse, angles)
+    kernel.window_attention_backward(torch.ones_like(out), *arguments, out, lse, angles, grads)
+    for memory, inside in whole:
+        memory[inside] = 3.0
+        assert bool((memory == 3.0).all())
+
+
+@pytest.mark.interpreter
 def test_interpreted_same_bits_every_time():
     q, k, v, cu, positions = packed((40, 3, 17), dtype=torch.float32)
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
@@ -325,12 +350,13 @@ def check_compiled(launches, architecture, folder, spills=False) -> None:
         assert_fits(launch, architecture, folder, spills=spills)
 
 
-@pytest.mark.parametrize("window", [32, 64])
-def test_gym_compiles_without_spills(window, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("window", "n_tokens"), [(32, 2**20), (64, 2**20), (64, 2**10)])
+def test_gym_compiles_without_spills(window, n_tokens, tmp_path, monkeypatch):
     from gac_fast.kernels.window_attention import shipped
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
-    launches = shipped(128, 4, window, torch.bfloat16)
+    launches = shipped(128, 4, window, torch.bfloat16, n_tokens=n_tokens)
+    assert {dict(launch.option.tiles).get("TILES") for launch in launches} == {None, 16 if n_tokens == 2**20 else 1}
     assert {launch.name for launch in launches} == {
         "rotary_kernel", "window_walk_kernel", "window_walk_backward_kernel"
     }  # fmt: skip
@@ -357,7 +383,7 @@ def test_every_width_compiles(sizes, dtype, architecture, tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
-@pytest.mark.parametrize("window", [1, 4, 16, 33, 64, 100, 200, 2**62])
+@pytest.mark.parametrize("window", [1, 4, 16, 33, 63, 64, 65, 100, 200, 2**62])
 def test_gpu_equals_the_dense_mask(dtype, window):
     for lengths, heads, width in (((1,), 2, 16), ((0, 40, 0, 200, 1), 4, 32), ((130, 64, 300), 1, 64)):
         q, k, v, cu, positions = (x.cuda() for x in packed(lengths, heads, width, dtype))
@@ -412,6 +438,23 @@ def test_gpu_gives_the_same_bits_a_hundred_times(dtype, window):
     first = run()
     for _ in range(100):
         assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
+
+
+@pytest.mark.gpu
+def test_gpu_walks_of_any_number_of_tiles_give_the_same_bits(monkeypatch):
+    from gac_fast.kernels import window_attention as kernel
+
+    q, k, v, cu, positions = (x.cuda() for x in packed((1000, 3, 517), 4, 32, torch.bfloat16))
+    leaves, option, found = [x.detach().requires_grad_() for x in (q, k, v)], kernel._walk_option, []
+    for tiles in (1, 2, 4, 8, 16):
+
+        def of_tiles(*args, tiles=tiles):
+            return replace(option(*args), tiles=(("BT", 64), ("TILES", tiles)))
+
+        monkeypatch.setattr(kernel, "_walk_option", of_tiles)
+        out = ops.window_attention(*leaves, cu, 64, positions)
+        found.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
+    assert all(torch.equal(x, y) for other in found[1:] for x, y in zip(found[0], other, strict=True))
 
 
 @pytest.mark.gpu

@@ -165,6 +165,7 @@ class WeightsOf:
         self.decoder = decoder
         self._entries: list[tuple[dict[str, Any], str, Any]] | None = None
 
+    @torch.no_grad()
     def __call__(self) -> StepWeights:
         if self._entries is None or not _same_entries(self._entries):
             self._weights = self.decoder.step_weights()
