@@ -119,8 +119,8 @@ def alternate(
         pedantic: ``benchmark.pedantic``.
         sometimes: timed in at most ``MAX_FLOOR_ROUNDS`` of the rounds.
         threads: numbers of threads of those that run on others than torch's present number.
-        rarely: those of ``runs`` that are timed in at most ``MAX_RARE_ROUNDS`` of the rounds, and do not count in how
-            many there are.
+        rarely: those of ``runs`` that are timed in at most ``MAX_RARE_ROUNDS`` of the rounds, one where it takes long,
+            and do not count in how many there are.
 
     Returns:
         seconds per round, and the number of rounds.
@@ -144,7 +144,9 @@ def alternate(
     # A busy machine can stretch a round a hundredfold, most of all on two threads.
     rounds = min(rounds, max(1, int(MAX_STRETCH * settings.seconds / per_round)))
     stride = dict.fromkeys(sometimes, every(rounds, MAX_FLOOR_ROUNDS))
-    stride |= dict.fromkeys(rarely, every(rounds, MAX_RARE_ROUNDS))
+    for name in rarely:
+        affordable = int(2 * settings.seconds / estimate[name])
+        stride[name] = every(rounds, max(1, min(MAX_RARE_ROUNDS, affordable)))
     times: dict[Any, list[float]] = {name: [] for name in estimate}
     done = 0
 
@@ -230,6 +232,57 @@ def attempt(make: Callable[[], Callable[[], object]]) -> Callable[[], object] | 
     except Exception as error:
         first = str(error).strip().split("\n", 1)[0][:160]
         return f"failed: {type(error).__name__}: {first}".rstrip(": ")
+
+
+PEERS_PYTHON = ROOT / ".venv-peers" / "bin" / "python"
+
+
+class Peer:
+    """A step in a process of the peers' environment, which times it itself."""
+
+    def __init__(self, script: str, *arguments: object) -> None:
+        """Start ``python -m benchmarks.peers.<script>``.
+
+        Raises:
+            RuntimeError: it could not start, with its own words.
+        """
+        command = [str(PEERS_PYTHON), "-m", f"benchmarks.peers.{script}", *map(str, arguments)]
+        self._process = subprocess.Popen(
+            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        answer = self._answer()
+        if answer != "ready":
+            self.close()
+            raise RuntimeError(answer.removeprefix("failed: ") or "no answer")
+
+    def _answer(self) -> str:
+        assert self._process.stdout is not None
+        return self._process.stdout.readline().strip()
+
+    def _ask(self, what: str) -> float | None:
+        assert self._process.stdin is not None
+        print(what, file=self._process.stdin, flush=True)
+        answer = self._answer()
+        return float(answer) if answer else None
+
+    def __call__(self) -> None:
+        self.seconds()
+
+    def seconds(self) -> float:
+        """What one step took."""
+        value = self._ask("time")
+        if value is None:
+            raise RuntimeError("the peer's process has ended")
+        return value
+
+    def peak_mib(self) -> float | None:
+        """As :func:`peak_mib`."""
+        return self._ask("peak")
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.communicate()
 
 
 COMPILE_MODES: dict[str, str | dict[str, str]] = {

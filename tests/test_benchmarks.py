@@ -347,7 +347,7 @@ def test_thresholds_fail_when_they_should(report, monkeypatch, tmp_path, capsys)
         assert [line[:14].rstrip() for line in found[:-1]] == words
     assert found[-1] == "1 of 3 thresholds hold, 2 DO NOT"
     table.write_text(f"[[ratio]]\n{work}against = 'reference'\nat_lest = {{ float32 = 2.0 }}\n")
-    with pytest.raises(ValueError, match="expected entries of .*, no at_least"):
+    with pytest.raises(ValueError, match=r"expected entries of .*, no at_least"):
         check.main()
 
 
