@@ -112,10 +112,11 @@ def test_evaluation(compare, tiny, n_threads):
 
 def test_online(compare, tiny, n_threads, tmp_path):
     """``gac_fast.finetune`` from nothing: a round that fills the buffer, one of exploring and learning, and an
-    evaluation; checkpoint and pictures of the run are made too."""
-    if tiny:
-        pytest.skip("seconds for each, whatever the sizes")
-    n, length, n_rounds, n_updates = 32, 250, 1, 10
+    evaluation; checkpoint and pictures of the run are made too. One episode is planned from at the end, not 64, whose
+    chains would take most of so short a run to settle."""
+    if tiny or n_threads > 1:
+        pytest.skip("takes seconds, whatever the sizes: on one thread alone")
+    n, length, n_rounds, n_updates = 16, 250, 1, 5
     online = {
         "n_envs": n, "n_steps": n_rounds * n * length, "fill_episodes": n, "updates_per_round": n_updates,
         "eval_every": 0, "eval_episodes": n,
@@ -124,7 +125,7 @@ def test_online(compare, tiny, n_threads, tmp_path):
     vector = make_vector(ENV, n, n_threads=n_threads, max_episode_steps=length)
 
     def loop(name: str, dtype: str) -> Callable[[], object]:
-        config = config_of(False, dtype, online=online, train={"batch_size": 4})
+        config = config_of(False, dtype, online=online, plan={"n_best": 1}, train={"batch_size": 4})
 
         def run() -> Path:
             where = tmp_path / f"{name}-{dtype}"
@@ -141,11 +142,11 @@ def test_online(compare, tiny, n_threads, tmp_path):
     compare(case, providers, list(providers))
 
 
-def test_commands(compare, tiny, tmp_path):
-    """``gac-fast train`` as a whole process: the import, the data, 30 updates, a checkpoint, pictures."""
-    if tiny:
-        pytest.skip("seconds for each, whatever the sizes")
-    n, length, n_updates = 64, 500, 30
+def test_commands(compare, tiny, n_threads, tmp_path):
+    """``gac-fast train`` as a whole process: the import, the data, 20 updates, a checkpoint, pictures."""
+    if tiny or n_threads > 1:
+        pytest.skip("takes seconds, whatever the sizes: on one thread alone")
+    n, length, n_updates = 64, 500, 20
     data = trajectories("Hopper-v5", n, length)
     file = tmp_path / "data.hdf5"
     last = np.zeros(data.num_steps, np.bool_)
@@ -173,7 +174,7 @@ def test_commands(compare, tiny, tmp_path):
 def test_import(compare, tiny, n_threads):
     """In a fresh process. The package imports torch when something of it is asked for that needs it."""
     if tiny or n_threads > 1:
-        pytest.skip("as on one thread, and with any sizes")
+        pytest.skip("as on one thread and with any sizes")
     statements = {
         "import torch": "import torch",
         "import gac_fast": "import gac_fast",

@@ -120,8 +120,8 @@ def alternate(
         pedantic: ``benchmark.pedantic``.
         sometimes: timed in at most ``MAX_FLOOR_ROUNDS`` of the rounds.
         threads: numbers of threads of those that run on others than torch's present number.
-        rarely: those of ``runs`` that are timed in at most ``MAX_RARE_ROUNDS`` of the rounds, one where it takes long,
-            and do not count in how many there are.
+        rarely: those of ``runs`` that are timed in at most ``MAX_RARE_ROUNDS`` of the rounds, or once and before them
+            where a call takes long, and do not count in how many there are.
 
     Returns:
         seconds per round, and the number of rounds.
@@ -146,16 +146,19 @@ def alternate(
     # A busy machine can stretch a round a hundredfold, most of all on two threads.
     rounds = min(rounds, max(1, int(MAX_STRETCH * settings.seconds / per_round)))
     stride = dict.fromkeys(sometimes, every(rounds, MAX_FLOOR_ROUNDS))
+    times: dict[Any, list[float]] = {name: [] for name in estimate}
     for name in rarely:
         affordable = int(2 * settings.seconds / estimate[name])
         stride[name] = every(rounds, max(1, min(MAX_RARE_ROUNDS, affordable)))
-    times: dict[Any, list[float]] = {name: [] for name in estimate}
+        if affordable == 0 and settings.seconds > 0:
+            times[name] = [estimate[name]]
+    known = [name for name in rarely if times[name]]
     done = 0
 
     def others() -> None:
         nonlocal done
         for name, run in {**sometimes, **runs}.items():
-            if done % stride.get(name, 1):
+            if name in known or done % stride.get(name, 1):
                 continue
             torch.set_num_threads(threads.get(name, present))
             if settles and not n_warm[name]:
@@ -611,7 +614,11 @@ class Recorder:
             # time.
             alone = {(*provider, ALONE): run for provider, run in runs.items() if provider[0] == "cpp"}
             floor |= {(*name, ALONE): run for name, run in floor.items() if name[0] == "matmul"}
-        peaks = {provider: None if self.tiny else peak_mib(run) for provider, run in runs.items()}
+        # A whole process tells its peak whenever it ran.
+        whole = [provider for provider, run in runs.items() if isinstance(run, Process)]
+        peaks = {
+            provider: None if self.tiny else peak_mib(run) for provider, run in runs.items() if provider not in whole
+        }
         times, rounds = alternate(
             {**runs, **alone},
             self.settings,
@@ -624,10 +631,19 @@ class Recorder:
         if benchmark.stats is None:  # --benchmark-disable
             return
         assert all(len(times[provider]) == rounds for provider in runs if provider not in rarely)
+        peaks |= {provider: peak_mib(runs[provider]) for provider in whole if not self.tiny}
         floors = Floors.of(times, self.tiny)
         reference = times.get(REFERENCE, [])
         rows = [
-            row(case, provider, times[provider], reference, floors, times.get((*provider, ALONE), ()), peaks[provider])
+            row(
+                case,
+                provider,
+                times[provider],
+                reference,
+                floors,
+                times.get((*provider, ALONE), ()),
+                peaks.get(provider),
+            )
             | {"note": notes[provider]}
             for provider in runs
         ]
