@@ -110,6 +110,7 @@ def alternate(
     sometimes: Mapping[Any, Callable[[], object]] | None = None,
     threads: Mapping[Any, int] | None = None,
     rarely: Collection[Any] = (),
+    known: Mapping[Any, float] | None = None,
 ) -> tuple[dict[Any, list[float]], int]:
     """Time all of ``runs`` in turn, round after round, so that a change of the machine's mood meets all alike.
 
@@ -122,18 +123,19 @@ def alternate(
         threads: numbers of threads of those that run on others than torch's present number.
         rarely: those of ``runs`` that are timed in at most ``MAX_RARE_ROUNDS`` of the rounds, or once and before them
             where a call takes long, and do not count in how many there are.
+        known: seconds that one call of some of these took, where it was timed before.
 
     Returns:
         seconds per round, and the number of rounds.
     """
-    sometimes, threads = sometimes or {}, threads or {}
+    sometimes, threads, known = sometimes or {}, threads or {}, known or {}
     present = torch.get_num_threads()
     estimate = {}
     for name, run in {**runs, **sometimes}.items():
         torch.set_num_threads(threads.get(name, present))
         if name not in rarely:
             run()
-        estimate[name] = _timed(run)
+        estimate[name] = known[name] if name in known else _timed(run)
     torch.set_num_threads(present)
     # Runs in between leave the caches cold: short calls are repeated unmeasured before the measured one.
     n_warm = {name: min(20, max(3, math.ceil(1e-3 / t))) if t < 2e-2 else 0 for name, t in estimate.items()}
@@ -152,13 +154,13 @@ def alternate(
         stride[name] = every(rounds, max(1, min(MAX_RARE_ROUNDS, affordable)))
         if affordable == 0 and settings.seconds > 0:
             times[name] = [estimate[name]]
-    known = [name for name in rarely if times[name]]
+    done_before = [name for name in rarely if times[name]]
     done = 0
 
     def others() -> None:
         nonlocal done
         for name, run in {**sometimes, **runs}.items():
-            if name in known or done % stride.get(name, 1):
+            if name in done_before or done % stride.get(name, 1):
                 continue
             torch.set_num_threads(threads.get(name, present))
             if settles and not n_warm[name]:
@@ -598,6 +600,9 @@ class Recorder:
             providers: of which all results have been asserted before.
             rarely: those of them that take so long that few rounds have to do.
         """
+        if torch.get_num_threads() > 1 and len(rarely) < len(providers):
+            able = [provider for provider in rarely if not isinstance(providers.get(provider, ""), str)]
+            providers = {**providers, **dict.fromkeys(able, "left out: takes long, see one thread")}
         runs = {provider: run for provider, run in providers.items() if not isinstance(run, str)}
         missing = {provider: reason for provider, reason in providers.items() if isinstance(reason, str)}
         self.missing |= {(case.op, provider): reason for provider, reason in missing.items()}
@@ -616,17 +621,30 @@ class Recorder:
             floor |= {(*name, ALONE): run for name, run in floor.items() if name[0] == "matmul"}
         # A whole process tells its peak whenever it ran.
         whole = [provider for provider, run in runs.items() if isinstance(run, Process)]
-        peaks = {
-            provider: None if self.tiny else peak_mib(run) for provider, run in runs.items() if provider not in whole
-        }
+        peaks: dict[Provider, float | None] = {}
+        known: dict[Provider, float] = {}
+        for provider, run in runs.items():
+            if self.tiny or provider in whole:
+                continue
+
+            def timed(provider: Provider = provider, run: Callable[[], object] = run) -> None:
+                known[provider] = _timed(run)
+
+            peaks[provider] = peak_mib(timed if provider in rarely and not hasattr(run, "seconds") else run)
+        known = {provider: seconds for provider, seconds in known.items() if seconds > 2 * self.settings.seconds}
+        settings = self.settings
+        if torch.get_num_threads() > 1:
+            # Every provider of the engine runs twice there.
+            settings = settings._replace(seconds=settings.seconds / 2, min_rounds=max(1, settings.min_rounds - 2))
         times, rounds = alternate(
             {**runs, **alone},
-            self.settings,
+            settings,
             main,
             benchmark.pedantic,
             floor,
             {n: 1 for n in (*alone, *floor) if ALONE in n},
             rarely,
+            known,
         )
         if benchmark.stats is None:  # --benchmark-disable
             return
@@ -634,19 +652,10 @@ class Recorder:
         peaks |= {provider: peak_mib(runs[provider]) for provider in whole if not self.tiny}
         floors = Floors.of(times, self.tiny)
         reference = times.get(REFERENCE, [])
-        rows = [
-            row(
-                case,
-                provider,
-                times[provider],
-                reference,
-                floors,
-                times.get((*provider, ALONE), ()),
-                peaks.get(provider),
-            )
-            | {"note": notes[provider]}
-            for provider in runs
-        ]
+        rows = []
+        for provider in runs:
+            found = times[provider], reference, floors, times.get((*provider, ALONE), ()), peaks.get(provider)
+            rows.append(row(case, provider, *found) | {"note": notes[provider]})
         rows += [missing_row(case, provider, reason) for provider, reason in missing.items()]
         benchmark.extra_info.update(
             {"op": case.op, "mode": case.mode, "shape": case.shape, "provider": main[0], "dtype": main[1]}
