@@ -181,4 +181,4 @@ def test_import(compare, tiny, n_threads):
         "import gac_fast, train, load": "from gac_fast import train, load",
     }
     providers = {(name, "none"): Process([sys.executable, "-c", code]) for name, code in statements.items()}
-    compare(Case("end_to_end", "import, whole process", "all"), providers)
+    compare(Case("end_to_end", "import, whole process", "all"), providers, list(providers))
