@@ -158,7 +158,19 @@ def test_commands(compare, tiny, n_threads, tmp_path):
         }.items():  # fmt: skip
             f[name] = value
     command = [sys.executable, "-m", "gac_fast", "train", "--data", str(file), "--preset", "gym", "--overwrite"]
-    command += ["--train.n-updates", str(n_updates), "--train.batch-size", "4", "--no-tensorboard", "--run-dir"]
+    # One episode to plan from at the end, not 64, whose chains would take most of so short a run to settle.
+    command += [
+        "--plan.n-best",
+        "1",
+        "--train.held-out",
+        "0",
+        "--train.n-updates",
+        str(n_updates),
+        "--train.batch-size",
+        "4",
+        "--no-tensorboard",
+        "--run-dir",
+    ]
     providers: Providers = {}
     for (name, dtype), problem in backends().items():
         variables = {"GAC_FAST_BACKEND": "reference"} if name == "reference" else {}

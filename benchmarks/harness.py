@@ -14,6 +14,7 @@ import re
 import statistics
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -226,9 +227,9 @@ def peak_mib(run: Callable[[], object]) -> float | None:
         return None
 
 
-def _status() -> dict[str, int]:
-    """Sizes of this process in KiB."""
-    text = Path("/proc/self/status").read_text()
+def _status(process: str = "self") -> dict[str, int]:
+    """Sizes of a process in KiB."""
+    text = Path(f"/proc/{process}/status").read_text()
     return {name: int(size) for name, size in re.findall(r"^(Vm\w+):\s+(\d+) kB", text, re.MULTILINE)}
 
 
@@ -263,15 +264,23 @@ class Process:
             process = subprocess.Popen(
                 self._command, cwd=ROOT, env=variables, stdin=subprocess.DEVNULL, stdout=said, stderr=said
             )
-            _, status, usage = os.wait4(process.pid, 0)
+            watcher = threading.Thread(target=self._watch, args=(process.pid,))
+            watcher.start()
+            process.wait()
             seconds = time.perf_counter() - start
-            process.returncode = os.waitstatus_to_exitcode(status)
+            watcher.join()
             if process.returncode != 0:
                 said.seek(0)
                 tail = said.read()[-2000:].decode(errors="replace")
                 raise RuntimeError(f"{' '.join(self._command)}: exit status {process.returncode}: {tail}")
-        self._peak = usage.ru_maxrss / 1024
         return seconds
+
+    def _watch(self, pid: int) -> None:
+        """Note the peak until the process ends. The system's own count at the end would begin with this process."""
+        with contextlib.suppress(OSError, KeyError):
+            while True:
+                self._peak = _status(str(pid))["VmHWM"] / 1024
+                time.sleep(0.005)
 
     def peak_mib(self) -> float | None:
         """Of the last call."""
