@@ -1097,7 +1097,7 @@ def _make_report(command: Report) -> None:
     if command.readme is not None:
         from gac_fast.speed import speed_tables, write_between
 
-        write_between(command.readme, speed_tables(command.results / "speed.csv"))
+        write_between(command.readme, speed_tables(command.results / "speed.csv", brief=True))
         rows.append(("speed tables", command.readme))
     _print_rows(rows)
 

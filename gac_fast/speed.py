@@ -84,15 +84,19 @@ def _columns(path: Path) -> set[str]:
         return set(next(csv.reader(file), ()))
 
 
-def speed_tables(path: Path) -> str:
+def speed_tables(path: Path, brief: bool = False) -> str:
     """The tables in Markdown, without a heading of their own.
+
+    Args:
+        brief: leave out those from end to end.
 
     Raises:
         DataError: a cell is not what it should be; names file, line and column.
     """
     rows = _latest(_read(path))
     goals = _goals(path.parent.parent / "thresholds.toml")
-    return "\n".join([*_headlines(rows, goals), *_losses(rows), *_histories(rows), *_whole(rows), *_made(rows)])
+    whole = [] if brief else _whole(rows)
+    return "\n".join([*_headlines(rows, goals), *_losses(rows), *_histories(rows), *whole, *_made(rows)])
 
 
 def _read(path: Path) -> list[Row]:
