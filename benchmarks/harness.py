@@ -70,7 +70,7 @@ class Settings(NamedTuple):
     max_rounds: int
 
 
-NORMAL = Settings(seconds=2.0, min_rounds=5, max_rounds=200)
+NORMAL = Settings(seconds=1.2, min_rounds=3, max_rounds=200)
 QUICK = Settings(seconds=0.5, min_rounds=3, max_rounds=50)
 TINY = Settings(seconds=0.0, min_rounds=1, max_rounds=1)
 
