@@ -7,6 +7,7 @@
 #   TEST_OPTIONS="..."     further options of pytest for `make test`
 #   BENCH="..."            options of `make bench`, for example BENCH="-k update --quick --threads 1"
 #   BENCH_CSV=...          where it appends its rows; the chart lies beside
+#   BENCH_CHECK_CSV=...    where `make bench-check` puts the rows that it checks
 #   GPU_PYTHON=...         the Python of `make gpu`, which has torch and triton; default: python3
 #   GPU_OUT=...            folder of its records; the next `make gpu` goes on there
 #   GPU="..."              its options, for example GPU="--only decode_step"
@@ -30,6 +31,7 @@ TEST_PROCESSES ?= 1
 PARALLEL := $(if $(filter-out 0 1,$(TEST_PROCESSES)),-n $(TEST_PROCESSES) --dist loadfile)
 TEST_OPTIONS ?=
 BENCH_CSV ?= benchmarks/results/speed.csv
+BENCH_CHECK_CSV ?= runs/bench-check.csv
 GPU_PYTHON ?= python3
 GPU_OUT ?= runs/gpu
 GPU ?=
@@ -48,7 +50,7 @@ SOURCES := setup.py pyproject.toml CMakeLists.txt gac_fast/_version.py $(wildcar
 export PIP_REQUIRE_VIRTUALENV := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo finetune-demo test test-kernels test-all sanitize sanitize-short lint format bench gpu peers resources clean
+.PHONY: help demo finetune-demo test test-kernels test-all sanitize sanitize-short lint format bench bench-check gpu peers resources clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -92,6 +94,12 @@ format: $(INSTALLED) ## format the Python and C++ files
 bench: $(INSTALLED) ## every op against the reference: table of ratios, CSV and chart (10 minutes, on a quiet machine)
 	$(PY) -m pytest benchmarks --benchmark-quiet --csv $(BENCH_CSV) $(BENCH)
 	$(PY) benchmarks/report.py $(BENCH_CSV) --plot $(BENCH_CSV:.csv=.png)
+
+# Begins anew each time: what an earlier run reached says nothing of the code as it is.
+bench-check: $(INSTALLED) ## whether every ratio of benchmarks/thresholds.toml holds on this machine (3 minutes)
+	rm -f $(BENCH_CHECK_CSV)
+	$(PY) -m pytest benchmarks --benchmark-quiet --quick --guarded --threads 1 --csv $(BENCH_CHECK_CSV)
+	$(PY) benchmarks/check.py $(BENCH_CHECK_CSV)
 
 # Takes a Python as it is and fetches nothing: GPU machines often reach no index.
 gpu: ## on a CUDA machine: kernel tests, repeats, sanitizer, speed against PyTorch; below 8 minutes, resumable

@@ -9,10 +9,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from harness import ROW_BOUND, Case, engine_problem, row_error, under
+from harness import ROW_BOUND, Case, compiled, engine_problem, row_error, under
 from torch import Tensor
 
-from gac_fast import ops
+from gac_fast import ops, reference
 from gac_fast.reference import BlockWeights
 
 
@@ -41,13 +41,15 @@ def exact_inputs(b: int, t: int, heads: int, width: int, n_z: int, hidden: int) 
 
 
 @pytest.mark.parametrize("mode", ["fwd", "bwd frozen", "bwd"])
-def test_block(compare, tiny, mode):
+def test_block(compare, tiny, compilers, mode):
     b, t, heads, width, n_z, hidden = (2, 10, 2, 16, 2, 64) if tiny else (4, 2000, 4, 32, 4, 512)
     n, dim = b * t, heads * width
     exact, exact_weights = exact_inputs(b, t, heads, width, n_z, hidden)
     cu_seqlens = torch.arange(b + 1, dtype=torch.int32) * t
 
-    def prepare(dtype: str, backend: str) -> tuple[Callable[[], object], list[Tensor]]:
+    def prepare(
+        dtype: str, backend: str, block: Callable[..., tuple[Tensor, Tensor]] = ops.decoder_block
+    ) -> tuple[Callable[[], object], list[Tensor]]:
         """The timed call, and outputs and gradients of one pass."""
         bf16 = dtype == "bfloat16"  # then as the decoder has it: stream and weights in float32
         stream_dtype = torch.float32 if bf16 else getattr(torch, dtype)
@@ -59,7 +61,7 @@ def test_block(compare, tiny, mode):
         leaves += [w for w in weights if w.requires_grad]
 
         def forward() -> tuple[Tensor, Tensor]:
-            return ops.decoder_block(x, attended, plan_k, plan_v, cu_seqlens, weights, bf16)
+            return block(x, attended, plan_k, plan_v, cu_seqlens, weights, bf16)
 
         out = under(backend, forward)()
         gradients = (dx_out, dy.to(out[1].dtype))
@@ -84,6 +86,16 @@ def test_block(compare, tiny, mode):
         for what, x, y in zip(names, results, expected, strict=False):  # weights have gradients in one mode
             error = row_error(x.flatten(), y.flatten())  # single rows are held in tests/test_block.py
             assert error < ROW_BOUND[dtype], f"{name} {dtype} {what}: {error:.2e}"
+
+    def compile_block(by: Callable[..., Callable[..., tuple[Tensor, Tensor]]]) -> Callable[[], object]:
+        run, results = prepare("float32", "reference", by(reference.decoder_block))
+        for what, x, y in zip(names, results, expected, strict=False):
+            error = row_error(x.flatten(), y.flatten())
+            assert error < ROW_BOUND["float32"], f"{what}: {error:.2e}"
+        return run
+
+    # One compilation is of forward and backward together; that of frozen weights would be another.
+    providers = {**compiled({} if mode == "bwd frozen" else compilers, compile_block), **providers}
 
     maps = 6 * dim**2 + 2 * dim * hidden
     macs = {"fwd": maps + 2 * n_z * dim, "bwd frozen": maps + 4 * n_z * dim, "bwd": 2 * maps + 4 * n_z * dim}[mode]

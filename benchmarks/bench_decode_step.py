@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import Case, engine_problem, row_error, under
+from harness import Case, compiled, engine_problem, row_error, under
 from torch import Tensor
 
 from gac_fast import ops, reference
@@ -55,8 +56,10 @@ class EagerActor:
     """
 
     @torch.inference_mode()
-    def __init__(self, model: GAC, z0: Tensor) -> None:
+    def __init__(self, model: GAC, z0: Tensor, by: Callable[..., Any] | None = None) -> None:
+        """``by`` compiles what a step computes."""
         decoder, m = model.decoder, model.config
+        self.compute = self._compute if by is None else by(self._compute)
         self.decoder, self.weights = decoder, decoder.weights()
         self.heads, self.width, self.c = m.n_heads, m.dim // m.n_heads, m.tokens_per_step
         z = model.prior(z0)
@@ -66,6 +69,8 @@ class EagerActor:
         self.period = m.window + self.c - 1
         shape = (len(z0), m.n_heads, self.c * self.period, self.width)
         self.rings = [(torch.zeros(shape), torch.zeros(shape)) for _ in decoder.layers]
+        # A slice would be a constant of a compiled step, and an index takes longer where it is not compiled.
+        self.slots = None if by is None else torch.arange(self.c * self.period)
         # First the steps that fill the ring, then one round of it, which repeats.
         self.biases = [self.bias(step) for step in range(2 * self.period)]
         self.rotate_until(1024)
@@ -93,14 +98,22 @@ class EagerActor:
     def act(self, obs: Tensor) -> Tensor:
         if self.step == self.n_steps:
             self.rotate_until(2 * self.n_steps)
-        decoder, heads, width = self.decoder, self.heads, self.width
-        x = decoder.embed_state(obs)
-        x = x[:, None] if self.c == 1 else torch.stack((decoder.embed_action(self.last_action), x), dim=1)
-        n = x.shape[0]  # of [N, C, D]
         round_step = self.step % self.period
         new = slice(self.c * round_step, self.c * (round_step + 1))
         bias = self.biases[self.step if self.step < self.period else self.period + round_step]
         cos, sin = self.cos[self.step : self.step + self.c], self.sin[self.step : self.step + self.c]
+        places = new if self.slots is None else self.slots[new]
+        self.last_action = self.compute(obs, self.last_action, places, bias, cos, sin)
+        self.step += 1
+        return self.last_action
+
+    def _compute(
+        self, obs: Tensor, last_action: Tensor, new: slice | Tensor, bias: Tensor | None, cos: Tensor, sin: Tensor
+    ) -> Tensor:
+        decoder, heads, width = self.decoder, self.heads, self.width
+        x = decoder.embed_state(obs)
+        x = x[:, None] if self.c == 1 else torch.stack((decoder.embed_action(last_action), x), dim=1)
+        n = x.shape[0]  # of [N, C, D]
         for w, (ring_k, ring_v), (plan_k, plan_v) in zip(self.weights.layers, self.rings, self.plans, strict=True):
             qkv = reference.norm_linear(x, w.norm1_w, w.norm1_b, w.w_qkv, w.b_qkv).view(n, self.c, 3, heads, width)
             qk = qkv[:, :, :2]
@@ -116,14 +129,12 @@ class EagerActor:
             x = x + F.linear(out.transpose(1, 2).flatten(2), w.w_plan_o, w.b_plan_o)
             x = reference.mlp_residual(x, w.norm3_w, w.norm3_b, w.w_in, w.b_in, w.w_out, w.b_out)
         w = self.weights
-        self.last_action = reference.norm_linear(x[:, -1], w.norm_w, w.norm_b, w.w_head, w.b_head).tanh_()
-        self.step += 1
-        return self.last_action
+        return reference.norm_linear(x[:, -1], w.norm_w, w.norm_b, w.w_head, w.b_head).tanh_()
 
 
 @pytest.mark.parametrize("context", ["states_actions", "states"])
 @pytest.mark.parametrize("n", [1, 8, 64])
-def test_decode_step(compare, tiny, n, context):
+def test_decode_step(compare, tiny, compilers, n, context):
     size = "tiny" if tiny else "gym"
     config = preset(size).replace(model={"context": context})
     torch.manual_seed(0)
@@ -144,6 +155,14 @@ def test_decode_step(compare, tiny, n, context):
     eager = EagerActor(model, z0)
     assert row_error(roll(eager, "reference"), expected) < BOUNDS["float32"]
     providers["eager torch", "float32"] = lambda: eager.act(first)
+
+    def compile_actor(by: Callable[..., Any]) -> Callable[[], object]:
+        one = EagerActor(model, z0, by)
+        assert row_error(roll(one, "reference"), expected) < BOUNDS["float32"]
+        return lambda: one.act(first)
+
+    # Of one size, for compiling takes long.
+    providers = {**compiled(compilers if (n, context) == (8, "states_actions") else {}, compile_actor), **providers}
     for name, dtype in (("reference", "float32"), ("cpp", "float32"), ("cpp", "bfloat16")):
         problem = engine_problem("decode_step", dtype) if name == "cpp" else None
         if problem is not None:

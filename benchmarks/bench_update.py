@@ -1,7 +1,8 @@
 """Speed of one training update: three Langevin steps on the plans, then one step of the parameters.
 
-The peer is this project's own update in eager PyTorch, whose attention is banded. A dense mask or padding to the
-horizon, as published code has it, is slower by far.
+The peer is this project's own update in eager PyTorch, whose attention is banded. ``naive`` is what published code
+does: a mask over all pairs of tokens of padded trajectories, and Langevin steps through the whole decoder. The second
+batch has trajectories of uneven lengths, where padding shows.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from harness import Case, engine_problem, under
+from naive import NaiveTrainer
 from torch import Tensor
 
 from gac_fast import ops
@@ -96,12 +98,30 @@ def assert_agrees(config: Config, lengths: list[int], dtype: str) -> None:
             assert float((p.grad - q.grad).norm() / p.grad.norm().clamp_min(1e-12)) < gradient_bound, name
 
 
+def naive(config: Config, lengths: list[int]) -> NaiveTrainer:
+    """That of :func:`trainer`, whose energy of the chains it finds too."""
+    one = trainer(config, lengths, "float32")
+    z0 = one.posterior.z0[: len(lengths)].clone()
+    found = NaiveTrainer(one.model, one.optimizer, one.batch, z0, config)
+    p = config.posterior
+    with torch.no_grad():
+        energy = one.model.energy(z0, one.batch, p.action_temperature, p.return_temperature)
+        torch.testing.assert_close(found.energy(z0), energy, rtol=BOUNDS["float32"][0], atol=0)
+    return found
+
+
+@pytest.mark.parametrize("lengths", [[1000] * 4, [400, 200, 100, 100]], ids=["even", "uneven"])
 @pytest.mark.parametrize("context", ["states_actions", "states"])
-def test_update(compare, tiny, context):
+def test_update(compare, tiny, context, lengths):
     size = "tiny" if tiny else "gym"
     config = preset(size).replace(model={"context": context})
-    lengths = [12, 12] if tiny else [1000] * 4
-    providers = {
+    even = lengths[0] == lengths[1]
+    if context == "states" and not even:
+        pytest.skip("with C=2 alone")
+    if tiny:
+        lengths = [12, 12] if even else [12, 5]
+    providers = {("naive", "float32"): naive(config, lengths).step}
+    providers |= {
         ("reference", dtype): under("reference", trainer(config, lengths, dtype).step)
         for dtype in ("float32", "bfloat16")
     }
@@ -113,6 +133,7 @@ def test_update(compare, tiny, context):
         else:
             providers["cpp", dtype] = problem
     flops, n_bytes = cost(config, sum(lengths))
-    shape = f"{size} C={config.model.tokens_per_step} B={len(lengths)} T={lengths[0]}"
-    case = Case("update", f"{config.posterior.n_steps} posterior steps", shape, flops, n_bytes)
-    compare(case, providers)
+    shape = f"{size} C={config.model.tokens_per_step} B={len(lengths)} {'T=' if even else 'uneven T<='}{lengths[0]}"
+    mode = f"{config.posterior.n_steps} posterior steps"
+    case = Case("update", mode, shape, flops, n_bytes, sum(lengths), "time steps")
+    compare(case, providers, [("naive", "float32")])

@@ -1,17 +1,19 @@
 """Speed of causal window attention with rotary positions, forward and backward, against two uses of torch's SDPA.
 
 The peers rotate as the op does. *Dense* masks all pairs of a trajectory; *banded* cuts it into chunks of one window,
-which see themselves and the chunk before.
+which see themselves and the chunk before. ``torch.compile`` is of the banded one, the faster of the two. FlexAttention
+skips the blocks of pairs that its mask leaves empty, and has no backward on the CPU.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import ROW_BOUND, Case, engine_problem, row_error, under
+from harness import ROW_BOUND, Case, Compiled, attempt, compiled, engine_problem, row_error, under
 from torch import Tensor
 
 from gac_fast import ops, reference
@@ -63,8 +65,27 @@ def sdpa_banded(b: int, t: int, window: int, positions: Tensor) -> Attend:
     return attend
 
 
+def flex(b: int, t: int, window: int, positions: Tensor) -> Attend:
+    """FlexAttention, which wants to be compiled: masked by trajectory and band."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    sequence = torch.arange(b).repeat_interleave(t)
+
+    def visible(_: Tensor, __: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return (j <= i) & (j > i - window) & (sequence[i] == sequence[j])
+
+    mask = create_block_mask(visible, None, None, b * t, b * t, device="cpu")
+    by = torch.compile(flex_attention, dynamic=False)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.transpose(0, 1)[None] for x in (rotated(q, positions), rotated(k, positions), v))
+        return by(q, k, v, block_mask=mask)[0].transpose(0, 1)
+
+    return attend
+
+
 @pytest.mark.parametrize("mode", ["fwd", "bwd", "fwd+bwd"])
-def test_window_attention(compare, tiny, mode):
+def test_window_attention(compare, tiny, compilers, mode):
     b, t, heads, width, window = (2, 10, 2, 8, 4) if tiny else (4, 2000, 4, 32, 64)
     n = b * t
     torch.manual_seed(0)
@@ -111,6 +132,29 @@ def test_window_attention(compare, tiny, mode):
             as_a_whole = (name, dtype) == ("sdpa banded", "bfloat16")
             error = row_error(x.flatten(), y.flatten()) if as_a_whole else row_error(x, y)
             assert error < ROW_BOUND[dtype], f"{name} {dtype} {what}: {error:.2e}"
+
+    def check(attend: Attend) -> Callable[[], object]:
+        run, results = prepare(attend, "float32", "reference")
+        for x, y in zip(results, expected, strict=True):
+            assert row_error(x.flatten(), y.flatten()) < ROW_BOUND["float32"]
+        return run
+
+    def check_forward() -> Callable[[], object]:
+        start = time.perf_counter()
+        attend = flex(b, t, window, positions)
+        q, k, v = (x.float() for x in exact[:3])
+        assert row_error(attend(q, k, v).flatten(), expected[0].flatten()) < ROW_BOUND["float32"]
+        return Compiled(lambda: attend(q, k, v), time.perf_counter() - start)
+
+    # Compiling takes long, and a backward apart says little: the two modes that are used.
+    chosen = {} if mode == "bwd" else compilers
+    others = compiled(chosen, lambda by: check(by(banded)))
+    if mode == "fwd":
+        (reason,) = {x for x in chosen.values() if isinstance(x, str)} or {""}
+        others["FlexAttention", "float32"] = reason or attempt(check_forward)
+    elif mode == "fwd+bwd":
+        others["FlexAttention", "float32"] = "has no backward on the CPU"
+    providers = {**others, **providers}
 
     pairs = b * sum(min(i + 1, window) for i in range(t))
     products = {"fwd": 2, "bwd": 5, "fwd+bwd": 7}[mode]

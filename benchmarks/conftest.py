@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import report
 import torch
-from harness import NORMAL, QUICK, TINY, Case, Provider, Recorder
+from harness import COMPILE_MODES, NORMAL, QUICK, TINY, Case, Compilers, Provider, Providers, Recorder
 
 from gac_fast import ops
 
@@ -23,13 +23,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--threads", help="thread counts to measure, for example 1,2 (default: those the machine has)")
     group.addoption("--quick", action="store_true", help="half a second per case instead of four")
     group.addoption("--tiny", action="store_true", help="toy sizes, one round: shows that the cases run, no speed")
+    group.addoption("--compile", action="store_true", help="torch.compile and FlexAttention too, on one thread")
+    group.addoption("--guarded", action="store_true", help="only the cases that thresholds.toml names")
     group.addoption("--csv", type=Path, metavar="PATH", help="append the rows to this file")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     tiny = config.getoption("--tiny")
     settings = TINY if tiny else QUICK if config.getoption("--quick") else NORMAL
-    config.stash[RECORDER] = Recorder(config.getoption("--csv"), settings, tiny)
+    bars = report.read_bars(report.THRESHOLDS, "at_least") if config.getoption("--guarded") else None
+    only = None if bars is None else {bar[:3] for bar in bars}
+    config.stash[RECORDER] = Recorder(config.getoption("--csv"), settings, tiny, only)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -103,13 +107,30 @@ def tiny(request: pytest.FixtureRequest) -> bool:
 
 
 @pytest.fixture
-def compare(request: pytest.FixtureRequest, benchmark: Any) -> Callable[[Case, Mapping[Provider, Any]], None]:
-    """``compare(case, providers)``: see :meth:`harness.Recorder.compare`."""
+def compare(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., None]:
+    """``compare(case, providers, rarely=())``: see :meth:`harness.Recorder.compare`."""
 
-    def run(case: Case, providers: Mapping[Provider, Any]) -> None:
-        request.config.stash[RECORDER].compare(benchmark, case, providers)
+    def run(case: Case, providers: Providers, rarely: Collection[Provider] = ()) -> None:
+        recorder = request.config.stash[RECORDER]
+        if recorder.only is not None and (case.op, case.mode, case.shape) not in recorder.only:
+            pytest.skip("thresholds.toml does not name this case")
+        recorder.compare(benchmark, case, providers, rarely)
 
     return run
+
+
+@pytest.fixture
+def compilers(request: pytest.FixtureRequest, tiny: bool, n_threads: int) -> Iterator[Compilers]:
+    """What makes the compiled peers of a function, or why they are left out: see :func:`harness.compiled`."""
+    reason = None
+    if tiny:
+        reason = "left out with toy sizes"
+    elif not request.config.getoption("--compile"):
+        reason = "left out: takes minutes, --compile runs it"
+    elif n_threads > 1:
+        reason = "left out: compiled for one thread alone"
+    yield {name: reason or mode for name, mode in COMPILE_MODES.items()}
+    torch.compiler.reset()
 
 
 @pytest.fixture(autouse=True)

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import ctypes
 import gc
 import importlib
 import math
 import os
 import platform
+import re
 import statistics
 import subprocess
+import tempfile
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -30,17 +34,21 @@ COLUMNS = (
     "date", "commit", "op", "provider", "mode", "shape", "dtype", "threads", "rounds", "p20_us", "p50_us", "p80_us",
     "speedup", "flops", "bytes", "flop_per_s", "bytes_per_s", "matmul_flop_per_s", "copy_bytes_per_s",
     "isa", "cpu", "cores", "python", "torch", "gac_fast", "compiler", "gain", "matmul_gain",
+    "items", "unit", "peak_mib", "note",
 )  # fmt: skip
 """Of the CSV. ``date`` names the run. ``speedup`` is the reference's time over this one's, the median over rounds in
 which both ran; ``matmul_flop_per_s`` (in ``dtype``) and ``copy_bytes_per_s`` were measured between those rounds, and so
-were the time on one thread over the time on these (``gain``) and that of the large product (``matmul_gain``)."""
+were the time on one thread over the time on these (``gain``) and that of the large product (``matmul_gain``). A call
+does ``items`` of ``unit`` (time steps, ...) and takes ``peak_mib`` beyond what lay in memory before. A row of 0 rounds
+is of a provider that was not measured, and ``note`` says why."""
 
 REFERENCE = ("reference", "float32")
 ALONE = "on one thread"
 
 MATMUL_SIZE = 1536  # 512 to 2048 differ by 3% in float32; two threads are slow on bfloat16 below 1536
 COPY_BYTES = 256 * 2**20  # far beyond L2
-MAX_FLOOR_ROUNDS = 10
+MAX_FLOOR_ROUNDS = 5
+MAX_RARE_ROUNDS = 3  # of providers that take many times as long as the others
 # After an operation of torch on several threads, OpenMP's go on spinning for about 16 ms, on the very core that the
 # next provider's second thread needs. No provider is measured beside the threads of the one before.
 SETTLE_SECONDS = 0.02
@@ -48,6 +56,10 @@ MAX_STRETCH = 8  # of the seconds per case, for the sake of the least number of 
 
 Provider = tuple[str, str]
 """Who computes and in which dtype: ``("cpp", "bfloat16")``."""
+
+Providers = Mapping[Provider, Callable[[], object] | str]
+"""Calls that do the whole work of a case and nothing else, or why there is none. A call with a method ``seconds`` that
+does the same and says how long it took is timed by that: it runs in another process."""
 
 
 class Settings(NamedTuple):
@@ -58,7 +70,7 @@ class Settings(NamedTuple):
     max_rounds: int
 
 
-NORMAL = Settings(seconds=4.0, min_rounds=7, max_rounds=200)
+NORMAL = Settings(seconds=1.2, min_rounds=3, max_rounds=200)
 QUICK = Settings(seconds=0.5, min_rounds=3, max_rounds=50)
 TINY = Settings(seconds=0.0, min_rounds=1, max_rounds=1)
 
@@ -72,6 +84,7 @@ class Case:
         shape: its sizes in words, the same for all providers.
         flops: least number of floating-point operations; 0 where they are not the point.
         bytes: least memory traffic, by dtype or the same for all; 0 where it is not the point.
+        items, unit: what one call gets done, for example 64 ``environment steps``; 0 where time per call says it all.
     """
 
     op: str
@@ -79,6 +92,8 @@ class Case:
     shape: str
     flops: float = 0.0
     bytes: float | Mapping[str, float] = 0.0
+    items: float = 0.0
+    unit: str = ""
 
     def bytes_of(self, dtype: str) -> float:
         return self.bytes.get(dtype, 0.0) if isinstance(self.bytes, Mapping) else self.bytes
@@ -95,6 +110,8 @@ def alternate(
     pedantic: Callable[..., object],
     sometimes: Mapping[Any, Callable[[], object]] | None = None,
     threads: Mapping[Any, int] | None = None,
+    rarely: Collection[Any] = (),
+    known: Mapping[Any, float] | None = None,
 ) -> tuple[dict[Any, list[float]], int]:
     """Time all of ``runs`` in turn, round after round, so that a change of the machine's mood meets all alike.
 
@@ -105,34 +122,47 @@ def alternate(
         pedantic: ``benchmark.pedantic``.
         sometimes: timed in at most ``MAX_FLOOR_ROUNDS`` of the rounds.
         threads: numbers of threads of those that run on others than torch's present number.
+        rarely: those of ``runs`` that are timed in at most ``MAX_RARE_ROUNDS`` of the rounds, or once and before them
+            where a call takes long, and do not count in how many there are.
+        known: seconds that one call of some of these took, where it was timed before.
 
     Returns:
         seconds per round, and the number of rounds.
     """
-    sometimes, threads = sometimes or {}, threads or {}
+    sometimes, threads, known = sometimes or {}, threads or {}, known or {}
     present = torch.get_num_threads()
     estimate = {}
     for name, run in {**runs, **sometimes}.items():
         torch.set_num_threads(threads.get(name, present))
-        run()
-        estimate[name] = _timed(run)
+        if name not in rarely:
+            run()
+        estimate[name] = known[name] if name in known else _timed(run)
     torch.set_num_threads(present)
     # Runs in between leave the caches cold: short calls are repeated unmeasured before the measured one.
     n_warm = {name: min(20, max(3, math.ceil(1e-3 / t))) if t < 2e-2 else 0 for name, t in estimate.items()}
     settles = torch.get_num_threads() > 1 and settings.seconds > 0
     if settles:
         n_warm = {name: max(n, math.ceil(SETTLE_SECONDS / estimate[name])) if n else 0 for name, n in n_warm.items()}
-    per_round = sum(estimate[name] * (1 + n_warm[name]) for name in runs)
+    counted = [name for name in runs if name not in rarely] or list(runs)
+    per_round = sum(estimate[name] * (1 + n_warm[name]) for name in counted)
     rounds = max(settings.min_rounds, min(settings.max_rounds, int(settings.seconds / per_round)))
     # A busy machine can stretch a round a hundredfold, most of all on two threads.
     rounds = min(rounds, max(1, int(MAX_STRETCH * settings.seconds / per_round)))
-    stride = math.ceil(rounds / MAX_FLOOR_ROUNDS)
+    stride = dict.fromkeys(sometimes, every(rounds, MAX_FLOOR_ROUNDS))
     times: dict[Any, list[float]] = {name: [] for name in estimate}
+    for name in rarely:
+        affordable = int(2 * settings.seconds / estimate[name])
+        stride[name] = every(rounds, max(1, min(MAX_RARE_ROUNDS, affordable)))
+        if affordable == 0 and settings.seconds > 0:
+            times[name] = [estimate[name]]
+    done_before = [name for name in rarely if times[name]]
     done = 0
 
     def others() -> None:
         nonlocal done
-        for name, run in {**(sometimes if done % stride == 0 else {}), **runs}.items():
+        for name, run in {**sometimes, **runs}.items():
+            if name in done_before or done % stride.get(name, 1):
+                continue
             torch.set_num_threads(threads.get(name, present))
             if settles and not n_warm[name]:
                 time.sleep(SETTLE_SECONDS)
@@ -148,7 +178,22 @@ def alternate(
     return times, rounds
 
 
+def every(rounds: int, limit: int) -> int:
+    """In each of how many rounds something is measured that is to be measured in ``limit`` at most."""
+    return math.ceil(rounds / limit)
+
+
+def pairs(a: Sequence[float], b: Sequence[float], rounds: int) -> list[tuple[float, float]]:
+    """Of two that may have been measured in some of the rounds alone: their times in the rounds in which both were."""
+    a_every, b_every = (every(rounds, len(x)) for x in (a, b))
+    a_at, b_at = (dict(zip(range(0, rounds, n), x, strict=False)) for n, x in ((a_every, a), (b_every, b)))
+    return [(a_at[i], b_at[i]) for i in a_at if i in b_at]
+
+
 def _timed(run: Callable[[], object]) -> float:
+    own = getattr(run, "seconds", None)
+    if own is not None:
+        return float(own())
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -158,6 +203,185 @@ def _timed(run: Callable[[], object]) -> float:
     finally:
         if enabled:
             gc.enable()
+
+
+def peak_mib(run: Callable[[], object]) -> float | None:
+    """Greatest memory that one call takes beyond what the process holds before it; None where that cannot be told.
+
+    Resident memory, as Linux counts it: what the call returns is in it, and what an engine keeps between calls, the
+    inputs and the weights are not. A call with a method ``peak_mib`` answers by that, for its own process.
+    """
+    own = getattr(run, "peak_mib", None)
+    if own is not None:
+        return own()
+    try:
+        # Memory that was freed and kept would be taken again unseen.
+        trim = ctypes.CDLL(None).malloc_trim
+        gc.collect()
+        trim(0)
+        before = _status()["VmRSS"]
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+        run()
+        return max(0.0, (_status()["VmHWM"] - before) / 1024)
+    except (AttributeError, OSError, KeyError):
+        return None
+
+
+def _status(process: str = "self") -> dict[str, int]:
+    """Sizes of a process in KiB."""
+    text = Path(f"/proc/{process}/status").read_text()
+    return {name: int(size) for name, size in re.findall(r"^(Vm\w+):\s+(\d+) kB", text, re.MULTILINE)}
+
+
+def attempt(make: Callable[[], Callable[[], object]]) -> Callable[[], object] | str:
+    """What ``make`` gives, or that it failed and how: for peers that need not be able to run here."""
+    try:
+        return make()
+    except Exception as error:
+        first = str(error).strip().split("\n", 1)[0][:160]
+        return f"failed: {type(error).__name__}: {first}".rstrip(": ")
+
+
+class Process:
+    """A whole process per call, from its start to its end; its peak is all the memory that it ever held."""
+
+    def __init__(self, command: Sequence[str], **variables: str) -> None:
+        self._command, self._variables = list(command), variables
+        self._peak: float | None = None
+
+    def __call__(self) -> None:
+        self.seconds()
+
+    def seconds(self) -> float:
+        """From start to end.
+
+        Raises:
+            RuntimeError: it failed, with the end of what it said.
+        """
+        variables = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), **self._variables}
+        with tempfile.TemporaryFile() as said:
+            start = time.perf_counter()
+            process = subprocess.Popen(
+                self._command, cwd=ROOT, env=variables, stdin=subprocess.DEVNULL, stdout=said, stderr=said
+            )
+            watcher = threading.Thread(target=self._watch, args=(process.pid,))
+            watcher.start()
+            process.wait()
+            seconds = time.perf_counter() - start
+            watcher.join()
+            if process.returncode != 0:
+                said.seek(0)
+                tail = said.read()[-2000:].decode(errors="replace")
+                raise RuntimeError(f"{' '.join(self._command)}: exit status {process.returncode}: {tail}")
+        return seconds
+
+    def _watch(self, pid: int) -> None:
+        """Note the peak until the process ends. The system's own count at the end would begin with this process."""
+        with contextlib.suppress(OSError, KeyError):
+            while True:
+                self._peak = _status(str(pid))["VmHWM"] / 1024
+                time.sleep(0.005)
+
+    def peak_mib(self) -> float | None:
+        """Of the last call."""
+        if self._peak is None:
+            self.seconds()
+        return self._peak
+
+
+PEERS_PYTHON = ROOT / ".venv-peers" / "bin" / "python"
+
+
+class Peer:
+    """A step in a process of the peers' environment, which times it itself."""
+
+    def __init__(self, script: str, *arguments: object) -> None:
+        """Start ``python -m benchmarks.peers.<script>``.
+
+        Raises:
+            RuntimeError: it could not start, with its own words.
+        """
+        command = [str(PEERS_PYTHON), "-m", f"benchmarks.peers.{script}", *map(str, arguments)]
+        self._process = subprocess.Popen(
+            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        answer = self._answer()
+        if answer != "ready":
+            self.close()
+            raise RuntimeError(answer.removeprefix("failed: ") or "no answer")
+
+    def _answer(self) -> str:
+        assert self._process.stdout is not None
+        return self._process.stdout.readline().strip()
+
+    def _ask(self, what: str) -> float | None:
+        assert self._process.stdin is not None
+        print(what, file=self._process.stdin, flush=True)
+        answer = self._answer()
+        return float(answer) if answer else None
+
+    def __call__(self) -> None:
+        self.seconds()
+
+    def seconds(self) -> float:
+        """What one step took."""
+        value = self._ask("time")
+        if value is None:
+            raise RuntimeError("the peer's process has ended")
+        return value
+
+    def peak_mib(self) -> float | None:
+        """As :func:`peak_mib`."""
+        return self._ask("peak")
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.communicate()
+
+
+COMPILE_MODES: dict[str, str | dict[str, str]] = {
+    "torch.compile": {},
+    "torch.compile max-autotune": {"mode": "max-autotune-no-cudagraphs"},
+}
+
+Compilers = Mapping[str, str | dict[str, str]]
+"""By provider, the arguments of ``torch.compile``, or why it is left out."""
+
+
+class Compiled:
+    """A call of what was compiled, with the time that compiling took."""
+
+    def __init__(self, run: Callable[[], object], seconds: float) -> None:
+        self._run, self.note = run, f"compiled in {seconds:.0f} s"
+
+    def __call__(self) -> object:
+        return self._run()
+
+
+def compiled(
+    compilers: Compilers, make: Callable[[Callable[..., Any]], Callable[[], object]]
+) -> dict[Provider, Callable[[], object] | str]:
+    """The compiled peers of a case.
+
+    Args:
+        make: of a function that compiles functions, the call to time, which has compiled and was checked.
+    """
+    providers: dict[Provider, Callable[[], object] | str] = {}
+    for name, options in compilers.items():
+        if isinstance(options, str):
+            providers[name, "float32"] = options
+            continue
+        torch.compiler.reset()
+        torch._functorch.config.donated_buffer = False  # which would forbid to go backward twice, as here
+
+        def build(options: dict[str, str] = options) -> Callable[[], object]:
+            start = time.perf_counter()
+            run = make(lambda f: torch.compile(f, dynamic=False, **options))
+            return Compiled(run, time.perf_counter() - start)
+
+        providers[name, "float32"] = attempt(build)
+    return providers
 
 
 def floor_runs(tiny: bool = False) -> dict[Any, Callable[[], object]]:
@@ -314,6 +538,7 @@ def row(
     reference: Sequence[float],
     floors: Floors | None,
     alone: Sequence[float] = (),
+    peak: float | None = None,
 ) -> dict[str, Any]:
     """What was measured of one provider, as columns of the CSV.
 
@@ -321,11 +546,13 @@ def row(
         times: seconds per round.
         reference: those of the reference in the same rounds; empty where it did not run.
         alone: its own on one thread in the same rounds; empty where it ran on no more anyway.
+        peak: MiB of :func:`peak_mib`.
     """
     name, dtype = provider
     p20, p50, p80 = (quantile(times, q) for q in (0.2, 0.5, 0.8))
     n_bytes = case.bytes_of(dtype)
-    speedup = statistics.median(r / t for r, t in zip(reference, times, strict=True)) if reference else ""
+    both = pairs(reference, times, max(len(reference), len(times))) if reference else []
+    speedup = statistics.median(r / t for r, t in both) if both else ""
     gain = statistics.median(a / t for a, t in zip(alone, times, strict=True)) if alone else ""
     return {
         "op": case.op, "provider": name, "mode": case.mode, "shape": case.shape, "dtype": dtype,
@@ -337,7 +564,16 @@ def row(
         "matmul_flop_per_s": _short(floors.matmul.get(dtype, "") if floors else ""),
         "copy_bytes_per_s": _short(floors.copy if floors else ""), "isa": isa(), "gain": _short(gain),
         "matmul_gain": _short(floors.gain.get(dtype, "") if floors and alone else ""),
+        "items": _short(case.items or ""), "unit": case.unit,
+        "peak_mib": "" if peak is None else round(peak, 1), "note": "",
     }  # fmt: skip
+
+
+def missing_row(case: Case, provider: Provider, reason: str) -> dict[str, Any]:
+    """A row that says why there is none."""
+    told = {"op": case.op, "provider": provider[0], "mode": case.mode, "shape": case.shape, "dtype": provider[1]}
+    told |= {"threads": torch.get_num_threads(), "rounds": 0, "isa": isa(), "note": reason}
+    return {**dict.fromkeys(row(case, provider, [1.0], [], None), ""), **told}
 
 
 def _short(value: float | str) -> float | str:
@@ -351,6 +587,8 @@ class Recorder:
     path: Path | None
     settings: Settings = NORMAL
     tiny: bool = False
+    only: Collection[tuple[str, str, str]] | None = None
+    """Op, mode and shape of the cases to measure; None: all."""
     rows: list[dict[str, Any]] = field(default_factory=list)
     missing: dict[tuple[str, Provider], str] = field(default_factory=dict)
     """Why a provider of an op was not measured."""
@@ -363,19 +601,25 @@ class Recorder:
             append_rows(self.path, whole)
         self.rows += whole
 
-    def compare(self, benchmark: Any, case: Case, providers: Mapping[Provider, Callable[[], object] | str]) -> None:
+    def compare(self, benchmark: Any, case: Case, providers: Providers, rarely: Collection[Provider] = ()) -> None:
         """Time the providers of a case in turn; the last one that runs is the one in pytest-benchmark's own record.
 
         Args:
             benchmark: the fixture of pytest-benchmark.
-            providers: calls that do the whole work of the case and nothing else, or why there is none. All results
-                have been asserted before.
+            providers: of which all results have been asserted before.
+            rarely: those of them that take so long that few rounds have to do.
         """
+        if torch.get_num_threads() > 1 and len(rarely) < len(providers):
+            able = [provider for provider in rarely if not isinstance(providers.get(provider, ""), str)]
+            providers = {**providers, **dict.fromkeys(able, "left out: takes long, see one thread")}
         runs = {provider: run for provider, run in providers.items() if not isinstance(run, str)}
-        for provider, reason in providers.items():
-            if isinstance(reason, str):
-                self.missing[case.op, provider] = reason
-        main = list(runs)[-1]
+        missing = {provider: reason for provider, reason in providers.items() if isinstance(reason, str)}
+        self.missing |= {(case.op, provider): reason for provider, reason in missing.items()}
+        rarely = [provider for provider in rarely if provider in runs]
+        notes = {provider: getattr(run, "note", "") for provider, run in runs.items()}
+        # Of what runs in another process pytest-benchmark would see the way there too.
+        here = [name for name in runs if name not in rarely and not hasattr(runs[name], "seconds")]
+        main = (here or list(runs))[-1]
         benchmark.group = f"{case.op}: {case.mode}, {case.shape}"
         floor = floor_runs(self.tiny)
         alone: dict[Any, Callable[[], object]] = {}
@@ -384,23 +628,44 @@ class Recorder:
             # time.
             alone = {(*provider, ALONE): run for provider, run in runs.items() if provider[0] == "cpp"}
             floor |= {(*name, ALONE): run for name, run in floor.items() if name[0] == "matmul"}
+        # A whole process tells its peak whenever it ran.
+        whole = [provider for provider, run in runs.items() if isinstance(run, Process)]
+        peaks: dict[Provider, float | None] = {}
+        known: dict[Provider, float] = {}
+        for provider, run in runs.items():
+            if self.tiny or provider in whole:
+                continue
+
+            def timed(provider: Provider = provider, run: Callable[[], object] = run) -> None:
+                known[provider] = _timed(run)
+
+            peaks[provider] = peak_mib(timed if provider in rarely and not hasattr(run, "seconds") else run)
+        known = {provider: seconds for provider, seconds in known.items() if seconds > 2 * self.settings.seconds}
+        settings = self.settings
+        if torch.get_num_threads() > 1:
+            # Every provider of the engine runs twice there.
+            settings = settings._replace(seconds=settings.seconds / 2, min_rounds=max(1, settings.min_rounds - 2))
         times, rounds = alternate(
             {**runs, **alone},
-            self.settings,
+            settings,
             main,
             benchmark.pedantic,
             floor,
             {n: 1 for n in (*alone, *floor) if ALONE in n},
+            rarely,
+            known,
         )
         if benchmark.stats is None:  # --benchmark-disable
             return
-        assert all(len(times[provider]) == rounds for provider in runs)
+        assert all(len(times[provider]) == rounds for provider in runs if provider not in rarely)
+        peaks |= {provider: peak_mib(runs[provider]) for provider in whole if not self.tiny}
         floors = Floors.of(times, self.tiny)
         reference = times.get(REFERENCE, [])
-        rows = [
-            row(case, provider, times[provider], reference, floors, times.get((*provider, ALONE), ()))
-            for provider in runs
-        ]
+        rows = []
+        for provider in runs:
+            found = times[provider], reference, floors, times.get((*provider, ALONE), ()), peaks.get(provider)
+            rows.append(row(case, provider, *found) | {"note": notes[provider]})
+        rows += [missing_row(case, provider, reason) for provider, reason in missing.items()]
         benchmark.extra_info.update(
             {"op": case.op, "mode": case.mode, "shape": case.shape, "provider": main[0], "dtype": main[1]}
             | {"flops": case.flops, "bytes": case.bytes_of(main[1]), "providers": rows}
@@ -412,6 +677,7 @@ class Recorder:
         info = benchmark.extra_info
         if benchmark.stats is None or "op" not in info or "providers" in info:
             return
-        case = Case(info["op"], info["mode"], info["shape"], info.get("flops", 0.0), info.get("bytes", 0.0))
+        given = {name: info[name] for name in ("flops", "bytes", "items", "unit") if name in info}
+        case = Case(info["op"], info["mode"], info["shape"], **given)
         found = (info.get("provider", provider), info.get("dtype", "float32"))
         self.add([row(case, found, benchmark.stats.stats.data, [], None)])

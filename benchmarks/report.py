@@ -9,12 +9,14 @@ from __future__ import annotations
 import argparse
 import csv
 import re
+import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "speed.csv"
+THRESHOLDS = Path(__file__).with_name("thresholds.toml")
 
 Row = Mapping[str, Any]
 
@@ -26,7 +28,7 @@ THREAD_BAR = 0.9  # of the gain that a large matrix product has
 
 
 class Bar(NamedTuple):
-    """A ratio to reach on one thread: time of ``against`` (in float32) over that of the C++ engine."""
+    """A ratio of times in one run, on one thread: that of ``against`` (in float32) over that of ``provider``."""
 
     op: str
     mode: str
@@ -34,33 +36,32 @@ class Bar(NamedTuple):
     dtype: str
     at_least: float
     against: str = "reference"
+    provider: str = "cpp"
 
 
-def _bars(
-    op: str, mode: str, shape: str, float32: float, bfloat16: float, against: tuple[str, ...] = ("reference",)
-) -> list[Bar]:
-    goals = (("float32", float32), ("bfloat16", bfloat16))
-    return [Bar(op, mode, shape, dtype, at_least, peer) for dtype, at_least in goals for peer in against]
+def read_bars(path: Path, kind: str) -> tuple[Bar, ...]:
+    """Those of a file like ``thresholds.toml``.
+
+    Args:
+        kind: ``goal``, what the project set itself, or ``at_least``, what no change may fall below.
+
+    Raises:
+        ValueError: an entry with another key, or without one that it needs.
+    """
+    bars = []
+    for entry in tomllib.loads(path.read_text(encoding="utf-8"))["ratio"]:
+        missing, unknown = NEEDED - entry.keys(), entry.keys() - NEEDED - {"provider", "goal"}
+        if missing or unknown:
+            wrong = f"no {', '.join(sorted(missing))}" if missing else f"got {', '.join(sorted(unknown))}"
+            raise ValueError(f"{path}: expected entries of {', '.join(sorted(NEEDED))}, provider and goal, {wrong}")
+        work = entry["op"], entry["mode"], entry["shape"]
+        who = entry["against"], entry.get("provider", "cpp")
+        bars += [Bar(*work, dtype, float(ratio), *who) for dtype, ratio in entry.get(kind, {}).items()]
+    return tuple(bars)
 
 
-# The reference feeds the tokens of a step one by one and resets rows, and is slower than eager PyTorch can be.
-ACTING_PEERS = ("reference", "eager torch")
-
-
-WINDOW_SHAPE = "B=4 T=2000 H=4 d=32 W=64"
-
-# With C = 2; the cases with C = 1 and with an ensemble are reported beside them.
-BARS: tuple[Bar, ...] = (
-    *_bars("decode_step", "step", "gym C=2 N=1", 2.5, 6, ACTING_PEERS),
-    *_bars("decode_step", "step", "gym C=2 N=8", 2, 6, ACTING_PEERS),
-    *_bars("decode_step", "step", "gym C=2 N=64", 1.5, 6, ACTING_PEERS),
-    *_bars("plan_ascent", "20 steps", "gym E=1 P=1", 2, 3),
-    *_bars("plan_ascent", "20 steps", "gym E=1 P=64", 1, 4),
-    *_bars("plan_ascent", "20 steps", "gym E=1 P=1024", 1, 4),
-    Bar("window_attention", "fwd+bwd", WINDOW_SHAPE, "float32", 15, "sdpa dense"),
-    Bar("window_attention", "fwd+bwd", WINDOW_SHAPE, "float32", 2, "sdpa banded"),
-    *_bars("update", "3 posterior steps", "gym C=2 B=4 T=1000", 1.5, 4),
-)
+NEEDED = {"op", "mode", "shape", "against", "at_least"}
+BARS = read_bars(THRESHOLDS, "goal")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -100,10 +101,17 @@ def _find(rows: Iterable[Row], case: tuple[str, str, str, int], provider: str, d
     return None
 
 
+def was_measured(row: Row) -> bool:
+    """False of a row that says why there is none."""
+    return row["p50_us"] not in (None, "")
+
+
 def ratio(rows: Sequence[Row], row: Row, against: str = "reference") -> float | None:
-    """Median time of ``against`` in float32 over that of ``row``, in the same run; None where it did not run."""
+    """Median time of ``against`` in float32 over that of ``row``, in the same run; None where one did not run."""
     base = _find(rows, case_of(row), against, "float32")
-    return None if base is None else float(base["p50_us"]) / float(row["p50_us"])
+    if base is None or not (was_measured(base) and was_measured(row)):
+        return None
+    return float(base["p50_us"]) / float(row["p50_us"])
 
 
 def over_fastest_peer(rows: Sequence[Row], row: Row) -> float | None:
@@ -114,6 +122,7 @@ def over_fastest_peer(rows: Sequence[Row], row: Row) -> float | None:
     if row["provider"] != "cpp":
         return None
     peers = [other for other in rows if case_of(other) == case_of(row) and other["date"] == row["date"]]
+    peers = [other for other in peers if was_measured(other)]
     allowed = {"float32", row["dtype"]}
     times = [float(peer["p50_us"]) for peer in peers if peer["provider"] != "cpp" and peer["dtype"] in allowed]
     return min(times) / float(row["p50_us"]) if times else None
@@ -121,13 +130,18 @@ def over_fastest_peer(rows: Sequence[Row], row: Row) -> float | None:
 
 def thread_gain(rows: Sequence[Row], row: Row) -> float | None:
     """Gain of ``row`` over one thread, divided by the gain that a large matrix product has in the same run."""
-    if int(row["threads"]) == 1:
+    if int(row["threads"]) == 1 or not was_measured(row):
         return None
     if row.get("gain") and row.get("matmul_gain"):
         return float(row["gain"]) / float(row["matmul_gain"])
     # Before a gain was measured within a case, the two were cases of their own.
     one = _find(rows, (*case_of(row)[:3], 1), row["provider"], row["dtype"])
-    if one is None or one["date"] != row["date"] or not (row["matmul_flop_per_s"] and one["matmul_flop_per_s"]):
+    if (
+        one is None
+        or one["date"] != row["date"]
+        or not was_measured(one)
+        or not (row["matmul_flop_per_s"] and one["matmul_flop_per_s"])
+    ):
         return None
     gain = float(one["p50_us"]) / float(row["p50_us"])
     return gain / (float(row["matmul_flop_per_s"]) / float(one["matmul_flop_per_s"]))
@@ -135,9 +149,26 @@ def thread_gain(rows: Sequence[Row], row: Row) -> float | None:
 
 def bars_of(row: Row) -> list[Bar]:
     """The bars that a row has to reach."""
-    if row["provider"] != "cpp" or int(row["threads"]) != 1:
+    if int(row["threads"]) != 1:
         return []
-    return [bar for bar in BARS if bar[:4] == (row["op"], row["mode"], row["shape"], row["dtype"])]
+    who = row["op"], row["mode"], row["shape"], row["dtype"], row["provider"]
+    return [bar for bar in BARS if (*bar[:4], bar.provider) == who]
+
+
+def roof(row: Row) -> tuple[str, float] | None:
+    """What bounds a row from below, ``FLOP`` or ``bytes``, and the share that it reaches of it: the time that the
+    least work, or traffic, takes at the rate of a large product, or copy, over its own time. None without either."""
+    found = []
+    for name, rate, floor in (
+        ("FLOP", "flop_per_s", "matmul_flop_per_s"),
+        ("bytes", "bytes_per_s", "copy_bytes_per_s"),
+    ):
+        if row[rate] not in (None, "") and row[floor] not in (None, ""):
+            found.append((float(row[rate]) / float(row[floor]), name))
+    if not found:
+        return None
+    share, name = max(found)
+    return name, share
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -148,33 +179,44 @@ def text(rows: Sequence[Row]) -> str:
     """The table of ratios, then how every bar of an op that ran is met."""
     rows = latest(rows)
     header = (
-        "work", "provider", "p50", "p20 .. p80", "ratio", "by round", "best peer", "FLOP floor", "byte floor",
-        "thread gain",
+        "work", "provider", "p50", "p20 .. p80", "ratio", "by round", "best peer", "of the roof", "peak MiB",
+        "per second", "thread gain",
     )  # fmt: skip
     lines = [header]
     before = None
     for row in sorted(rows, key=_order):
         case = case_of(row)
         work = f"{case[0]}, {case[1]}, {case[2]}, {_threads(case[3])}"
+        who = (work if case != before else "", f"{row['provider']} {row['dtype']}")
+        before = case
+        if not was_measured(row):
+            lines.append((*who, row["note"], *[""] * (len(header) - 3)))
+            continue
+        bound = roof(row)
         lines.append(
             (
-                work if case != before else "",
-                f"{row['provider']} {row['dtype']}",
+                *who,
                 _duration(row["p50_us"]),
                 f"{_duration(row['p20_us'])} .. {_duration(row['p80_us'])}",
                 _times(ratio(rows, row)),
                 _times(row["speedup"]),
                 _times(over_fastest_peer(rows, row)),
-                _share(row["flop_per_s"], row["matmul_flop_per_s"]),
-                _share(row["bytes_per_s"], row["copy_bytes_per_s"]),
+                "" if bound is None else f"{bound[1]:.0%} {bound[0]}",
+                str(row.get("peak_mib") or ""),
+                _rate(row),
                 _number(thread_gain(rows, row)),
             )
         )
-        before = case
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    # A reason may be long, and stands alone in its line.
+    widths = [max(len(line[i]) for line in lines if line[-1] or line[3]) for i in range(len(header))]
     table = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     verdicts = [*_verdicts(rows), *_thread_verdicts(rows), *_runner_verdicts(rows)]
     return "\n".join([*table, "", *verdicts, *_notes(rows)])
+
+
+def described(bar: Bar) -> str:
+    who = "" if bar.provider == "cpp" else f" of {bar.provider}"
+    return f"{bar.op}, {bar.mode}, {bar.shape}, {bar.dtype}{who}: at least {bar.at_least:g}x over {bar.against}"
 
 
 def _verdicts(rows: Sequence[Row]) -> list[str]:
@@ -183,8 +225,8 @@ def _verdicts(rows: Sequence[Row]) -> list[str]:
     for bar in BARS:
         if bar.op not in {row["op"] for row in rows if not row["shape"].startswith("tiny")}:
             continue
-        row = _find(rows, (*bar[:3], 1), "cpp", bar.dtype)
-        what = f"{bar.op}, {bar.mode}, {bar.shape}, {bar.dtype}: at least {bar.at_least:g}x over {bar.against}"
+        row = _find(rows, (*bar[:3], 1), bar.provider, bar.dtype)
+        what = described(bar)
         reached = None if row is None else ratio(rows, row, bar.against)
         if reached is not None:
             verdict = f"{reached:.2f}x, {'met' if reached >= bar.at_least else 'NOT MET'}"
@@ -211,6 +253,7 @@ def _runner_verdicts(rows: Sequence[Row]) -> list[str]:
     """Stepping against other ways to step, and the loop against what its two halves take alone."""
     lines = []
     of_runner = [row for row in rows if row["op"] == "runner" and not row["shape"].startswith("tiny")]
+    of_runner = [row for row in of_runner if was_measured(row)]
     for case in sorted({case_of(row) for row in of_runner}, key=lambda case: (case[1], case[2], case[3])):
         times = {row["provider"]: float(row["p50_us"]) for row in of_runner if case_of(row) == case}
         work = f"{case[0]}, {case[1]}, {case[2]}, {_threads(case[3])}"
@@ -240,7 +283,7 @@ def _notes(rows: Sequence[Row]) -> list[str]:
     lines = []
     for row in sorted(rows, key=_order):
         sizes = re.search(r"B=(\d+) T=(\d+)", row["shape"])
-        if row["op"] == "update" and sizes:
+        if row["op"] == "update" and sizes and was_measured(row):
             per_second = int(sizes[1]) * int(sizes[2]) / (float(row["p50_us"]) * 1e-6)
             who = f"{row['shape']}, {row['provider']} {row['dtype']}, {_threads(row['threads'])}"
             lines.append(f"update, {who}: {per_second:,.0f} time steps/s")
@@ -279,8 +322,9 @@ def _times(value: Any) -> str:
     return "" if value in (None, "") else f"{float(value):.2f}x"
 
 
-def _share(rate: Any, floor: Any) -> str:
-    return f"{float(rate) / float(floor):.0%}" if rate not in (None, "") and floor not in (None, "") else ""
+def _rate(row: Row) -> str:
+    items = row.get("items")
+    return f"{1e6 * float(items) / float(row['p50_us']):,.0f} {row['unit']}" if items else ""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -296,7 +340,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     from gac_fast.plots import _COLOURS, _figure
 
     rows = [row for row in latest(rows) if int(row["threads"]) == 1]
-    engine = sorted((row for row in rows if row["provider"] == "cpp"), key=_order)
+    engine = sorted((row for row in rows if row["provider"] == "cpp" and was_measured(row)), key=_order)
     bars = []
     for row in engine:
         peers = [bar.against for bar in bars_of(row)] or ["reference"]

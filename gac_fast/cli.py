@@ -205,12 +205,14 @@ class Eval:
 
 @dataclass(frozen=True)
 class Report:
-    """Make tables and pictures of learning results: scores beside published ones, learning curves, calibration."""
+    """Make tables and pictures of results: scores beside published ones, learning curves, calibration, speed."""
 
     results: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="[RESULTS]")] = Path("benchmarks/results")
     """Folder that holds <method>/<task>.csv, as eval --csv writes them."""
     out: Path = Path("runs/report")
     """Folder for report.md and its pictures; an earlier report there is replaced, other files never."""
+    readme: Path | None = None
+    """Markdown file whose speed tables, between their marks, are made anew from RESULTS/speed.csv."""
 
 
 @dataclass(frozen=True)
@@ -1091,7 +1093,13 @@ def _film(policy: Policy, env_id: str, plans: Plans | None, seed: int, path: Pat
 def _make_report(command: Report) -> None:
     from gac_fast.report import report
 
-    _print_rows([("report", report(command.results, command.out))])
+    rows: list[tuple[str, object]] = [("report", report(command.results, command.out))]
+    if command.readme is not None:
+        from gac_fast.speed import speed_tables, write_between
+
+        write_between(command.readme, speed_tables(command.results / "speed.csv", brief=True))
+        rows.append(("speed tables", command.readme))
+    _print_rows(rows)
 
 
 def _info(command: Info) -> None:

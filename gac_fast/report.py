@@ -1,4 +1,5 @@
-"""Tables and pictures of learning results, made from ``<folder>/<method>/<task>.csv`` and published scores.
+"""Tables and pictures of learning results, made from ``<folder>/<method>/<task>.csv`` and published scores; of measured
+speed, from ``<folder>/speed.csv``.
 
 Everything in a report follows from the files, so the same files give the same report, byte for byte.
 """
@@ -20,10 +21,12 @@ from gac_fast.errors import DataError
 from gac_fast.files import replacing
 from gac_fast.intervals import t_interval
 from gac_fast.results import BEST, Row, holds_results, read_rows
+from gac_fast.speed import has_rows, speed_picture, speed_tables
 
 __all__ = ["Published", "dataset_of", "published_scores", "report"]
 
 NAME = "report.md"
+SPEED, SPEED_PICTURE = "speed.csv", "speed.png"
 MARK = "<!-- made by gac-fast report -->"
 LEVELS = ("data best", "data", "random")
 """Kinds of rows that are no evaluation of the method: what there is to compare with."""
@@ -102,8 +105,8 @@ def report(results: str | os.PathLike[str], out: str | os.PathLike[str]) -> Path
     """Write ``report.md`` with its pictures.
 
     Args:
-        results: folder that holds ``<method>/<task>.csv``; files right in it, and tables of other things, are not
-            read.
+        results: folder that holds ``<method>/<task>.csv``; tables of other things there are not read. Of files right in
+            it only ``speed.csv`` is, where it has the columns of ``make bench``.
         out: folder to write to. What an earlier report left there is replaced, other files are never.
 
     Returns:
@@ -118,7 +121,8 @@ def report(results: str | os.PathLike[str], out: str | os.PathLike[str]) -> Path
     tasks = sorted({line.task for line in lines})
     pictures = {f"curves_{_slug(task)}.png": task for task in tasks}
     calibrated = _calibrated(lines)
-    names = [NAME, *pictures, *(["calibration.png"] if calibrated else [])]
+    measured = has_rows(folder / SPEED)
+    names = [NAME, *pictures, *(["calibration.png"] if calibrated else []), *([SPEED_PICTURE] if measured else [])]
     if len(pictures) < len(tasks):
         raise DataError(f"{folder}: expected tasks whose names differ in letters and digits, got {', '.join(tasks)}")
     _check_own(out, names)
@@ -129,6 +133,9 @@ def report(results: str | os.PathLike[str], out: str | os.PathLike[str]) -> Path
     if calibrated:
         plots.result_calibration(calibrated, out / "calibration.png")
     text = "\n".join(_markdown(folder, lines, tasks, pictures, bool(calibrated))) + "\n"
+    if measured:
+        drawn = f"\n![Rates by size]({SPEED_PICTURE})\n" if speed_picture(folder / SPEED, out / SPEED_PICTURE) else ""
+        text += f"\n## Speed\n\n{speed_tables(folder / SPEED)}\n{drawn}"
     with replacing(out / NAME) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return out / NAME

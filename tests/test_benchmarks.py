@@ -44,6 +44,7 @@ def make_row(provider: str, p50: float, **fields: object) -> dict[str, object]:
         "p80_us": 1.2 * p50, "speedup": "", "flops": 1e6, "bytes": 1e5, "flop_per_s": 1e12 / p50,
         "bytes_per_s": 1e11 / p50, "matmul_flop_per_s": 1e11, "copy_bytes_per_s": 1e10, "isa": "amx", "cpu": "Some CPU",
         "cores": 2, "python": "3.11", "torch": "2.13", "gac_fast": "0", "compiler": "gcc",
+        "items": "", "unit": "", "peak_mib": "", "note": "",
     } | fields  # fmt: skip
 
 
@@ -128,10 +129,48 @@ def test_rounds_fill_the_time_and_floors_are_measured_in_some(harness, monkeypat
     times, found = harness.alternate(runs, settings, "main", FakeBenchmark().pedantic, floors)
     assert found == rounds
     assert times["reference"] == [seconds_per_call] * found
-    assert min(found, 5) <= len(times["copy", "float32"]) <= harness.MAX_FLOOR_ROUNDS
+    assert min(found, 3) <= len(times["copy", "float32"]) <= harness.MAX_FLOOR_ROUNDS
     rates = harness.Floors.of(times, tiny=True)
     assert rates.copy == pytest.approx(2 * 2**16 / seconds_per_call)
     assert rates.matmul["float32"] == pytest.approx(2 * 64**3 / seconds_per_call)
+
+
+def test_what_takes_long_is_measured_in_few_rounds_and_paired_with_the_same_ones(harness, monkeypatch):
+    clock = [0.0]
+
+    def timed(run):
+        clock[0] += 1.0
+        return clock[0] * (10.0 if run() == "slow" else 1.0)
+
+    monkeypatch.setattr(harness, "_timed", timed)
+    runs = {("naive", "float32"): lambda: "slow", harness.REFERENCE: lambda: None, ("cpp", "float32"): lambda: None}
+    rare = [("naive", "float32")]
+    settings = harness.Settings(seconds=1e9, min_rounds=7, max_rounds=7)
+    times, rounds = harness.alternate(
+        runs, settings, ("cpp", "float32"), FakeBenchmark().pedantic, threads={}, rarely=rare
+    )
+    assert (rounds, len(times[rare[0]]), len(times[harness.REFERENCE])) == (7, 3, 7)
+    both = harness.pairs(times[harness.REFERENCE], times[rare[0]], rounds)
+    # The clock of a round: the slow one first, then the reference, in the 1st, 4th and 7th.
+    assert [reference - slow / 10 for reference, slow in both] == [1.0] * 3
+    row = harness.row(harness.Case("op", "fwd", "N=1"), rare[0], times[rare[0]], times[harness.REFERENCE], None)
+    assert row["speedup"] == pytest.approx(0.1, rel=0.2)
+
+
+def test_peak_memory_is_that_of_the_call(harness):
+    held = [torch.ones(8 * 2**20)]  # 32 MiB, freed and kept by the allocator or not
+
+    def call():
+        held.clear()
+        a = torch.ones(10 * 2**20)
+        return a + (a + 1.0) * 2.0  # 40 MiB three times at once
+
+    call()
+    peak = harness.peak_mib(call)
+    if peak is None:
+        pytest.skip("this system does not say")
+    assert 75 < peak < 165
+    assert harness.peak_mib(lambda: None) < 4
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -229,7 +268,7 @@ def test_bars_of_bfloat16_without_amx(report):
 
 
 def test_a_bar_against_a_peer(report):
-    work = {"op": "window_attention", "mode": "fwd+bwd", "shape": report.WINDOW_SHAPE}
+    work = {"op": "window_attention", "mode": "fwd+bwd", "shape": "B=4 T=2000 H=4 d=32 W=64"}
     rows = [
         make_row("sdpa dense", 1000.0, **work),
         make_row("sdpa banded", 90.0, **work),
@@ -250,9 +289,66 @@ def test_the_fastest_peer_is_named_beside_the_reference(report):
     assert report.over_fastest_peer(rows, rows[1]) is None
 
 
-def test_floor_shares(report):
-    (line,) = [line for line in report.text([make_row("cpp", 20.0)]).splitlines() if line.startswith("decode_step")]
-    assert line.split()[-2:] == ["50%", "50%"]  # 1e6 FLOP in 20 us of 1e11, 1e5 bytes of 1e10
+def test_the_binding_roof(report):
+    row = make_row("cpp", 25.0, items=64, unit="environment steps", peak_mib=1.5)
+    # 1e6 FLOP in 25 us of 1e11 a second; 1e5 bytes of 1e10; both would take 10 us. Then twice the bytes.
+    assert report.roof(row) == ("FLOP", pytest.approx(0.4)) or report.roof(row) == ("bytes", pytest.approx(0.4))
+    assert report.roof(row | {"bytes_per_s": 2 * row["bytes_per_s"]}) == ("bytes", pytest.approx(0.8))
+    assert report.roof(row | {"flop_per_s": 2 * row["flop_per_s"]}) == ("FLOP", pytest.approx(0.8))
+    assert report.roof(row | {"flop_per_s": "", "bytes_per_s": ""}) is None
+    (line,) = [line for line in report.text([row]).splitlines() if line.startswith("decode_step")]
+    assert line.split()[-6:] == ["40%", "bytes", "1.5", "2,560,000", "environment", "steps"]
+
+
+def test_who_was_not_measured_is_told(harness, report):
+    case = harness.Case("op", "fwd", "N=1", items=3, unit="steps")
+    missing = {**make_row("", 1.0), **harness.missing_row(case, ("peer", "float32"), "not installed: make peers")}
+    rows = [make_row("reference", 10.0, op="op", mode="fwd", shape="N=1"), missing]
+    assert (missing["rounds"], missing["p50_us"], missing["items"]) == (0, "", "")
+    assert report.ratio(rows, missing) is None
+    assert report.ratio(rows, rows[0], "peer") is None
+    engine = make_row("cpp", 5.0, op="op", mode="fwd", shape="N=1")
+    assert report.over_fastest_peer([*rows, engine], engine) == 2.0
+    assert "peer float32       not installed: make peers" in report.text([*rows, engine])
+
+
+def test_thresholds_fail_when_they_should(report, monkeypatch, tmp_path, capsys):
+    """Above, below, of a run that left something out, and of one that could not measure it."""
+    check = importlib.import_module("check")
+    path, table = tmp_path / "speed.csv", tmp_path / "thresholds.toml"
+    work = 'op = "decode_step"\nmode = "step"\nshape = "gym C=2 N=1"\n'
+    table.write_text(
+        f'[[ratio]]\n{work}against = "reference"\nat_least = {{ float32 = 2.0, bfloat16 = 5 }}\n'
+        f'[[ratio]]\n{work}against = "eager torch"\nat_least = {{ float32 = 1.5 }}\n'
+    )
+    harness = importlib.import_module("harness")
+    monkeypatch.setattr(sys, "argv", ["check", str(path), "--thresholds", str(table)])
+    assert check.main() == 2
+    older = {"date": "2026-01-01T00:00:00+00:00"}
+    good = [make_row("reference", 100.0), make_row("eager torch", 60.0), make_row("cpp", 30.0)]
+    half = make_row("cpp", 15.0, dtype="bfloat16")
+    no_amx = half | {"p50_us": "", "rounds": 0, "note": "no AMX (the path is avx2)"}
+    # A former run, on two threads or by another peer's time, makes up for nothing.
+    others = [make_row("cpp", 10.0, threads=2), make_row("reference", 900.0, **older), make_row("cpp", 1.0, **older)]
+    for rows, words in (
+        ([*others, *good, half], ["ok", "ok", "ok"]),
+        ([*others, *good, no_amx], ["ok", "not measurable", "ok"]),
+        ([*good[:2], make_row("cpp", 45.0), half], ["ok", "ok", "BELOW"]),
+        ([*good[:2], make_row("cpp", 51.0), half], ["BELOW", "ok", "BELOW"]),
+        # By round: the medians of the two were taken at different times.
+        ([*good[:2], make_row("cpp", 30.0, speedup=1.9), half], ["BELOW", "ok", "ok"]),
+        ([*good[:2], half], ["NOT RUN", "ok", "NOT RUN"]),
+        ([good[0], good[2], no_amx | {"note": "gac_fast._C is not installed"}], ["ok", "NOT RUN", "NOT RUN"]),
+    ):
+        path.unlink(missing_ok=True)
+        harness.append_rows(path, rows)
+        assert check.main() == (not {"BELOW", "NOT RUN"}.isdisjoint(words))
+        found = capsys.readouterr().out.splitlines()
+        assert [line[:14].rstrip() for line in found[:-1]] == words
+    assert found[-1] == "1 of 3 thresholds hold, 2 DO NOT"
+    table.write_text(f"[[ratio]]\n{work}against = 'reference'\nat_lest = {{ float32 = 2.0 }}\n")
+    with pytest.raises(ValueError, match=r"expected entries of .*, no at_least"):
+        check.main()
 
 
 def test_gain_of_two_threads_is_held_against_that_of_a_large_product(report):
@@ -335,8 +431,11 @@ def test_every_case_runs_on_toy_sizes(tmp_path, report):
     assert measured == ops
     assert {bar.op for bar in report.BARS} <= measured
     for row in rows:
-        assert 0 < float(row["p20_us"]) <= float(row["p50_us"]) <= float(row["p80_us"])
         assert row["commit"], row["cpu"]
+        if row["rounds"] == "0":
+            assert row["note"], row
+        else:
+            assert 0 < float(row["p20_us"]) <= float(row["p50_us"]) <= float(row["p80_us"])
     assert "speed against the reference" in result.stdout
 
 
@@ -360,7 +459,7 @@ def test_sum(benchmark, name):
 
 
 def test_a_plain_case_of_pytest_benchmark_is_recorded_too(tmp_path, report):
-    for name in ("conftest.py", "harness.py", "report.py"):
+    for name in ("conftest.py", "harness.py", "report.py", "thresholds.toml"):
         shutil.copy(ROOT / "benchmarks" / name, tmp_path / name)
     (tmp_path / "bench_sum.py").write_text(PLAIN)
     path = tmp_path / "speed.csv"

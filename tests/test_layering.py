@@ -17,7 +17,7 @@ PACKAGE = ROOT / "gac_fast"
 FLOORS = [
     {"cli", "demo", "finetune_demo", "__main__"},
     {"train"},
-    {"evaluate", "report"},
+    {"evaluate", "report", "speed"},
     {"policy", "baseline", "rollout"},
     {"checkpoint", "plan", "act", "posterior", "plots", "video"},
     {"model", "data", "envs"},

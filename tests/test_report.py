@@ -16,6 +16,7 @@ from gac_fast.errors import DataError
 from gac_fast.intervals import t_interval
 from gac_fast.report import dataset_of, published_scores, report
 from gac_fast.results import COLUMNS, Row, append_rows, read_rows
+from gac_fast.speed import BEGIN, END, NEEDED, write_between
 
 MACHINE = "2 cores of something, with | in it"
 
@@ -181,3 +182,73 @@ def test_published_scores_name_their_source() -> None:
     ):  # fmt: skip
         assert dataset_of(task) == dataset
     assert {dataset_of(f"pointmaze-{size}") for size in ("umaze", "medium", "large")} < tasks
+
+
+def speed_row(provider: str, p50: float | None, **fields: object) -> dict[str, object]:
+    """A row of acting in one environment on one thread; 1e6 FLOP of 1e11 a second, 1e3 bytes of 1e10."""
+    row: dict[str, object] = dict.fromkeys(NEEDED, "") | {
+        "date": "2026-02-03T00:00:00", "commit": "abc", "op": "decode_step", "provider": provider, "mode": "step",
+        "shape": "gym C=2 N=1", "dtype": "float32", "threads": 1, "rounds": 9, "isa": "amx", "cpu": "Some CPU",
+        "torch": "2", "matmul_flop_per_s": 1e11, "copy_bytes_per_s": 1e10,
+    }  # fmt: skip
+    if p50 is None:
+        return row | {"rounds": 0} | fields
+    spread = {"p20_us": 0.9 * p50, "p50_us": p50, "p80_us": 1.1 * p50}
+    return row | spread | {"flop_per_s": 1e12 / p50, "bytes_per_s": 1e9 / p50} | fields
+
+
+def test_speed_tables_are_made_from_the_last_run_and_tell_what_is_slower(tmp_path: Path, results: Path) -> None:
+    old = {"date": "2026-02-01T00:00:00"}
+    late = {"op": "acting", "mode": "step", "shape": "gym C=2 N=1 history=1000"}
+    wide = {"op": "acting", "mode": "environments", "items": 64, "unit": "environment steps", "peak_mib": 3.0}
+    rows = [
+        speed_row("reference", 1.0, **old), speed_row("cpp", 0.5, **old),
+        speed_row("reference", 900.0), speed_row("eager torch", 100.0),
+        speed_row("eager torch", 10.0, dtype="bfloat16"),
+        speed_row("cpp", 40.0), speed_row("cpp", 20.0, dtype="bfloat16"),
+        speed_row("reference", 5.0, shape="tiny C=2 N=1"),
+        speed_row("HF DT", None, note="not installed: make peers", **late), speed_row("cpp", 30.0, **late),
+        *(speed_row("cpp", 80.0 * n, shape=f"gym C=2 N={n}", **wide) for n in (1, 16)),
+    ]  # fmt: skip
+    with (results / "speed.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, NEEDED)
+        writer.writeheader()
+        writer.writerows(rows)
+    (results / "gpu").mkdir(exist_ok=True)
+    (results / "gpu" / "card.csv").write_text("case,p50_us\nblock,3\n")  # timings of another kind
+    (tmp_path / "thresholds.toml").write_text(
+        '[[ratio]]\nop = "decode_step"\nmode = "step"\nshape = "gym C=2 N=1"\nagainst = "reference"\n'
+        "goal = { float32 = 2.5, bfloat16 = 6 }\n"
+    )
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    assert main(["report", str(results), "--out", str(tmp_path / "out"), "--readme", str(readme)]) == 0
+    text = readme.read_text()
+    assert text.startswith(f"before\n{BEGIN}\n| work")
+    assert text.endswith(f"\n{END}\nafter\n")
+    assert table_rows(text, "acting, 1 environment, C=2") == [
+        [
+            "acting, 1 environment, C=2", "eager torch, 100 us [90.0, 110]",
+            "40.0 us [36.0, 44.0] (**2.5x**, 25% of FLOP)", "20.0 us [18.0, 22.0] (**5.0x**, 50% of FLOP)",
+            "2.5x / 6x",
+        ]
+    ]  # fmt: skip
+    # In bfloat16 the eager actor of the same dtype is faster.
+    assert table_rows(text, "`decode_step`, step, gym C=2 N=1, 1 thread") == [
+        ["`decode_step`, step, gym C=2 N=1, 1 thread", "bfloat16, 20.0 us [18.0, 22.0]",
+         "eager torch bfloat16, 10.0 us [9.00, 11.0]", "0.50x"]
+    ]  # fmt: skip
+    assert table_rows(text, "HF DT, float32") == [["HF DT, float32", "not installed: make peers"]]
+    assert "2026-02-03; Some CPU, path amx, torch 2; commit abc." in text
+    whole = (tmp_path / "out" / "report.md").read_text()
+    assert whole.count("eager torch, 100 us") == 1
+    rate = table_rows(whole, "environments, gym C=2 N=16, 1 thread")[0][-2:]
+    assert rate == ["50,000 environment steps/s", "3"]
+    assert (tmp_path / "out" / "speed.png").stat().st_size > 5_000
+    readme.write_text("no marks\n")
+    with pytest.raises(DataError, match="expected one line <!-- speed tables"):
+        write_between(readme, "text")
+    with (results / "speed.csv").open("a", newline="") as file:
+        csv.DictWriter(file, NEEDED).writerow(speed_row("cpp", 1.0) | {"p50_us": "fast"})
+    with pytest.raises(DataError, match=r"speed\.csv, line 14, column 'p50_us': expected a number .*, got 'fast'"):
+        report(results, tmp_path / "out")
