@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import row_error
 from core_fixtures import make_trajectories, model_config
 
 import gac_fast
@@ -471,6 +472,19 @@ def test_seeds_that_planning_starts_from_are_settled_and_their_chains_untouched(
     settled = trainer.policy(settle=True)
     assert torch.equal(settled.z0[ids], seeds)
     assert bool(settled.usable[ids].all())
+
+
+def test_seeds_are_settled_by_the_engine_as_by_autograd(whole, cpp_engine):
+    trainer = OfflineTrainer(data(), whole[1])
+    trainer.run_update()
+    ops.reset_dispatch_counts()
+    _, seeds = trainer.best_seeds()
+    by_engine = ops.dispatch_counts().get(("posterior_langevin", "cpp"), 0)
+    assert (by_engine > 0) == (whole[1].posterior.method == "langevin")
+    with ops.backend("reference"):
+        _, expected = trainer.best_seeds()
+    assert row_error(seeds, expected) < 1e-4
+    assert row_error(trainer.posterior.z0[trainer.best_ids()], expected) > 1e-2
 
 
 def test_resume_names_what_a_checkpoint_lacks_and_the_device_it_was_made_on(whole, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import math
@@ -224,16 +225,23 @@ class Trainer:
             batch = self.batches.of(chunk, torch.ones(len(chunk), dtype=torch.bool))
             with torch.no_grad():
                 trunk = self.model.trunk(batch)
-            with frozen(self.model):
-                energy = functools.partial(
-                    self.model.energy,
-                    batch=batch,
-                    action_temperature=p.action_temperature,
-                    return_temperature=p.return_temperature,
-                    trunk=trunk,
+            # As an update moves chains: by the engine where it takes the energy, else by autograd.
+            seed_energy = None
+            if p.method == "langevin":
+                seed_energy = self.model.seed_energy(batch, p.action_temperature, p.return_temperature, trunk)
+            energy = functools.partial(
+                self.model.energy,
+                batch=batch,
+                action_temperature=p.action_temperature,
+                return_temperature=p.return_temperature,
+                trunk=trunk,
+            )
+            rows = self.rows[chunk].to(self.device)
+            with frozen(self.model) if seed_energy is None else contextlib.nullcontext():
+                moved, _ = refine(
+                    self.posterior, rows, energy, n_steps=SETTLE_STEPS, store=False, seed_energy=seed_energy
                 )
-                rows = self.rows[chunk].to(self.device)
-                found.append(refine(self.posterior, rows, energy, n_steps=SETTLE_STEPS, store=False)[0])
+            found.append(moved)
         return ids, torch.cat(found)
 
     def policy(self, settle: bool = False) -> Policy:

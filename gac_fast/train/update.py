@@ -274,7 +274,7 @@ def _gradients(
     elif not infer:
         z0 = posterior.seeds_of_others(rows, batch.is_real)
     else:
-        seed_energy = parts.seed_energy(batch, known)
+        seed_energy = parts.seed_energy(batch, known) if posterior.config.method == "langevin" else None
         # Where autograd differentiates the energy, not with respect to the weights.
         with frozen(model) if seed_energy is None else contextlib.nullcontext():
             z0, stats = refine(
