@@ -553,7 +553,9 @@ def row(
     n_bytes = case.bytes_of(dtype)
     both = pairs(reference, times, max(len(reference), len(times))) if reference else []
     speedup = statistics.median(r / t for r, t in both) if both else ""
-    gain = statistics.median(a / t for a, t in zip(alone, times, strict=True)) if alone else ""
+    # A provider that is slow runs in some of the rounds.
+    gains = pairs(alone, times, max(len(alone), len(times))) if alone else []
+    gain = statistics.median(a / t for a, t in gains) if gains else ""
     return {
         "op": case.op, "provider": name, "mode": case.mode, "shape": case.shape, "dtype": dtype,
         "threads": torch.get_num_threads(), "rounds": len(times),
