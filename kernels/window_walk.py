@@ -76,8 +76,9 @@ def window_walk_kernel(
 ):  # fmt: skip
     """o, and the base-2 logarithm of each softmax denominator, [H, N]; ``window`` is at most BT + 1."""
     _i_sequence, start, end, first = find_tile(p_cu, n_tokens, n_sequences, tl.program_id(0) // n_heads, BT * TILES)
-    # Before the start: of offsets that break the contract.
-    if (first >= end) | (first < start):
+    # Offsets that break the contract may lead to before the start.
+    first = tl.maximum(first, start)
+    if first >= end:
         return
     i_h = (tl.program_id(0) % n_heads).to(tl.int64)
     first_row = first.to(tl.int64)
@@ -142,8 +143,9 @@ def window_walk_backward_kernel(
     begun and handed on. Before its first step a program begins the dq of its own first tile.
     """
     _i_sequence, start, end, first = find_tile(p_cu, n_tokens, n_sequences, tl.program_id(0) // n_heads, BT * TILES)
-    # Before the start: of offsets that break the contract.
-    if (first >= end) | (first < start):
+    # Offsets that break the contract may lead to before the start.
+    first = tl.maximum(first, start)
+    if first >= end:
         return
     i_h = (tl.program_id(0) % n_heads).to(tl.int64)
     first_row = first.to(tl.int64)
