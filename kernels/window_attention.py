@@ -148,7 +148,7 @@ def window_attention_kernel(
 ):  # fmt: skip
     """o, and the base-2 logarithm of each softmax denominator, [H, N]."""
     i_sequence, start, end, first = find_tile(p_cu, n_tokens, n_sequences, tl.program_id(0) // n_groups, BT)
-    if (first >= end) | (first < start):
+    if first >= end:
         return
     number = (first - start) // BT
     i_group = tl.program_id(0) % n_groups
@@ -248,7 +248,7 @@ def window_attention_backward_kernel(
     Both at once reads every row once; apart, the first leaves delta = sum(do * o) [H, N] for the second.
     """
     i_sequence, start, end, first = find_tile(p_cu, n_tokens, n_sequences, tl.program_id(0) // n_groups, BT)
-    if (first >= end) | (first < start):
+    if first >= end:
         return
     number = (first - start) // BT
     i_group = tl.program_id(0) % n_groups
