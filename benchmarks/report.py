@@ -14,6 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from gac_fast.speed import roof
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "speed.csv"
 THRESHOLDS = Path(__file__).with_name("thresholds.toml")
@@ -153,22 +155,6 @@ def bars_of(row: Row) -> list[Bar]:
         return []
     who = row["op"], row["mode"], row["shape"], row["dtype"], row["provider"]
     return [bar for bar in BARS if (*bar[:4], bar.provider) == who]
-
-
-def roof(row: Row) -> tuple[str, float] | None:
-    """What bounds a row from below, ``FLOP`` or ``bytes``, and the share that it reaches of it: the time that the
-    least work, or traffic, takes at the rate of a large product, or copy, over its own time. None without either."""
-    found = []
-    for name, rate, floor in (
-        ("FLOP", "flop_per_s", "matmul_flop_per_s"),
-        ("bytes", "bytes_per_s", "copy_bytes_per_s"),
-    ):
-        if row[rate] not in (None, "") and row[floor] not in (None, ""):
-            found.append((float(row[rate]) / float(row[floor]), name))
-    if not found:
-        return None
-    share, name = max(found)
-    return name, share
 
 
 # ---------------------------------------------------------------------------------------------------------------------

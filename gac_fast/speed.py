@@ -10,12 +10,12 @@ import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from gac_fast.errors import DataError
 from gac_fast.files import replacing
 
-__all__ = ["NEEDED", "has_rows", "speed_picture", "speed_tables", "write_between"]
+__all__ = ["NEEDED", "has_rows", "roof", "speed_picture", "speed_tables", "write_between"]
 
 Row = Mapping[str, str]
 
@@ -179,12 +179,12 @@ def _against(row: Row, peer: Row) -> str:
     """Time and spread, ratio, and the share of what bounds it."""
     if not row["p50_us"]:
         return row["note"]
-    roof = _roof(row)
-    bound = f", {roof[1]:.0%} of {roof[0]}" if roof else ""
+    reached = roof(row)
+    bound = f", {reached[1]:.0%} of {reached[0]}" if reached else ""
     return f"{_spread(row)} (**{_time(peer) / _time(row):.1f}x**{bound})"
 
 
-def _roof(row: Row) -> tuple[str, float] | None:
+def roof(row: Mapping[str, Any]) -> tuple[str, float] | None:
     """What bounds a row, and the share that it reaches of the rate of a large product, or copy."""
     shares = [
         (float(row[rate]) / float(row[floor]), name)
@@ -192,7 +192,7 @@ def _roof(row: Row) -> tuple[str, float] | None:
             ("FLOP", "flop_per_s", "matmul_flop_per_s"),
             ("bytes", "bytes_per_s", "copy_bytes_per_s"),
         )
-        if row[rate] and row[floor]
+        if row[rate] not in (None, "") and row[floor] not in (None, "")
     ]
     if not shares:
         return None
