@@ -249,11 +249,8 @@ def preset_runs(folders: Iterable[Path], task: Task) -> dict[int, Path]:
             raise ConfigError(f"{folder}: expected the folder of a run, found no config.json")
         config = Config.from_dict(read_json(run.config))
         wanted = config_of(task, Variant(PRESET), config.train.seed)
-        for section in ("model", "posterior", "train", "baseline"):
-            for name, value in wanted.to_dict()[section].items():
-                got = getattr(getattr(config, section), name)
-                if got != value and not (section == "train" and name in WHATEVER):
-                    raise ConfigError(f"{folder}: expected {section}.{name} {value!r} as in the preset, got {got!r}")
+        if difference := trained_otherwise(config, wanted):
+            raise ConfigError(f"{folder}: expected a run of the preset: {difference}")
         if read_result(run).get("step") != wanted.train.n_updates:
             raise ConfigError(f"{folder}: expected a finished run of {wanted.train.n_updates:,} updates")
         if found.setdefault(config.train.seed, folder) != folder:
@@ -261,6 +258,19 @@ def preset_runs(folders: Iterable[Path], task: Task) -> dict[int, Path]:
                 f"{folder}: expected another train.seed than {found[config.train.seed]} has, got {config.train.seed}"
             )
     return found
+
+
+def trained_otherwise(config: Config, wanted: Config) -> str:
+    """The first field that makes a run another one than is wanted, whatever its seed; empty where none does.
+
+    How a run plans is looked up when it acts, and what comes after training (``online``) says nothing of it.
+    """
+    for section in ("model", "posterior", "train", "baseline"):
+        for name, value in wanted.to_dict()[section].items():
+            got = getattr(getattr(config, section), name)
+            if got != value and not (section == "train" and name in WHATEVER):
+                return f"expected {section}.{name} {value!r}, got {got!r}"
+    return ""
 
 
 def finish(folder: Path, config: Config, data: Callable[[], Trajectories]) -> None:
@@ -275,8 +285,13 @@ def finish(folder: Path, config: Config, data: Callable[[], Trajectories]) -> No
     from gac_fast.train.offline import train
 
     run = RunDir(folder)
-    if run.config.is_file() and (mine := Config.from_dict(read_json(run.config))) != config:
-        raise ConfigError(f"{folder}: expected a run of {config}, found one of {mine}: move it away")
+    if run.config.is_file():
+        mine = Config.from_dict(read_json(run.config))
+        difference = trained_otherwise(mine, config)
+        if not difference and mine.train.seed != config.train.seed:
+            difference = f"expected train.seed {config.train.seed}, got {mine.train.seed}"
+        if difference:
+            raise ConfigError(f"{folder}: holds another run, {difference}: move it away")
     if read_result(run).get("step") == config.train.n_updates:
         return
     resume = folder.is_dir() and bool(checkpoint.list_checkpoints(folder))

@@ -55,10 +55,10 @@ def test_what_is_there_is_skipped_and_what_a_variant_changes_is_made_anew(
     monkeypatch.setitem(ablations.TASKS, "hopper", Task("quick", 2, (5, 6), other))
     capsys.readouterr()
     assert main(command) == 2
-    assert "1-plan-vector-s0: expected a run of Config(" in capsys.readouterr().err
+    assert "1-plan-vector-s0: holds another run, expected model.window 2, got 4: move" in capsys.readouterr().err
     foreign = ["--preset-run", str(runs / "hopper" / "1-plan-vector-s0")]
     assert main([*command, *foreign]) == 2
-    assert "expected model.n_z 2 as in the preset, got 1" in capsys.readouterr().err
+    assert "expected a run of the preset: expected model.n_z 2, got 1" in capsys.readouterr().err
 
 
 def test_the_table_compares_seed_by_seed(tiny: None, tmp_path: Path) -> None:

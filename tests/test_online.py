@@ -39,7 +39,7 @@ from gac_fast.rollout import rollout
 from gac_fast.train import online as online_module
 from gac_fast.train.metrics import N_COMPARED
 from gac_fast.train.online import OnlineTrainer, finetune
-from gac_fast.train.trainer import TrainingDivergedError
+from gac_fast.train.trainer import TrainingDivergedError, hold_out
 
 # Of CountingEnv.
 LOW, HIGH = np.array([-1.25, -2.5], np.float32), np.array([1.75, 3.5], np.float32)
@@ -789,6 +789,20 @@ def test_another_seed_keeps_the_split_of_the_run_before(offline_run):
     trainer.begin_at(checkpoint.latest(offline_run))
     usable = tensors_of(offline_run)["data.usable"]
     assert trainer.held_out.tolist() == (~usable).nonzero()[:, 0].tolist() != own
+    trainer.close()
+
+
+def test_cut_episodes_that_were_held_out_stay_so(tmp_path):
+    complete = np.ones(len(data()), bool)
+    complete[hold_out(data(), config())[0][0]] = False
+    cut = dataclasses.replace(data(), complete=complete)
+    before = gac_fast.train(cut, config(), tmp_path / "offline", progress=False, tensorboard=False)
+    trainer = OnlineTrainer(config(train={"seed": 5}), online_module.Spaces.of_data(cut), cut)
+    trainer.begin_at(checkpoint.latest(before))
+    held_out = tensors_of(before)["data.held_out"]
+    assert torch.equal(trainer.held_out, held_out)
+    assert not cut.complete[held_out.numpy()].all()
+    assert not trainer.batches._packer.weights[held_out].any()
     trainer.close()
 
 

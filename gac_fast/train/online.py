@@ -296,7 +296,7 @@ class OnlineTrainer(Trainer):
         self.first_step = self.step
         # A new run: it may be on another device.
         self.model.bf16 = uses_bf16(self.config, self.device)
-        self._take_over_split(tensors["data.usable"])
+        self._take_over_split(tensors)
         self._refresh()
 
     def _take_over_returns(self, tensors: dict[str, Tensor]) -> None:
@@ -307,12 +307,16 @@ class OnlineTrainer(Trainer):
         self.offline = dataclasses.replace(self.offline, returns=returns)
         self.buffer = EpisodeBuffer(self.offline, self.config.online.capacity, self.config.online.keep_best)
 
-    def _take_over_split(self, usable: Tensor) -> None:
+    def _take_over_split(self, tensors: dict[str, Tensor]) -> None:
         """Hold out what the run before did, whatever the seed of this one."""
         if self.offline is None:
             return
-        self._offline_usable = usable[: len(self.offline)].clone()
-        self.held_out = (torch.from_numpy(self.offline.complete) & ~self._offline_usable).nonzero()[:, 0]
+        self._offline_usable = tensors["data.usable"][: len(self.offline)].clone()
+        held_out = tensors.get("data.held_out")
+        if held_out is None:
+            # A checkpoint of before it was written down: episodes that the data cut are trained on then.
+            held_out = (torch.from_numpy(self.offline.complete) & ~self._offline_usable).nonzero()[:, 0]
+        self.held_out = held_out.clone()
 
     def add(self, explored: Explored) -> None:
         """Keep new episodes, their chains begun at the seeds that made them.
@@ -531,7 +535,7 @@ class OnlineTrainer(Trainer):
         try:
             self._take_over_returns(tensors)
             self.buffer.load(arrays, self.spaces)
-            self._take_over_split(tensors["data.usable"])
+            self._take_over_split(tensors)
             self.round, self.in_round, self.updates_left = saved["round"], saved["in_round"], saved["updates_left"]
             self.env_steps, self.first_step = saved["env_steps"], saved["first_step"]
             self.n_episodes = saved.get("episodes", self.buffer.n_added)

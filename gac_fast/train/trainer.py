@@ -295,6 +295,7 @@ class Trainer:
             "data.returns": torch.from_numpy(self.data.returns),
             "data.first_observations": torch.from_numpy(self.data.observations[self.data.cu_seqlens[:-1]]),
             "data.usable": self.usable,
+            "data.held_out": self.held_out,
             "rng.torch": torch.get_rng_state(),
         }
         if self.opens is not None:
