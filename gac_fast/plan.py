@@ -81,6 +81,24 @@ def regression_direction(seeds: Tensor, returns: Tensor) -> Tensor:
     return (slope / length).to(seeds.dtype).view(seeds.shape[1:])
 
 
+def average_seed(seeds: Tensor, returns: Tensor, temperature: float) -> Tensor:
+    """[n_z, D], the average of seeds by exp(R / (temperature std(R))), taken to the prior's typical norm sqrt(d).
+
+    What single seeds hold of their own trajectory's luck goes out in the average; what is left tells the policies that
+    return much from those that return little, where data are of several.
+
+    Args:
+        seeds: [M, n_z, D], posterior seeds of trajectories.
+        returns: [M], of the episodes that these are (parts of).
+        temperature: above 0; the smaller, the fewer count.
+    """
+    r = returns.double()
+    spread = r.std(correction=0)
+    weights = torch.softmax((r - r.max()) / (temperature * spread) if bool(spread > 0) else torch.zeros_like(r), 0)
+    mean = (weights @ seeds.flatten(1).double()).view(seeds.shape[1:])
+    return (mean * (math.sqrt(mean.numel()) / mean.norm().clamp_min(1e-12))).to(seeds.dtype)
+
+
 @torch.no_grad()
 def along(
     model: GAC,

@@ -40,6 +40,8 @@ class Policy:
         usable: bool [B], episodes that were trained on, whose return is known and whose chain was moved at all.
         step: parameter updates made.
         opens: bool [B], trajectories that an episode begins with: all, unless they are segments.
+        episode_returns: float64 [B], of the episodes that the trajectories are parts of; their own, unless they are
+            segments.
         candidates: int64 [n], trajectories whose seeds exploit starts from, best first: those given, then all other
             usable ones by return.
         values: of states, where returns are advantages of segments: what plans are said to return is beyond the value
@@ -53,7 +55,7 @@ class Policy:
         self, model: GAC, normalization: Normalization, config: Config, env_id: str | None,
         z0: Tensor, returns: Tensor, first_observations: Tensor, usable: Tensor, step: int = 0,
         candidates: Tensor | None = None, opens: Tensor | None = None,
-        values: ValueModel | None = None,
+        values: ValueModel | None = None, episode_returns: Tensor | None = None,
     ) -> None:  # fmt: skip
         self.model = model.eval()
         self.normalization = normalization
@@ -62,6 +64,8 @@ class Policy:
         self.z0, self.returns, self.first_observations, self.usable = z0, returns, first_observations, usable
         self.step = step
         self._direction: Tensor | None = None
+        self._average: tuple[float, Tensor] | None = None
+        self.episode_returns = returns if episode_returns is None else episode_returns
         self.values = values
         self.opens = torch.ones_like(usable) if opens is None else opens
         found = usable & self.opens
@@ -125,7 +129,8 @@ class Policy:
         **overrides: Any,
     ) -> Plans:
         """Plans for high expected return, by ascent from the best trajectories' posterior seeds and prior samples; or
-        along the regression of returns on all posterior seeds, whatever the start, where ``plan.method`` says so.
+        along the regression of returns on all posterior seeds, or one plan, the average of all posterior seeds by
+        what their episodes returned, both whatever the start, where ``plan.method`` says so.
 
         Args:
             n: number of plans P.
@@ -144,6 +149,10 @@ class Policy:
             rows = None if numbers is None else torch.as_tensor(numbers, device=self.device)
             direction = self.regression_direction()
             return planning.along(self.model, self.normalization, direction, n, config.radius, seed, rows)
+        if config.method == "average":
+            starts = self._per_plan(n, self._starts(n, obs, seed))
+            one = self.average_seed(config.average_temperature)
+            return planning.predict(self.model, self.normalization, one.repeat(n, 1, 1), starts)
         seeds = self.z0[self.candidates[: config.n_best]]
         return planning.exploit(self.model, self.normalization, seeds, n, config, self._starts(n, obs, seed), seed=seed)
 
@@ -152,6 +161,13 @@ class Policy:
         if self._direction is None:
             self._direction = planning.regression_direction(self.z0[self.usable], self.returns[self.usable])
         return self._direction
+
+    def average_seed(self, temperature: float) -> Tensor:
+        """[1, n_z, D], the average posterior seed of the training trajectories by what their episodes returned."""
+        if self._average is None or self._average[0] != temperature:
+            returns = self.episode_returns[self.usable]
+            self._average = temperature, planning.average_seed(self.z0[self.usable], returns, temperature)[None]
+        return self._average[1]
 
     def explore(
         self,
@@ -397,6 +413,26 @@ def plan_seeds(
     return z0, found if bool(found.any()) else usable
 
 
+def returns_of_episodes(returns: Tensor, opens: Tensor) -> Tensor:
+    """[B], what the episode of each segment returns: that of the last one before it that an episode begins with.
+
+    Args:
+        returns: [B], from the first step of each segment on.
+        opens: bool [B], segments that an episode begins with; the first is one.
+    """
+    return returns[opens][opens.long().cumsum(0) - 1]
+
+
+def _episode_returns(tensors: dict[str, Tensor]) -> Tensor | None:
+    """Of a checkpoint; None where its trajectories are episodes, or where one of before they were written down has
+    segments that came and went."""
+    if (saved := tensors.get("data.episode_returns")) is not None or "data.opens" not in tensors:
+        return saved
+    if "data.rows" in tensors or any(name.startswith("values.") for name in tensors):
+        return None
+    return returns_of_episodes(tensors["data.returns"], tensors["data.opens"])
+
+
 def from_checkpoint(
     tensors: dict[str, Tensor], state: dict[str, Any], device: str | torch.device = "cpu", name: str = "checkpoint"
 ) -> Policy:
@@ -435,6 +471,7 @@ def from_checkpoint(
             tensors["best.ids"].to(device) if "best.ids" in tensors else None,
             tensors["data.opens"].to(device) if "data.opens" in tensors else None,
             None if (values := ValueModel.of_tensors(tensors)) is None else values.to(device),
+            None if (whole := _episode_returns(tensors)) is None else whole.to(device),
         )  # fmt: skip
     except KeyError as error:
         raise CheckpointError(f"{name}: expected {error.args[0]!r} in it, found no such entry") from None

@@ -107,7 +107,7 @@ def test_offline_episodes_are_not_copied_until_something_comes():
     offline = episodes([1.0, 2.0], 0)
     buffer = EpisodeBuffer(offline, 4, 1)
     assert buffer.trajectories is offline
-    assert buffer.state().keys() == {"slots", "born", "n_added", "worth", "opens"}
+    assert buffer.state().keys() == {"slots", "born", "n_added", "worth", "opens", "episode_returns"}
 
 
 def test_what_does_not_fit_changes_nothing():
@@ -132,13 +132,14 @@ def test_saved_arrays_that_do_not_fit_are_named():
     state, like = buffer.state(), buffer.trajectories
     with pytest.raises(DataError, match=r"slots: expected distinct ones in \[0, 4\), got \[0, 4\]"):
         EpisodeBuffer(None, 4, 1).load({**state, "slots": np.array([0, 4])}, like)
-    with pytest.raises(DataError, match="born, returns, worth and opens: expected 2 entries"):
+    with pytest.raises(DataError, match="born, returns, worth, opens and episode_returns: expected 2 entries"):
         EpisodeBuffer(None, 4, 1).load({**state, "born": np.array([0])}, like)
 
 
 def test_the_best_may_be_told_by_something_else_than_returns():
     buffer = EpisodeBuffer(None, 4, 1)
-    buffer.add(episodes([9.0, 1.0, 5.0], 1), np.array([0.0, 2.0, 1.0]), np.array([True, False, False]))
+    whole = np.array([9.0, 9.0, 9.0])
+    buffer.add(episodes([9.0, 1.0, 5.0], 1), np.array([0.0, 2.0, 1.0]), np.array([True, False, False]), whole)
     assert buffer.best().tolist() == [1]
     # What it is worth may change while it is here.
     slots = buffer.add(episodes([6.0, 3.0], 2), np.array([0.0, 0.0, 7.0, 6.0, 5.0]), np.array([False, True]))
@@ -146,9 +147,14 @@ def test_the_best_may_be_told_by_something_else_than_returns():
     assert buffer.born.tolist() == [1, 2, 3, 4]
     assert buffer.best().tolist() == [1]
     assert buffer.opens.tolist() == [False, False, False, True]
+    assert buffer.episode_returns.tolist() == [9, 9, 6, 3]
     other = EpisodeBuffer(None, 4, 1)
     other.load(buffer.state(), buffer.trajectories)
     assert (other.best().tolist(), other.opens.tolist()) == ([1], [False, False, False, True])
+    assert other.episode_returns.tolist() == [9, 9, 6, 3]
     # A checkpoint from before segments: by return, all of them episodes.
-    other.load({k: v for k, v in buffer.state().items() if k not in ("worth", "opens")}, buffer.trajectories)
+    other.load(
+        {k: v for k, v in buffer.state().items() if k not in ("worth", "opens", "episode_returns")}, buffer.trajectories
+    )
     assert (other.best().tolist(), other.opens.all()) == ([2], True)
+    assert other.episode_returns.tolist() == buffer.trajectories.returns.tolist()

@@ -22,7 +22,7 @@ import gac_fast
 from gac_fast import checkpoint, ops
 from gac_fast.config import Config, PosteriorConfig, TrainConfig
 from gac_fast.errors import CheckpointError, ConfigError, DataError, EnvError
-from gac_fast.policy import load
+from gac_fast.policy import from_checkpoint, load
 from gac_fast.train import offline
 from gac_fast.train import trainer as trainer_module
 from gac_fast.train.metrics import N_COMPARED
@@ -614,6 +614,19 @@ def test_segments_of_one_episode_are_held_out_together_and_resume(tmp_path):
     # Whatever the step, it plans from what stands out, and knows the starts.
     early = load(whole, step=4)
     assert torch.equal(early.opens, policy.opens)
+    # Every segment knows what its whole episode returned, also in checkpoints of before that was written down.
+    first = [episode.tolist().index(e) for e in episode]
+    assert torch.equal(early.episode_returns, torch.from_numpy(parts.returns[first]))
+    tensors, state = checkpoint.load(checkpoint.checkpoint_path(whole, 4))
+    older = from_checkpoint({k: v for k, v in tensors.items() if k != "data.episode_returns"}, state)
+    assert torch.equal(older.episode_returns, early.episode_returns)
+    r = early.episode_returns[early.usable]
+    weights = ((r - r.max()) / (0.5 * r.std(correction=0))).exp()
+    mean = (weights.view(-1, 1, 1) * early.z0[early.usable]).sum(0)
+    plans = early.exploit(3, method="average", average_temperature=0.5)
+    assert plans.return_mean.shape == (3,)
+    torch.testing.assert_close(plans.z0, (mean * (mean.numel() ** 0.5 / mean.norm())).float().expand(3, -1, -1))
+    assert not torch.allclose(early.exploit(1, method="average").z0[0], plans.z0[0])
     tensors, _ = checkpoint.load(checkpoint.checkpoint_path(whole, 4))
     assert torch.equal(early.candidates[: len(tensors["best.ids"])], tensors["best.ids"])
     again = tmp_path / "again"

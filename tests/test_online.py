@@ -950,6 +950,7 @@ def test_segments_from_scratch_where_all_reward_comes_at_the_end(tmp_path):
     # Every part of an episode has its return.
     assert torch.equal(returns, returns[opens][opens.cumsum(0) - 1])
     assert torch.equal(load(folder).opens, opens)
+    assert torch.equal(load(folder).episode_returns, returns)
 
 
 def test_segments_of_another_length_or_without_rewards_are_refused(offline_run, segment_run, tmp_path):

@@ -206,7 +206,9 @@ def test_plans_by_regression_follow_the_returns():
     _, v = policy.model.decoder.layers[0].plan_keys(zero + 2 * (z - zero))
     torch.testing.assert_close(acted._state.plan_v[0], v.detach(), rtol=1e-5, atol=1e-5)
     assert not torch.allclose(acted._state.plan_v[0], policy.model.decoder.layers[0].plan_keys(z)[1])
-    with pytest.raises(ConfigError, match=r"plan\.method must be ascent where model\.return_context = 'first_state'"):
+    with pytest.raises(
+        ConfigError, match=r"plan\.method must be ascent or average where model\.return_context = 'first_state'"
+    ):
         Config().replace(model={"return_context": "first_state"}, plan={"method": "regression"})
 
 

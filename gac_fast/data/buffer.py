@@ -42,6 +42,7 @@ class EpisodeBuffer:
         born: int64 [b], number of each, counted over all that ever were added.
         worth: float64 [b], by which the best are told: their returns, unless others were given.
         opens: bool [b], trajectories that an episode begins with: all, unless they are segments.
+        episode_returns: float64 [b], of the whole episode that each is a part of.
         n_added: online episodes ever added.
 
     Raises:
@@ -58,6 +59,7 @@ class EpisodeBuffer:
         self.born = np.zeros(0, np.int64)
         self.worth = np.zeros(0)
         self.opens = np.zeros(0, np.bool_)
+        self.episode_returns = np.zeros(0)
         self.n_added = 0
         self._data = offline
         # [rows, dim]; `_data` views their first rows once something was added.
@@ -84,6 +86,7 @@ class EpisodeBuffer:
         episodes: Trajectories,
         worth: npt.NDArray[np.float64] | None = None,
         opens: npt.NDArray[np.bool_] | None = None,
+        episode_returns: npt.NDArray[np.float64] | None = None,
     ) -> npt.NDArray[np.int64]:
         """Append episodes, and drop the oldest that are too many.
 
@@ -91,6 +94,7 @@ class EpisodeBuffer:
             worth: [b + n], of the online episodes that are here and of the new ones; those that were cut have none
                 whatever it says. None: their returns.
             opens: bool [n], of the new ones; None: all.
+            episode_returns: float64 [n], of the episodes that the new ones are parts of; None: their own returns.
 
         Returns:
             slots int64 [n] of the new episodes, -1 for those that were dropped at once (only if more come than the
@@ -108,6 +112,7 @@ class EpisodeBuffer:
         known = np.concatenate((self._complete(), episodes.complete))
         worth = np.where(known, worth, -np.inf)
         opens = np.ones(n, np.bool_) if opens is None else opens
+        whole = episodes.returns if episode_returns is None else episode_returns
         kept = self._kept(worth)
         stays, comes = kept[: self.n_online], kept[self.n_online :]
         self._drop(~stays)
@@ -119,6 +124,7 @@ class EpisodeBuffer:
         self.slots = np.concatenate((self.slots, slots[comes]))
         self.born, self.worth = born[kept], worth[kept]
         self.opens = np.concatenate((self.opens[stays], opens[comes]))
+        self.episode_returns = np.concatenate((self.episode_returns[stays], whole[comes]))
         self.n_added += n
         return slots
 
@@ -213,7 +219,7 @@ class EpisodeBuffer:
         data = self._data
         arrays = {
             "slots": self.slots, "born": self.born, "n_added": np.array(self.n_added, np.int64),
-            "worth": self.worth, "opens": self.opens,
+            "worth": self.worth, "opens": self.opens, "episode_returns": self.episode_returns,
         }  # fmt: skip
         if data is None or self.n_online == 0:
             return arrays
@@ -242,8 +248,11 @@ class EpisodeBuffer:
         returns = arrays.get("returns", np.zeros(0))
         worth = arrays.get("worth", np.where(arrays.get("complete", np.zeros(0, np.bool_)), returns, -np.inf))
         opens = arrays.get("opens", np.ones(len(slots), np.bool_))
-        if any(len(x) != len(slots) for x in (arrays["born"], returns, worth, opens)):
-            raise DataError(f"born, returns, worth and opens: expected {len(slots)} entries, one per slot")
+        whole = arrays.get("episode_returns", returns)
+        if any(len(x) != len(slots) for x in (arrays["born"], returns, worth, opens, whole)):
+            raise DataError(
+                f"born, returns, worth, opens and episode_returns: expected {len(slots)} entries, one per slot"
+            )
         if self.n_online:
             self._drop(np.ones(self.n_online, np.bool_))
         if len(slots):
@@ -255,7 +264,7 @@ class EpisodeBuffer:
                 )
             )  # fmt: skip
         self.slots, self.born = slots.copy(), arrays["born"].copy()
-        self.worth, self.opens = worth.copy(), opens.copy()
+        self.worth, self.opens, self.episode_returns = worth.copy(), opens.copy(), whole.copy()
         self.n_added = int(arrays["n_added"])
 
 

@@ -71,7 +71,9 @@ class OfflineTrainer(Trainer):
         if values is None and has_advantages(config):
             values = fit_values(data, config.train.seed, hold_out(data, config)[0].numpy(), progress)
         self.values = values
-        data, self.held_out, self.usable, self.opens, self._raw = split(data, config, values)
+        parts = split(data, config, values)
+        data, self.held_out, self.usable, self.opens, self._raw = parts
+        self.episode_returns = parts.episode_returns
         self.data = data
         self.rows = torch.arange(len(data))
         self.normalization = Normalization.fit(data)

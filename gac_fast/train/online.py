@@ -154,6 +154,12 @@ class Explored(NamedTuple):
         """int64 [n], which of the round's episodes each belongs to."""
         return np.cumsum(self.opens) - 1
 
+    @property
+    def episode_returns(self) -> np.ndarray:
+        """float64 [n], of the whole episode that each is a part of."""
+        whole = self.episodes.returns[self.opens] if self.whole is None else self.whole
+        return whole[self.episode]
+
 
 class OnlineTrainer(Trainer):
     """Training on episodes that come in, beside those of an offline data set.
@@ -184,10 +190,13 @@ class OnlineTrainer(Trainer):
         self.spaces = spaces
         self.held_out, self._offline_usable = torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.bool)
         self._offline_opens: Tensor | None = torch.zeros(0, dtype=torch.bool) if config.train.segment else None
+        self._offline_episode_returns = torch.zeros(0, dtype=torch.float64)
         self._raw = offline
         if offline is not None:
             parts = split(offline, config, self.values)
             offline, self.held_out, self._offline_usable, self._offline_opens, self._raw = parts
+            if parts.episode_returns is not None:
+                self._offline_episode_returns = parts.episode_returns
         self.offline = offline
         self.buffer = EpisodeBuffer(offline, online.capacity, online.keep_best)
         self.schedule = TargetSchedule(online.target_best)
@@ -251,6 +260,8 @@ class OnlineTrainer(Trainer):
         self.usable = torch.cat((self._offline_usable, torch.from_numpy(data.complete[buffer.n_offline :])))
         if self._offline_opens is not None:
             self.opens = torch.cat((self._offline_opens, torch.from_numpy(buffer.opens)))
+            whole = torch.from_numpy(buffer.episode_returns)
+            self.episode_returns = torch.cat((self._offline_episode_returns, whole))
         self.rows = torch.cat((torch.arange(buffer.n_offline), buffer.n_offline + torch.from_numpy(buffer.slots)))
         o = self.config.online
         best = torch.zeros(len(data), dtype=torch.bool)
@@ -326,7 +337,7 @@ class OnlineTrainer(Trainer):
         if not self.has_episodes and self.step == 0:
             self.normalization = Normalization.fit(explored.episodes)
         worth = self._worth(explored.episodes) if self.config.train.segment else None
-        slots = torch.from_numpy(self.buffer.add(explored.episodes, worth, explored.opens))
+        slots = torch.from_numpy(self.buffer.add(explored.episodes, worth, explored.opens, explored.episode_returns))
         kept = slots >= 0
         z0 = torch.from_numpy(explored.z0)[kept].to(self.device)
         self.posterior.begin_at((self.buffer.n_offline + slots[kept]).to(self.device), z0)

@@ -22,7 +22,7 @@ from gac_fast.evaluate import evaluate
 from gac_fast.model import GAC
 from gac_fast.model.normalization import Normalization
 from gac_fast.model.values import ValueModel
-from gac_fast.policy import Policy, plan_seeds
+from gac_fast.policy import Policy, plan_seeds, returns_of_episodes
 from gac_fast.posterior import PosteriorState, refine
 from gac_fast.train.batches import Batches
 from gac_fast.train.metrics import INFERENCE_STEPS, N_COMPARED, held_out_metrics
@@ -103,6 +103,7 @@ class Trainer:
         usable: bool [B], episodes trained on whose return is known.
         rows: int64 [B], each episode's trajectory in the posterior.
         opens: bool [B], where trajectories are segments: which ones episodes begin with. None: all are episodes.
+        episode_returns: float64 [B], where trajectories are segments: of their episodes. None: all are episodes.
         values: of states, where the returns of segments are advantages.
         step: updates made.
         plans_known: whether chains were moved at all.
@@ -114,6 +115,7 @@ class Trainer:
     usable: Tensor
     rows: Tensor
     opens: Tensor | None = None
+    episode_returns: Tensor | None = None
     values: ValueModel | None = None
     normalization: Normalization
     batches: Batches
@@ -268,6 +270,7 @@ class Trainer:
             usable, self.step, None if first is None else first.to(self.device),
             None if self.opens is None else self.opens.to(self.device),
             None if self.values is None else self.values.to(self.device),
+            None if self.episode_returns is None else self.episode_returns.to(self.device),
         )  # fmt: skip
 
     def replay(self, env: str) -> dict[str, float]:
@@ -300,6 +303,8 @@ class Trainer:
         }
         if self.opens is not None:
             tensors["data.opens"] = self.opens
+        if self.episode_returns is not None:
+            tensors["data.episode_returns"] = self.episode_returns
         if self.values is not None:
             tensors |= self.values.tensors()
         if settle:
@@ -422,6 +427,11 @@ class Split(NamedTuple):
     """bool [B], which ones episodes begin with; None where all are episodes."""
     raw: Trajectories
     """``data`` with the returns to the end of the episode, whatever stands for them there."""
+
+    @property
+    def episode_returns(self) -> Tensor | None:
+        """float64 [B], of the episodes that the trajectories are parts of; None where they are episodes."""
+        return None if self.opens is None else returns_of_episodes(torch.from_numpy(self.raw.returns), self.opens)
 
 
 def split(data: Trajectories, config: Config, values: ValueModel | None = None) -> Split:
