@@ -159,25 +159,16 @@ def test_commands(compare, tiny, n_threads, tmp_path):
             f[name] = value
     command = [sys.executable, "-m", "gac_fast", "train", "--data", str(file), "--preset", "gym", "--overwrite"]
     # One episode to plan from at the end, not 64, whose chains would take most of so short a run to settle.
-    command += [
-        "--plan.n-best",
-        "1",
-        "--train.held-out",
-        "0",
-        "--train.n-updates",
-        str(n_updates),
-        "--train.batch-size",
-        "4",
-        "--no-tensorboard",
-        "--run-dir",
-    ]
+    n_best = 1
+    command += ["--plan.n-best", str(n_best), "--train.held-out", "0", "--train.n-updates", str(n_updates)]
+    command += ["--train.batch-size", "4", "--no-tensorboard", "--run-dir"]
     providers: Providers = {}
     for (name, dtype), problem in backends().items():
         variables = {"GAC_FAST_BACKEND": "reference"} if name == "reference" else {}
         bf16 = ["--train.bf16", "on" if dtype == "bfloat16" else "off"]
         process = Process([*command, str(tmp_path / f"{name}-{dtype}"), *bf16], **variables)
         providers[name, dtype] = problem or process
-    shape = f"gym hopper B=4 T={length} {n_updates} updates"
+    shape = f"gym hopper B=4 T={length} {n_updates} updates n-best {n_best}"
     steps = n_updates * 4 * length
     case = Case("end_to_end", "gac-fast train, whole process", shape, items=steps, unit="time steps")
     compare(case, providers, list(providers))

@@ -128,7 +128,7 @@ def test_rounds_fill_the_time_and_floors_are_measured_in_some(harness, monkeypat
     floors = harness.floor_runs(tiny=True)
     times, found = harness.alternate(runs, settings, "main", FakeBenchmark().pedantic, floors)
     assert found == rounds
-    assert times["reference"] == [seconds_per_call] * found
+    assert times["reference"] == dict.fromkeys(range(found), seconds_per_call)
     assert min(found, 3) <= len(times["copy", "float32"]) <= harness.MAX_FLOOR_ROUNDS
     rates = harness.Floors.of(times, tiny=True)
     assert rates.copy == pytest.approx(2 * 2**16 / seconds_per_call)
@@ -150,8 +150,9 @@ def test_what_takes_long_is_measured_in_few_rounds_and_paired_with_the_same_ones
         runs, settings, ("cpp", "float32"), FakeBenchmark().pedantic, threads={}, rarely=rare
     )
     assert (rounds, len(times[rare[0]]), len(times[harness.REFERENCE])) == (7, 3, 7)
-    both = harness.pairs(times[harness.REFERENCE], times[rare[0]], rounds)
-    # The clock of a round: the slow one first, then the reference, in the 1st, 4th and 7th.
+    both = harness.pairs(times[harness.REFERENCE], times[rare[0]])
+    assert list(times[rare[0]]) == [0, 3, 6]
+    # The clock of a round: the slow one first, then the reference.
     assert [reference - slow / 10 for reference, slow in both] == [1.0] * 3
     row = harness.row(harness.Case("op", "fwd", "N=1"), rare[0], times[rare[0]], times[harness.REFERENCE], None)
     assert row["speedup"] == pytest.approx(0.1, rel=0.2)
@@ -188,12 +189,12 @@ def test_a_row_has_rates_floors_and_the_median_ratio_over_rounds(harness):
     case = harness.Case("op", "fwd", "N=1", flops=3e6, bytes={"float32": 8e3, "bfloat16": 4e3})
     floors = harness.Floors({"float32": 1e11, "bfloat16": 1e12}, 1e10)
     # The machine slows down in the last round: the ratio of a round does not see it.
-    row = harness.row(case, ("cpp", "bfloat16"), [1e-6, 2e-6, 3e-6], [4e-6, 8e-6, 300e-6], floors)
+    row = harness.row(case, ("cpp", "bfloat16"), {0: 1e-6, 1: 2e-6, 2: 3e-6}, {0: 4e-6, 1: 8e-6, 2: 300e-6}, floors)
     assert (row["p50_us"], row["speedup"], row["rounds"]) == (2.0, 4.0, 3)
     assert (row["flop_per_s"], row["bytes_per_s"]) == (1.5e12, 2e9)
     assert (row["matmul_flop_per_s"], row["copy_bytes_per_s"]) == (1e12, 1e10)
     assert row["threads"] == torch.get_num_threads()
-    plain = harness.row(harness.Case("op", "fwd", "N=1"), ("cpp", "float32"), [1e-6], [], None)
+    plain = harness.row(harness.Case("op", "fwd", "N=1"), ("cpp", "float32"), {0: 1e-6}, {}, None)
     assert {plain[name] for name in ("speedup", "flops", "bytes", "flop_per_s", "matmul_flop_per_s")} == {""}
 
 
