@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from gac_fast import ops
 from gac_fast.act import Actor
 from gac_fast.config import preset
 from gac_fast.envs import close_vector, make_halves, make_vector
+from gac_fast.envs.envpool import EnvPoolVectorEnv
 from gac_fast.errors import EnvError
 from gac_fast.model import GAC
 from gac_fast.rollout import rollout
@@ -66,6 +68,7 @@ class Stepper:
     def __init__(self, env: VectorEnv, actions: np.ndarray, has_threads: bool) -> None:
         self._env, self._actions, self._turn = env, actions, 0
         self.warm_seconds = WARM_SECONDS if has_threads else 0.0
+        self.note = f"EnvPool {version('envpool')}" if isinstance(env, EnvPoolVectorEnv) else ""
 
     def __call__(self) -> None:
         self._env.step(self._actions[self._turn % len(self._actions)])
@@ -97,7 +100,7 @@ def test_step(compare, tiny, n_threads):
         except EnvError as error:
             others["envpool"] = f"not installed: pip install gac_fast[envpool] ({error.__cause__})"
         providers: dict[tuple[str, str], Callable[[], object] | str] = {
-            (name, "float64"): env if isinstance(env, str) else Stepper(env, actions, name == "envpool")
+            (name, "float64"): env if isinstance(env, str) else Stepper(env, actions, isinstance(env, EnvPoolVectorEnv))
             for name, env in others.items()
         }
         providers["mujoco.batch", "float64"] = BareStepper(n, n_threads, states, actions)

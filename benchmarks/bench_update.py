@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from harness import Case, engine_problem, under
+from harness import NEEDS_CUDA, Case, engine_problem, under
 from naive import NaiveTrainer
 from torch import Tensor
 
@@ -120,7 +120,7 @@ def test_update(compare, tiny, context, lengths):
         pytest.skip("with C=2 alone")
     if tiny:
         lengths = [12, 12] if even else [12, 5]
-    providers = {("naive", "float32"): naive(config, lengths).step}
+    providers = {("naive", "float32"): naive(config, lengths).step, ("CUDA graphs", "float32"): NEEDS_CUDA}
     providers |= {
         ("reference", dtype): under("reference", trainer(config, lengths, dtype).step)
         for dtype in ("float32", "bfloat16")

@@ -69,8 +69,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     if recorder.rows:
         terminalreporter.section("speed against the reference")
         terminalreporter.write_line(report.text(recorder.rows))
-    for reason in sorted({f"{op}, {' '.join(who)}: {reason}" for (op, who), reason in recorder.missing.items()}):
-        terminalreporter.write_line(f"not measured: {reason}")
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:

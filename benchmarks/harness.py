@@ -349,6 +349,15 @@ Compilers = Mapping[str, str | dict[str, str]]
 """By provider, the arguments of ``torch.compile``, or why it is left out."""
 
 
+def instead(compilers: Compilers, reason: str) -> Compilers:
+    """None of them, for that reason."""
+    return dict.fromkeys(compilers, reason)
+
+
+NEEDS_CUDA = "needs CUDA: make gpu"
+"""The reason of a peer that the benchmarks of the GPU measure."""
+
+
 class Compiled:
     """A call of what was compiled, with the time that compiling took."""
 
@@ -590,8 +599,6 @@ class Recorder:
     only: Collection[tuple[str, str, str]] | None = None
     """Op, mode and shape of the cases to measure; None: all."""
     rows: list[dict[str, Any]] = field(default_factory=list)
-    missing: dict[tuple[str, Provider], str] = field(default_factory=dict)
-    """Why a provider of an op was not measured."""
     _machine: dict[str, Any] = field(default_factory=dict)
 
     def add(self, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -614,7 +621,6 @@ class Recorder:
             providers = {**providers, **dict.fromkeys(able, "left out: takes long, see one thread")}
         runs = {provider: run for provider, run in providers.items() if not isinstance(run, str)}
         missing = {provider: reason for provider, reason in providers.items() if isinstance(reason, str)}
-        self.missing |= {(case.op, provider): reason for provider, reason in missing.items()}
         rarely = [provider for provider in rarely if provider in runs]
         notes = {provider: getattr(run, "note", "") for provider, run in runs.items()}
         # Of what runs in another process pytest-benchmark would see the way there too.

@@ -168,16 +168,21 @@ def text(rows: Sequence[Row]) -> str:
         "work", "provider", "p50", "p20 .. p80", "ratio", "by round", "best peer", "of the roof", "peak MiB",
         "per second", "thread gain",
     )  # fmt: skip
-    lines = [header]
+    lines, blank = [header], [""] * (len(header) - 3)
     before = None
-    for row in sorted(rows, key=_order):
+    for row in sorted(rows, key=lambda row: (_order(row), not was_measured(row))):
         case = case_of(row)
         work = f"{case[0]}, {case[1]}, {case[2]}, {_threads(case[3])}"
         who = (work if case != before else "", f"{row['provider']} {row['dtype']}")
-        before = case
         if not was_measured(row):
-            lines.append((*who, row["note"], *[""] * (len(header) - 3)))
+            # Several that have the same reason share a line.
+            if case == before and lines[-1][2:] == (row["note"], *blank):
+                who = (lines[-1][0], f"{lines[-1][1]}, {who[1]}")
+                lines.pop()
+            lines.append((*who, row["note"], *blank))
+            before = case
             continue
+        before = case
         bound = roof(row)
         lines.append(
             (
@@ -193,8 +198,8 @@ def text(rows: Sequence[Row]) -> str:
                 _number(thread_gain(rows, row)),
             )
         )
-    # A reason may be long, and stands alone in its line.
-    widths = [max(len(line[i]) for line in lines if line[-1] or line[3]) for i in range(len(header))]
+    # A line of who was not measured may be long, and ends with the reason.
+    widths = [max(len(line[i]) for line in lines if line[3] or i == 0) for i in range(len(header))]
     table = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     verdicts = [*_verdicts(rows), *_thread_verdicts(rows), *_runner_verdicts(rows)]
     return "\n".join([*table, "", *verdicts, *_notes(rows)])

@@ -310,7 +310,11 @@ def test_who_was_not_measured_is_told(harness, report):
     assert report.ratio(rows, rows[0], "peer") is None
     engine = make_row("cpp", 5.0, op="op", mode="fwd", shape="N=1")
     assert report.over_fastest_peer([*rows, engine], engine) == 2.0
-    assert "peer float32       not installed: make peers" in report.text([*rows, engine])
+    another = missing | {"provider": "other peer", "dtype": "bfloat16"}
+    told = report.text([*rows, engine, another])
+    assert "  peer float32, other peer bfloat16  not installed: make peers\n" in told
+    # Which takes no room from the lines of those that were.
+    assert "  reference float32  10 us" in told
 
 
 def test_thresholds_fail_when_they_should(report, monkeypatch, tmp_path, capsys):
@@ -438,6 +442,13 @@ def test_every_case_runs_on_toy_sizes(tmp_path, report):
         else:
             assert 0 < float(row["p20_us"]) <= float(row["p50_us"]) <= float(row["p80_us"])
     assert "speed against the reference" in result.stdout
+    # Peers that this run leaves out, in every case that could have them, and what only a GPU has.
+    compiled = [row for row in rows if row["op"] in ("block", "decode_step", "plan_ascent", "window_attention")]
+    for case in {report.case_of(row) for row in compiled}:
+        of_case = {row["provider"]: row["note"] for row in compiled if report.case_of(row) == case}
+        assert all(of_case[name].startswith("left out") for name in ("torch.compile", "torch.compile max-autotune"))
+        assert (case[0] in ("block", "window_attention")) or of_case["CUDA graphs"] == "needs CUDA: make gpu"
+    assert all(row["note"] in result.stdout for row in rows if row["rounds"] == "0")
 
 
 def test_a_wrong_thread_count_is_refused(tmp_path):
