@@ -316,7 +316,8 @@ class Peer:
 
     def _ask(self, what: str) -> float | None:
         assert self._process.stdin is not None
-        print(what, file=self._process.stdin, flush=True)
+        with contextlib.suppress(BrokenPipeError):
+            print(what, file=self._process.stdin, flush=True)
         answer = self._answer()
         return float(answer) if answer else None
 

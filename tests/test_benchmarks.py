@@ -175,6 +175,61 @@ def test_peak_memory_is_that_of_the_call(harness):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Processes
+
+
+def test_a_whole_process_is_timed_and_its_own_peak_is_told(harness, tmp_path):
+    said = tmp_path / "threads"
+    code = "import os, pathlib, time; x = bytearray(b'1') * 2**26; time.sleep(0.3); "
+    code += "pathlib.Path(os.environ['WHERE']).write_text(os.environ['OMP_NUM_THREADS'])"
+    one = harness.Process([sys.executable, "-c", code], WHERE=str(said))
+    assert harness._timed(one) >= 0.3
+    assert said.read_text() == str(torch.get_num_threads())
+    # 64 MiB and an interpreter: less than this process holds, which the system's own count would begin with.
+    assert 64 < one.peak_mib() < 100
+    assert harness.peak_mib(one) == one.peak_mib()
+    failing = harness.Process([sys.executable, "-c", "import sys; print('a last word'); sys.exit(3)"])
+    with pytest.raises(RuntimeError, match=r"exit status 3: a last word"):
+        failing()
+
+
+STAND_IN = """
+import sys
+
+if sys.argv[1:] == ["--envs", "2"]:
+    print("ready", flush=True)
+    for line in sys.stdin:
+        print({"time": "0.25", "peak": "3.5"}[line.strip()], flush=True)
+        if line.strip() == "peak":
+            break
+elif sys.argv[1:] == ["--envs", "3"]:
+    print("failed: ImportError: no such library")
+"""
+
+
+def test_a_peer_answers_from_a_process_of_its_own(harness, monkeypatch, tmp_path):
+    """Or says why it cannot, and never passes for one that was measured."""
+    peers = tmp_path / "benchmarks" / "peers"
+    peers.mkdir(parents=True)
+    (peers / "stand_in.py").write_text(STAND_IN)
+    monkeypatch.setattr(harness, "ROOT", tmp_path)
+    monkeypatch.setattr(harness, "PEERS_PYTHON", sys.executable)
+    peer = harness.Peer("stand_in", "--envs", 2)
+    try:
+        assert harness._timed(peer) == 0.25
+        assert harness.peak_mib(peer) == 3.5
+        with pytest.raises(RuntimeError, match="the peer's process has ended"):
+            peer()
+    finally:
+        peer.close()
+    assert peer._process.poll() is not None
+    assert harness.attempt(lambda: harness.Peer("stand_in", "--envs", 3)) == (
+        "failed: RuntimeError: ImportError: no such library"
+    )
+    assert harness.attempt(lambda: harness.Peer("stand_in")) == "failed: RuntimeError: no answer"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Rows
 
 
