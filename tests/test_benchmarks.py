@@ -16,6 +16,8 @@ import pytest
 import torch
 from conftest import ROOT
 
+from gac_fast import ops, preset
+
 DATE = "2026-01-02T03:04:05+00:00"
 
 
@@ -477,6 +479,47 @@ def test_chart(report, tmp_path):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The cases
+
+
+def test_the_naive_update_is_that_of_the_reference_where_it_must(harness, monkeypatch):
+    """Chains but for their noise, losses and gradients but for dropout and variances; on padded trajectories."""
+    bench = importlib.import_module("bench_update")
+    from gac_fast.posterior import langevin
+    from gac_fast.train import update as module
+
+    monkeypatch.setattr(module, "VARIANCE_WEIGHT", 0.0)
+    config = preset("tiny").replace(model={"return_dropout": 0.0})
+    one = bench.trainer(config, [12, 5, 1], "float32")
+    naive, p = bench.naive(config, [12, 5, 1]), config.posterior
+    with ops.backend("reference"):
+        parts = module.parts_of(one.model, config)
+        trunk = parts.trunk(one.batch)
+
+        def energy(z0: torch.Tensor) -> torch.Tensor:
+            return parts.energy(z0, one.batch, trunk.detach())
+
+        z0, _ = langevin(
+            energy, naive.z0.clone(), n_steps=p.n_steps, step_size=p.step_size, noise=lambda step: 0 * naive.z0,
+            max_drift_ratio=p.max_drift_ratio,
+        )  # fmt: skip
+        losses = parts.losses(z0, one.batch, trunk)
+        losses.loss.backward()
+    start = naive.z0.clone()
+    naive.move_chains(torch.zeros_like)
+    assert float((naive.z0 - start).norm()) > 1e-2
+    torch.testing.assert_close(naive.z0, z0, rtol=1e-4, atol=1e-5)
+    found = naive.losses()
+    expected = losses.loss, losses.action_error, losses.return_error
+    torch.testing.assert_close(torch.stack(found), torch.stack(expected), rtol=1e-5, atol=0)
+    found[0].backward()
+    moved = 0
+    for (name, x), y in zip(naive.model.named_parameters(), one.model.parameters(), strict=True):
+        if x.grad is not None and float(y.grad.norm()) > 0:
+            assert float((x.grad - y.grad).norm() / y.grad.norm()) < 1e-3, name
+            moved += 1
+        else:  # of the variances, which it has not
+            assert y.grad is None or not y.grad.any(), name
+    assert moved > 20
 
 
 def test_every_case_runs_on_toy_sizes(tmp_path, report):
