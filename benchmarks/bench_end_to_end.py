@@ -55,14 +55,18 @@ def config_of(tiny: bool, dtype: str, **groups: dict[str, object]) -> Config:
     return preset("tiny" if tiny else "gym").replace(train=train, **groups)
 
 
-@pytest.mark.parametrize("n_episodes", [1, 8, 64])
-def test_training(compare, tiny, n_episodes):
+@pytest.mark.parametrize("n_episodes", [1, 16, 64, 256])
+def test_training(compare, tiny, n_threads, n_episodes):
     """An update with all that goes on around it: drawing, packing, the chains, the optimiser's rates."""
+    if n_threads > 1 and n_episodes > 16:
+        pytest.skip("takes seconds: on one thread alone")
     length, n_episodes = (10, min(n_episodes, 3)) if tiny else (100, n_episodes)
     data = trajectories("Hopper-v5", max(8, 2 * n_episodes), length)
     providers: Providers = {}
     losses: dict[str, float] = {}
     for (name, dtype), problem in backends().items():
+        if name == "reference" and n_episodes > 64:
+            problem = "left out: takes 12 s, see B=64"
         if problem is not None:
             providers[name, dtype] = problem
             continue
@@ -74,7 +78,8 @@ def test_training(compare, tiny, n_episodes):
         losses[dtype if name == "cpp" else "reference"] = float(values["action_error"])
         providers[name, dtype] = run
     for dtype in losses.keys() & BOUNDS.keys():
-        assert losses[dtype] == pytest.approx(losses["reference"], rel=BOUNDS[dtype][0]), dtype
+        expected = losses.get("reference", losses.get("float32"))
+        assert losses[dtype] == pytest.approx(expected, rel=BOUNDS[dtype][0]), dtype
     config = config_of(tiny, "float32")
     flops, n_bytes = update_cost(config, n_episodes * length)
     size = "tiny" if tiny else "gym"

@@ -2,11 +2,13 @@
 
 The peer is this project's own update in eager PyTorch, whose attention is banded. ``naive`` is what published code
 does: a mask over all pairs of tokens of padded trajectories, and Langevin steps through the whole decoder. The second
-batch has trajectories of uneven lengths, where padding shows.
+batch has trajectories of uneven lengths, where padding shows. ``lengths`` holds updates on as many time steps against
+each other, in short trajectories or in one long one: they must cost the same.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
@@ -75,19 +77,24 @@ def cost(config: Config, n_steps: int) -> tuple[float, float]:
     return tokens * (3 * layers + 2 * passes * (layers - attend)), 16.0 * tokens * m.dim * m.n_layers * (passes + 1)
 
 
-def assert_agrees(config: Config, lengths: list[int], dtype: str) -> None:
-    """One update by the engine, from the same state and with the same dropout, gives what the reference gives."""
-    found = []
-    for name, dtype_of_one in (("reference", "float32"), ("cpp", dtype)):
-        one = trainer(config, lengths, dtype_of_one)
-        ops.reset_dispatch_counts()
-        torch.manual_seed(1)
-        found.append((one, under(name if name == "reference" else "", one.step)()))
-        assert ("window_attention", name) in ops.dispatch_counts()
-        # The engine may leave to the reference what it has no engine for.
-        for op, backend in ops.dispatch_counts():
-            assert backend == name or (name == "cpp" and engine_problem(op)), (op, backend)
-    (a, losses), (b, other) = found
+def first_update(config: Config, lengths: list[int], name: str, dtype: str) -> tuple[Trainer, dict[str, Tensor]]:
+    """A trainer after one update by a backend, from the same state and with the same dropout, and the losses."""
+    one = trainer(config, lengths, dtype)
+    ops.reset_dispatch_counts()
+    torch.manual_seed(1)
+    losses = under(name if name == "reference" else "", one.step)()
+    assert ("window_attention", name) in ops.dispatch_counts()
+    # The engine may leave to the reference what it has no engine for.
+    for op, backend in ops.dispatch_counts():
+        assert backend == name or (name == "cpp" and engine_problem(op)), (op, backend)
+    return one, losses
+
+
+def assert_agrees(
+    dtype: str, expected: tuple[Trainer, dict[str, Tensor]], found: tuple[Trainer, dict[str, Tensor]]
+) -> None:
+    """The engine's first update gives what the reference's gives."""
+    (a, losses), (b, other) = expected, found
     loss_bound, chain_bound, gradient_bound = BOUNDS[dtype]
     for key in ("loss", "action_error", "return_error", "nll_per_step"):
         assert float(other[key]) == pytest.approx(float(losses[key]), rel=loss_bound), key
@@ -125,10 +132,11 @@ def test_update(compare, tiny, context, lengths):
         ("reference", dtype): under("reference", trainer(config, lengths, dtype).step)
         for dtype in ("float32", "bfloat16")
     }
+    expected = first_update(config, lengths, "reference", "float32")
     for dtype in ("float32", "bfloat16"):
         problem = engine_problem("window_attention", dtype)
         if problem is None:
-            assert_agrees(config, lengths, dtype)
+            assert_agrees(dtype, expected, first_update(config, lengths, "cpp", dtype))
             providers["cpp", dtype] = under("", trainer(config, lengths, dtype).step)
         else:
             providers["cpp", dtype] = problem
@@ -137,3 +145,32 @@ def test_update(compare, tiny, context, lengths):
     mode = f"{config.posterior.n_steps} posterior steps"
     case = Case("update", mode, shape, flops, n_bytes, sum(lengths), "time steps")
     compare(case, providers, [("naive", "float32")])
+
+
+def test_lengths(compare, tiny, n_threads):
+    """10,000 time steps in trajectories of 100, 1,000 and 10,000."""
+    if n_threads > 1:
+        pytest.skip("as on one thread")
+    size, n_steps, lengths = ("tiny", 24, (6, 12, 24)) if tiny else ("gym", 10_000, (100, 1000, 10_000))
+    config = preset(size)
+    p = config.posterior
+    providers: dict[tuple[str, str], Callable[[], object] | str] = {}
+    for dtype in ("float32", "bfloat16"):
+        for length in lengths:
+            who = f"cpp, T={length}", dtype
+            problem = engine_problem("window_attention", dtype)
+            if problem is not None:
+                providers[who] = problem
+                continue
+            one = trainer(config, [length] * (n_steps // length), dtype)
+
+            def energy(one: Trainer = one) -> Tensor:
+                z0 = one.posterior.z0[: one.batch.n_trajectories]
+                with torch.no_grad():
+                    return one.model.energy(z0, one.batch, p.action_temperature, p.return_temperature)
+
+            torch.testing.assert_close(energy(), under("reference", energy)(), rtol=BOUNDS[dtype][0], atol=0)
+            providers[who] = under("", one.step)
+    flops, n_bytes = cost(config, n_steps)
+    shape = f"{size} C={config.model.tokens_per_step} {n_steps} time steps"
+    compare(Case("update", "lengths", shape, flops, n_bytes, n_steps, "time steps"), providers, list(providers))

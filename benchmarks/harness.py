@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import ctypes
+import functools
 import gc
 import importlib
 import math
@@ -52,6 +53,7 @@ MAX_RARE_ROUNDS = 3  # of providers that take many times as long as the others
 # After an operation of torch on several threads, OpenMP's go on spinning for about 16 ms, on the very core that the
 # next provider's second thread needs. No provider is measured beside the threads of the one before.
 SETTLE_SECONDS = 0.02
+KNOWN_SECONDS = 0.2  # a call that takes so long is not made again to learn how long it takes
 MAX_STRETCH = 8  # of the seconds per case, for the sake of the least number of rounds
 
 Provider = tuple[str, str]
@@ -74,7 +76,7 @@ class Settings(NamedTuple):
     max_rounds: int
 
 
-NORMAL = Settings(seconds=1.2, min_rounds=3, max_rounds=200)
+NORMAL = Settings(seconds=1.0, min_rounds=3, max_rounds=200)
 QUICK = Settings(seconds=0.5, min_rounds=3, max_rounds=50)
 TINY = Settings(seconds=0.0, min_rounds=1, max_rounds=1)
 
@@ -128,7 +130,7 @@ def alternate(
         threads: numbers of threads of those that run on others than torch's present number.
         rarely: those of ``runs`` that are timed in at most ``MAX_RARE_ROUNDS`` of the rounds, and do not count in how
             many there are. Where a call takes long it is timed once, before the first round, and counted to it.
-        known: seconds that one call of some of these took, where it was timed before.
+        known: seconds that one call of some of these took, where it was timed before. These need no warm-up.
 
     Returns:
         seconds by round, and the number of rounds.
@@ -138,7 +140,7 @@ def alternate(
     estimate = {}
     for name, run in {**runs, **sometimes}.items():
         torch.set_num_threads(threads.get(name, present))
-        if name not in rarely:
+        if name not in rarely and name not in known:
             run()
         estimate[name] = known[name] if name in known else _timed(run)
     torch.set_num_threads(present)
@@ -394,6 +396,7 @@ def compiled(
     return providers
 
 
+@functools.cache  # its half a gigabyte takes longer to make than to measure
 def floor_runs(tiny: bool = False) -> dict[Any, Callable[[], object]]:
     """What the machine does at best: large products by dtype and a large copy, on torch's threads."""
     n = 64 if tiny else MATMUL_SIZE
@@ -628,7 +631,7 @@ class Recorder:
         here = [name for name in runs if name not in rarely and not hasattr(runs[name], "seconds")]
         main = (here or list(runs))[-1]
         benchmark.group = f"{case.op}: {case.mode}, {case.shape}"
-        floor = floor_runs(self.tiny)
+        floor = dict(floor_runs(self.tiny))
         alone: dict[Any, Callable[[], object]] = {}
         if torch.get_num_threads() > 1:
             # A processor changes its speed within a minute, and its neighbours their ways: a gain is of neighbours in
@@ -646,8 +649,8 @@ class Recorder:
             def timed(provider: Provider = provider, run: Callable[[], object] = run) -> None:
                 known[provider] = _timed(run)
 
-            peaks[provider] = peak_mib(timed if provider in rarely and not hasattr(run, "seconds") else run)
-        known = {provider: seconds for provider, seconds in known.items() if seconds > 2 * self.settings.seconds}
+            peaks[provider] = peak_mib(run if hasattr(run, "seconds") else timed)
+        known = {provider: seconds for provider, seconds in known.items() if seconds > KNOWN_SECONDS}
         settings = self.settings
         if alone:
             # Every provider of the engine runs twice.
