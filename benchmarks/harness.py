@@ -54,6 +54,7 @@ MAX_RARE_ROUNDS = 3  # of providers that take many times as long as the others
 # next provider's second thread needs. No provider is measured beside the threads of the one before.
 SETTLE_SECONDS = 0.02
 KNOWN_SECONDS = 0.2  # a call that takes so long is not made again to learn how long it takes
+MAX_FRESH_MIB = 64  # a call that takes more memory from the system than this is not measured by it
 MAX_STRETCH = 8  # of the seconds per case, for the sake of the least number of rounds
 
 Provider = tuple[str, str]
@@ -118,6 +119,7 @@ def alternate(
     threads: Mapping[Any, int] | None = None,
     rarely: Collection[Any] = (),
     known: Mapping[Any, float] | None = None,
+    afresh: Collection[Any] = (),
 ) -> tuple[dict[Any, dict[int, float]], int]:
     """Time all of ``runs`` in turn, round after round, so that a change of the machine's mood meets all alike.
 
@@ -131,6 +133,7 @@ def alternate(
         rarely: those of ``runs`` that are timed in at most ``MAX_RARE_ROUNDS`` of the rounds, and do not count in how
             many there are. Where a call takes long it is timed once, before the first round, and counted to it.
         known: seconds that one call of some of these took, where it was timed before. These need no warm-up.
+        afresh: those of ``known`` whose time is no measurement.
 
     Returns:
         seconds by round, and the number of rounds.
@@ -162,7 +165,7 @@ def alternate(
     for name in rarely:
         affordable = int(2 * settings.seconds / estimate[name])
         stride[name] = math.ceil(rounds / max(1, min(MAX_RARE_ROUNDS, affordable)))
-        if affordable == 0 and settings.seconds > 0:
+        if affordable == 0 and settings.seconds > 0 and name not in afresh:
             times[name] = {0: estimate[name]}
     done_before = [name for name in rarely if times[name]]
     done = 0
@@ -651,6 +654,8 @@ class Recorder:
 
             peaks[provider] = peak_mib(run if hasattr(run, "seconds") else timed)
         known = {provider: seconds for provider, seconds in known.items() if seconds > KNOWN_SECONDS}
+        # Memory that was handed back before is taken anew in that call, which may cost a tenth of its time.
+        afresh = {provider for provider in known if (peaks[provider] or 0.0) > MAX_FRESH_MIB}
         settings = self.settings
         if alone:
             # Every provider of the engine runs twice.
@@ -664,6 +669,7 @@ class Recorder:
             {n: 1 for n in (*alone, *floor) if ALONE in n},
             rarely,
             known,
+            afresh,
         )
         if benchmark.stats is None:  # --benchmark-disable
             return
