@@ -53,8 +53,7 @@ MAX_RARE_ROUNDS = 3  # of providers that take many times as long as the others
 # After an operation of torch on several threads, OpenMP's go on spinning for about 16 ms, on the very core that the
 # next provider's second thread needs. No provider is measured beside the threads of the one before.
 SETTLE_SECONDS = 0.02
-KNOWN_SECONDS = 0.2  # a call that takes so long is not made again to learn how long it takes
-MAX_FRESH_MIB = 64  # a call that takes more memory from the system than this is not measured by it
+KNOWN_SECONDS = 0.2  # a first call that takes so long is not made again to learn how long it takes
 MAX_STRETCH = 8  # of the seconds per case, for the sake of the least number of rounds
 
 Provider = tuple[str, str]
@@ -118,8 +117,6 @@ def alternate(
     sometimes: Mapping[Any, Callable[[], object]] | None = None,
     threads: Mapping[Any, int] | None = None,
     rarely: Collection[Any] = (),
-    known: Mapping[Any, float] | None = None,
-    afresh: Collection[Any] = (),
 ) -> tuple[dict[Any, dict[int, float]], int]:
     """Time all of ``runs`` in turn, round after round, so that a change of the machine's mood meets all alike.
 
@@ -132,20 +129,19 @@ def alternate(
         threads: numbers of threads of those that run on others than torch's present number.
         rarely: those of ``runs`` that are timed in at most ``MAX_RARE_ROUNDS`` of the rounds, and do not count in how
             many there are. Where a call takes long it is timed once, before the first round, and counted to it.
-        known: seconds that one call of some of these took, where it was timed before. These need no warm-up.
-        afresh: those of ``known`` whose time is no measurement.
 
     Returns:
         seconds by round, and the number of rounds.
     """
-    sometimes, threads, known = sometimes or {}, threads or {}, known or {}
+    sometimes, threads = sometimes or {}, threads or {}
     present = torch.get_num_threads()
     estimate = {}
-    for name, run in {**runs, **sometimes}.items():
+    # One that is timed no more than once comes after those that have taken memory from the system.
+    for name, run in sorted({**runs, **sometimes}.items(), key=lambda item: item[0] in rarely):
         torch.set_num_threads(threads.get(name, present))
-        if name not in rarely and name not in known:
-            run()
-        estimate[name] = known[name] if name in known else _timed(run)
+        estimate[name] = _timed(run)
+        if name not in rarely and estimate[name] < KNOWN_SECONDS:
+            estimate[name] = _timed(run)
     torch.set_num_threads(present)
     # Runs in between leave the caches cold: short calls are repeated unmeasured before the measured one.
     n_warm = {name: min(20, max(3, math.ceil(1e-3 / t))) if t < 2e-2 else 0 for name, t in estimate.items()}
@@ -165,7 +161,7 @@ def alternate(
     for name in rarely:
         affordable = int(2 * settings.seconds / estimate[name])
         stride[name] = math.ceil(rounds / max(1, min(MAX_RARE_ROUNDS, affordable)))
-        if affordable == 0 and settings.seconds > 0 and name not in afresh:
+        if affordable == 0 and settings.seconds > 0:
             times[name] = {0: estimate[name]}
     done_before = [name for name in rarely if times[name]]
     done = 0
@@ -230,12 +226,6 @@ def peak_mib(run: Callable[[], object]) -> float | None:
         return max(0.0, (_status()["VmHWM"] - before) / 1024)
     except (AttributeError, OSError, KeyError):
         return None
-
-
-def take_memory(mib: float) -> None:
-    """Get so much from the system and free it, after :func:`peak_mib` has handed all back: it stays with the process."""
-    blocks = [torch.ones(2**26, dtype=torch.uint8) for _ in range(math.ceil(mib / 64))]  # beyond 256 MiB none stays
-    del blocks
 
 
 def _status(process: str = "self") -> dict[str, int]:
@@ -647,22 +637,6 @@ class Recorder:
             # time.
             alone = {(*provider, ALONE): run for provider, run in runs.items() if provider[0] == "cpp"}
             floor |= {(*name, ALONE): run for name, run in floor.items() if name[0] == "matmul"}
-        # A whole process tells its peak whenever it ran.
-        whole = [provider for provider, run in runs.items() if isinstance(run, Process)]
-        peaks: dict[Provider, float | None] = {}
-        known: dict[Provider, float] = {}
-        for provider, run in runs.items():
-            if self.tiny or provider in whole:
-                continue
-
-            def timed(provider: Provider = provider, run: Callable[[], object] = run) -> None:
-                known[provider] = _timed(run)
-
-            peaks[provider] = peak_mib(run if hasattr(run, "seconds") else timed)
-        known = {provider: seconds for provider, seconds in known.items() if seconds > KNOWN_SECONDS}
-        # Memory that was handed back for the sake of the peak is taken anew in that call, which takes time.
-        afresh = {provider for provider in known if (peaks[provider] or 0.0) > MAX_FRESH_MIB}
-        take_memory(max((peak or 0.0 for peak in peaks.values()), default=0.0))
         settings = self.settings
         if alone:
             # Every provider of the engine runs twice.
@@ -675,13 +649,12 @@ class Recorder:
             floor,
             {n: 1 for n in (*alone, *floor) if ALONE in n},
             rarely,
-            known,
-            afresh,
         )
         if benchmark.stats is None:  # --benchmark-disable
             return
         assert all(len(times[provider]) == rounds for provider in runs if provider not in rarely)
-        peaks |= {provider: peak_mib(runs[provider]) for provider in whole if not self.tiny}
+        # Memory is handed back for it, and would be taken anew while the next one is timed.
+        peaks = {} if self.tiny else {provider: peak_mib(run) for provider, run in runs.items()}
         floors = Floors.of(times, self.tiny)
         reference = times.get(REFERENCE, {})
         rows = []
