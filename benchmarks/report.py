@@ -30,7 +30,7 @@ THREAD_BAR = 0.9  # of the gain that a large matrix product has
 
 
 class Bar(NamedTuple):
-    """A ratio of times in one run, on one thread: that of ``against`` (in float32) over that of ``provider``."""
+    """A ratio of times in one run, on one thread: that of ``against`` over that of ``provider``, see :func:`ratio`."""
 
     op: str
     mode: str
@@ -109,8 +109,11 @@ def was_measured(row: Row) -> bool:
 
 
 def ratio(rows: Sequence[Row], row: Row, against: str = "reference") -> float | None:
-    """Median time of ``against`` in float32 over that of ``row``, in the same run; None where one did not run."""
-    base = _find(rows, case_of(row), against, "float32")
+    """Median time of ``against`` over that of ``row``, in the same run; None where one did not run.
+
+    Peers count in float32, the engine doing other work of as much in the dtype of ``row``.
+    """
+    base = _find(rows, case_of(row), against, row["dtype"] if against.startswith("cpp") else "float32")
     if base is None or not (was_measured(base) and was_measured(row)):
         return None
     return float(base["p50_us"]) / float(row["p50_us"])

@@ -434,6 +434,11 @@ def test_ratios_stay_within_the_last_run_of_a_case(report):
     assert kept == rows[1:]
     assert report.ratio(kept, rows[2]) == 2.0
     assert report.ratio(kept, rows[3]) is None
+    # Peers in float32; the engine beside itself in the same dtype.
+    half = make_row("cpp, T=9", 20.0, dtype="bfloat16")
+    kept += [half, make_row("cpp, T=1", 10.0, dtype="bfloat16"), make_row("cpp, T=1", 40.0)]
+    assert report.ratio(kept, half) == 5.0
+    assert report.ratio(kept, half, "cpp, T=1") == 0.5
 
 
 def test_training_throughput_is_told_beside_the_published_one(report):
