@@ -146,7 +146,7 @@ def test_online(compare, tiny, n_threads, tmp_path):
     steps = length * n * (1 + n_rounds + 1)
     shape = f"gym {ENV} N={n} T={length} {n_updates} updates a round"
     case = Case("end_to_end", "online loop", shape, items=steps, unit="environment steps")
-    compare(case, providers, list(providers))
+    compare(case, providers, once=True)
 
 
 def test_commands(compare, tiny, n_threads, tmp_path):
@@ -191,4 +191,4 @@ def test_import(compare, tiny, n_threads):
         "import gac_fast, train, load": "from gac_fast import train, load",
     }
     providers = {(name, "none"): Process([sys.executable, "-c", code]) for name, code in statements.items()}
-    compare(Case("end_to_end", "import, whole process", "all"), providers, list(providers))
+    compare(Case("end_to_end", "import, whole process", "all"), providers)

@@ -48,7 +48,7 @@ ALONE = "on one thread"
 
 MATMUL_SIZE = 1536  # 512 to 2048 differ by 3% in float32; two threads are slow on bfloat16 below 1536
 COPY_BYTES = 256 * 2**20  # far beyond L2
-MAX_FLOOR_ROUNDS = 5
+MAX_FLOOR_ROUNDS = 3
 MAX_RARE_ROUNDS = 3  # of providers that take many times as long as the others
 # After an operation of torch on several threads, OpenMP's go on spinning for about 16 ms, on the very core that the
 # next provider's second thread needs. No provider is measured beside the threads of the one before.
@@ -76,7 +76,7 @@ class Settings(NamedTuple):
     max_rounds: int
 
 
-NORMAL = Settings(seconds=1.0, min_rounds=3, max_rounds=200)
+NORMAL = Settings(seconds=0.8, min_rounds=3, max_rounds=200)
 QUICK = Settings(seconds=0.5, min_rounds=3, max_rounds=50)
 TINY = Settings(seconds=0.0, min_rounds=1, max_rounds=1)
 
@@ -117,6 +117,7 @@ def alternate(
     sometimes: Mapping[Any, Callable[[], object]] | None = None,
     threads: Mapping[Any, int] | None = None,
     rarely: Collection[Any] = (),
+    known: Mapping[Any, float] | None = None,
 ) -> tuple[dict[Any, dict[int, float]], int]:
     """Time all of ``runs`` in turn, round after round, so that a change of the machine's mood meets all alike.
 
@@ -129,18 +130,19 @@ def alternate(
         threads: numbers of threads of those that run on others than torch's present number.
         rarely: those of ``runs`` that are timed in at most ``MAX_RARE_ROUNDS`` of the rounds, and do not count in how
             many there are. Where a call takes long it is timed once, before the first round, and counted to it.
+        known: of some of those, the seconds of the one call that they are to have.
 
     Returns:
         seconds by round, and the number of rounds.
     """
-    sometimes, threads = sometimes or {}, threads or {}
+    sometimes, threads, known = sometimes or {}, threads or {}, known or {}
     present = torch.get_num_threads()
     estimate = {}
     # One that is timed no more than once comes after those that have taken memory from the system.
     for name, run in sorted({**runs, **sometimes}.items(), key=lambda item: item[0] in rarely):
         torch.set_num_threads(threads.get(name, present))
-        estimate[name] = _timed(run)
-        if name not in rarely and estimate[name] < KNOWN_SECONDS:
+        estimate[name] = known[name] if name in known else _timed(run)
+        if name in runs and name not in rarely and estimate[name] < KNOWN_SECONDS:
             estimate[name] = _timed(run)
     torch.set_num_threads(present)
     # Runs in between leave the caches cold: short calls are repeated unmeasured before the measured one.
@@ -161,7 +163,7 @@ def alternate(
     for name in rarely:
         affordable = int(2 * settings.seconds / estimate[name])
         stride[name] = math.ceil(rounds / max(1, min(MAX_RARE_ROUNDS, affordable)))
-        if affordable == 0 and settings.seconds > 0:
+        if name in known or (affordable == 0 and settings.seconds > 0):
             times[name] = {0: estimate[name]}
     done_before = [name for name in rarely if times[name]]
     done = 0
@@ -611,13 +613,22 @@ class Recorder:
             append_rows(self.path, whole)
         self.rows += whole
 
-    def compare(self, benchmark: Any, case: Case, providers: Providers, rarely: Collection[Provider] = ()) -> None:
+    def compare(
+        self,
+        benchmark: Any,
+        case: Case,
+        providers: Providers,
+        rarely: Collection[Provider] = (),
+        once: bool = False,
+    ) -> None:
         """Time the providers of a case in turn; the last one that runs is the one in pytest-benchmark's own record.
 
         Args:
             benchmark: the fixture of pytest-benchmark.
             providers: of which all results have been asserted before.
             rarely: those of them that take so long that few rounds have to do.
+            once: all of them take so long that one call has to do, in which memory is looked at too. Getting it from
+                the system is in its time: not for calls that do little else.
         """
         if torch.get_num_threads() > 1 and len(rarely) < len(providers):
             able = [provider for provider in rarely if not isinstance(providers.get(provider, ""), str)]
@@ -637,6 +648,16 @@ class Recorder:
             # time.
             alone = {(*provider, ALONE): run for provider, run in runs.items() if provider[0] == "cpp"}
             floor |= {(*name, ALONE): run for name, run in floor.items() if name[0] == "matmul"}
+        peaks: dict[Provider, float | None] = {}
+        known: dict[Provider, float] = {}
+        if once and not self.tiny:
+            rarely = list(runs)
+            for provider, run in runs.items():
+
+                def timed(provider: Provider = provider, run: Callable[[], object] = run) -> None:
+                    known[provider] = _timed(run)
+
+                peaks[provider] = peak_mib(timed)
         settings = self.settings
         if alone:
             # Every provider of the engine runs twice.
@@ -649,12 +670,14 @@ class Recorder:
             floor,
             {n: 1 for n in (*alone, *floor) if ALONE in n},
             rarely,
+            known,
         )
         if benchmark.stats is None:  # --benchmark-disable
             return
         assert all(len(times[provider]) == rounds for provider in runs if provider not in rarely)
         # Memory is handed back for it, and would be taken anew while the next one is timed.
-        peaks = {} if self.tiny else {provider: peak_mib(run) for provider, run in runs.items()}
+        if not self.tiny and not once:
+            peaks = {provider: peak_mib(run) for provider, run in runs.items()}
         floors = Floors.of(times, self.tiny)
         reference = times.get(REFERENCE, {})
         rows = []
