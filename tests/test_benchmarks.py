@@ -158,6 +158,30 @@ def test_what_takes_long_is_measured_in_few_rounds_and_paired_with_the_same_ones
     assert [reference - slow / 10 for reference, slow in both] == [1.0] * 3
     row = harness.row(harness.Case("op", "fwd", "N=1"), rare[0], times[rare[0]], times[harness.REFERENCE], None)
     assert row["speedup"] == pytest.approx(0.1, rel=0.2)
+    # One whose only call was before is not called again, and goes with the first round.
+    runs[rare[0]] = pytest.fail
+    times, _ = harness.alternate(
+        runs, settings, ("cpp", "float32"), FakeBenchmark().pedantic, rarely=rare, known={rare[0]: 7.0}
+    )
+    assert times[rare[0]] == {0: 7.0}
+
+
+def test_what_wakes_slowly_is_called_for_longer_before_it_is_timed(harness, monkeypatch):
+    class Waking:
+        warm_seconds, n_calls = 0.5, 0
+
+        def __call__(self):
+            self.n_calls += 1
+
+    def timed(run):
+        run()
+        return 0.01
+
+    monkeypatch.setattr(harness, "_timed", timed)
+    monkeypatch.setattr(harness.torch, "get_num_threads", lambda: 1)
+    runs = {"waking": Waking(), "main": lambda: None}
+    harness.alternate(runs, harness.Settings(1e3, 2, 2), "main", FakeBenchmark().pedantic)
+    assert runs["waking"].n_calls == 2 + 2 * (50 + 1)
 
 
 def test_peak_memory_is_that_of_the_call(harness):
