@@ -9,11 +9,11 @@ each other, in short trajectories or in one long one: they must cost the same.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
-from harness import NEEDS_CUDA, Case, engine_problem, under
+from harness import NEEDS_CUDA, Case, compiled, engine_problem, instead, under
 from naive import NaiveTrainer
 from torch import Tensor
 
@@ -21,7 +21,7 @@ from gac_fast import ops
 from gac_fast.config import Config, preset
 from gac_fast.model import GAC, Batch
 from gac_fast.posterior import PosteriorState
-from gac_fast.train.update import make_optimizer, update
+from gac_fast.train.update import Parts, make_optimizer, parts_of, update
 
 OBS_DIM, ACT_DIM = 11, 3  # hopper
 # Of the losses (relative), the chains (rms) and each parameter's gradient (norm of the difference over the norm).
@@ -119,7 +119,7 @@ def naive(config: Config, lengths: list[int]) -> NaiveTrainer:
 
 @pytest.mark.parametrize("lengths", [[1000] * 4, [400, 200, 100, 100]], ids=["even", "uneven"])
 @pytest.mark.parametrize("context", ["states_actions", "states"])
-def test_update(compare, tiny, context, lengths):
+def test_update(compare, tiny, compilers, context, lengths):
     size = "tiny" if tiny else "gym"
     config = preset(size).replace(model={"context": context})
     even = lengths[0] == lengths[1]
@@ -140,6 +140,22 @@ def test_update(compare, tiny, context, lengths):
             providers["cpp", dtype] = under("", trainer(config, lengths, dtype).step)
         else:
             providers["cpp", dtype] = problem
+
+    def compile_parts(by: Callable[..., Any]) -> Callable[[], object]:
+        one = trainer(config, lengths, "float32")
+        parts = Parts(*map(by, parts_of(one.model, config)[:3]))
+        run = under("reference", lambda: update(*one, parts))
+        losses = run()
+        # Its dropout draws other masks, of which the chains and the actions know nothing.
+        for key in ("action_error", "nll_per_step"):
+            assert float(losses[key]) == pytest.approx(float(expected[1][key]), rel=BOUNDS["float32"][0]), key
+        return run
+
+    if context == "states" or not even:
+        compilers = instead(compilers, "left out: compiled with C=2 B=4 T=1000 alone")
+    elif not isinstance(compilers["torch.compile max-autotune"], str):
+        compilers = {**compilers, "torch.compile max-autotune": "left out: tunes for many minutes"}
+    providers = {**compiled(compilers, compile_parts), **providers}
     flops, n_bytes = cost(config, sum(lengths))
     shape = f"{size} C={config.model.tokens_per_step} B={len(lengths)} {'T=' if even else 'uneven T<='}{lengths[0]}"
     mode = f"{config.posterior.n_steps} posterior steps"

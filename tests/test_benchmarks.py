@@ -571,6 +571,7 @@ def test_every_case_runs_on_toy_sizes(tmp_path, report):
     assert "speed against the reference" in result.stdout
     # Peers that this run leaves out, in every case that could have them, and what only a GPU has.
     compiled = [row for row in rows if row["op"] in ("block", "decode_step", "plan_ascent", "window_attention")]
+    compiled += [row for row in rows if (row["op"], row["mode"]) == ("update", "3 posterior steps")]
     for case in {report.case_of(row) for row in compiled}:
         of_case = {row["provider"]: row["note"] for row in compiled if report.case_of(row) == case}
         assert all(of_case[name].startswith("left out") for name in ("torch.compile", "torch.compile max-autotune"))
