@@ -121,8 +121,10 @@ def repeated(few: Actor, n: int) -> Actor:
 
 
 @pytest.mark.parametrize("n", [1, 16, 256, 4096])
-def test_environments(compare, tiny, n):
+def test_environments(compare, tiny, n_threads, n):
     """On rings that are full: 16 environments fill them, and more than that are the same ones repeated."""
+    if n_threads > 1 and n > 1000:
+        pytest.skip("takes seconds: on one thread alone")
     n, few = (min(n, 5), min(n, 3)) if tiny else (n, min(n, 16))
     size, config, model, z0 = make(tiny, few)
     observations = torch.randn(config.model.window + 3, few, OBS_DIM)

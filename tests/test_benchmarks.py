@@ -115,8 +115,8 @@ def test_a_gain_is_measured_within_a_round(harness, report, monkeypatch):
         (2e-3, 12),
         (0.02, 5),
         (0.1, 3),
-        (0.4, 2),
-        (0.9, 1),
+        (0.6, 2),
+        (1.3, 1),
     ],  # three warm-up calls and a measured one of both, or measured ones alone
 )
 def test_rounds_fill_the_time_and_floors_are_measured_in_some(harness, monkeypatch, seconds_per_call, rounds):
