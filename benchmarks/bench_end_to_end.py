@@ -112,7 +112,8 @@ def test_evaluation(compare, tiny, n_threads):
         first = action if first is None else first
         assert row_error(action, first) < ACTION_BOUND[dtype], f"{name} {dtype}"
         providers[name, dtype] = under(backend, lambda p=policy: evaluate(p, vector, n))
-    assert providers["reference", "float32"]().lengths.tolist() == [length] * n
+    quickest = [run for run in providers.values() if not isinstance(run, str)][-1]
+    assert quickest().lengths.tolist() == [length] * n
     shape = f"{'tiny' if tiny else 'gym'} {ENV} {n} episodes T={length}"
     compare(Case("end_to_end", "evaluation", shape, items=length * n, unit="environment steps"), providers)
 

@@ -54,7 +54,7 @@ MAX_RARE_ROUNDS = 3  # of providers that take many times as long as the others
 # next provider's second thread needs. No provider is measured beside the threads of the one before.
 SETTLE_SECONDS = 0.02
 KNOWN_SECONDS = 0.2  # a first call that takes so long is not made again to learn how long it takes
-MAX_STRETCH = 12  # of the seconds per case, for the sake of the least number of rounds
+MAX_STRETCH = 16  # of the seconds per case, for the sake of the least number of rounds
 
 Provider = tuple[str, str]
 """Who computes and in which dtype: ``("cpp", "bfloat16")``."""
