@@ -91,7 +91,7 @@ format: $(INSTALLED) ## format the Python and C++ files
 	$(PY) -m ruff format .
 	$(VENV)/bin/clang-format -i csrc/*
 
-bench: $(INSTALLED) ## every op against the reference: table of ratios, CSV and chart (10 minutes, on a quiet machine)
+bench: $(INSTALLED) ## every op against the reference: table of ratios, CSV and chart (9 minutes, on a quiet machine)
 	$(PY) -m pytest benchmarks --benchmark-quiet --csv $(BENCH_CSV) $(BENCH)
 	$(PY) benchmarks/report.py $(BENCH_CSV) --plot $(BENCH_CSV:.csv=.png)
 

@@ -56,6 +56,8 @@ def advance(actor: Actor, table: Tensor, steps: int, naive: NaiveActor) -> Tenso
 @pytest.mark.parametrize("history", [20, 1000])
 @pytest.mark.parametrize("n", [1, 8])
 def test_step(compare, tiny, n_threads, n, history):
+    if n_threads > 1 and history > 100:
+        pytest.skip("as with a history of 20, but for what encodes it anew: see one thread")
     history = min(history, 24) if tiny else history
     size, config, model, z0 = make(tiny, n)
     observations = torch.randn(history, n, OBS_DIM)
@@ -68,8 +70,6 @@ def test_step(compare, tiny, n_threads, n, history):
                 providers[name, "float32"] = "not installed: make peers"
             elif tiny:
                 providers[name, "float32"] = "left out with toy sizes"
-            elif n_threads > 1 and history > 100:
-                providers[name, "float32"] = "left out: takes seconds a step, see one thread"
             elif library == "d3rlpy" and n > 1:
                 providers[name, "float32"] = "acts in one environment at a time"
             else:
@@ -110,19 +110,36 @@ def test_step(compare, tiny, n_threads, n, history):
         compare(case, providers, rarely)
 
 
+@torch.no_grad()
+def repeated(few: Actor, n: int) -> Actor:
+    """An actor in n environments that are those of another one over and over, each with what it has seen so far."""
+    rows = torch.arange(n) % len(few)
+    many = Actor(few.model, few.normalization, few.z0[rows], bf16=few.bf16)
+    for name, axis in (("ring_k", 1), ("ring_v", 1), ("steps", 0), ("last_action", 0)):
+        torch.index_select(getattr(few._state, name), axis, rows, out=getattr(many._state, name))
+    return many
+
+
 @pytest.mark.parametrize("n", [1, 16, 256, 4096])
-def test_environments(compare, tiny, n):
-    n = min(n, 5) if tiny else n
-    size, config, model, z0 = make(tiny, n)
-    observations = torch.randn(3, n, OBS_DIM)
+def test_environments(compare, tiny, n_threads, n):
+    """On rings that are full: 16 environments fill them, and more than that are the same ones repeated."""
+    if n_threads > 1 and n > 1000:
+        pytest.skip("takes seconds: on one thread alone")
+    n, few = (min(n, 5), min(n, 3)) if tiny else (n, min(n, 16))
+    size, config, model, z0 = make(tiny, few)
+    observations = torch.randn(config.model.window + 3, few, OBS_DIM)
+    *past, last = observations
+    last = last[torch.arange(n) % few]
     providers: Providers = {}
     expected = None
     for (name, dtype), actor in engines(model, z0).items():
         if isinstance(actor, str):
             providers[name, dtype] = actor
             continue
-        run = under("reference" if name == "reference" else "", lambda actor=actor: actor.act(observations[0]))
-        actions = torch.stack([under(name, lambda obs=obs, a=actor: a.act(obs))() for obs in observations])
+        filled = torch.stack([under(name, lambda obs=obs, a=actor: a.act(obs))() for obs in past])
+        actor = repeated(actor, n)
+        run = under("reference" if name == "reference" else "", lambda actor=actor: actor.act(last))
+        actions = torch.cat((filled.flatten(0, 1), run()))
         expected = actions if expected is None else expected
         assert row_error(actions, expected) < BOUNDS[dtype], f"{name} {dtype}"
         providers[name, dtype] = run
@@ -133,28 +150,34 @@ def test_environments(compare, tiny, n):
 
 
 @pytest.mark.parametrize("n", [8])
-def test_late(compare, tiny, n):
-    """Steps 100, 1,000 and 10,000 of an episode, by one actor each."""
+def test_late(compare, tiny, n_threads, n):
+    """Steps 100, 1,000 and 10,000 of an episode, by one actor each, which takes that very step again and again."""
+    if n_threads > 1:
+        pytest.skip("as on one thread")
     size, config, model, z0 = make(tiny, n)
     problem = engine_problem("decode_step")
     lengths = (4, 5, 6) if tiny else (100, 1000, 10_000)
     providers: Providers = {}
     table = torch.randn(64, n, OBS_DIM)
 
-    def step(actor: Actor) -> Callable[[], object]:
-        return lambda: actor.act(table[0])
-
-    reference = Actor(model, units(torch.float32), z0, bf16=False)
-    providers["reference", "float32"] = under("reference", step(reference))
-    for length in lengths:
-        name = f"cpp, step {length}"
-        if problem is not None:
-            providers[name, "float32"] = problem
-            continue
+    def nth_step(length: int) -> Callable[[], Tensor]:
         actor, naive = Actor(model, units(torch.float32), z0, bf16=False), NaiveActor(model, z0)
         obs = advance(actor, table, length - 1, naive)
-        assert row_error(actor.act(obs), naive.look(obs)) < BOUNDS["float32"], name
-        providers[name, "float32"] = step(actor)
+        assert row_error(actor.act(obs), naive.look(obs)) < BOUNDS["float32"], length
+
+        def step() -> Tensor:
+            # As many tokens as before, in the same slots. The oldest that it read is lost, which takes no other time.
+            actor._state.steps.fill_(length - 1)
+            return actor.act(obs)
+
+        step()
+        assert step().isfinite().all()
+        assert actor._state.steps.tolist() == [length] * n
+        return step
+
+    providers["reference", "float32"] = under("reference", under("reference", lambda: nth_step(lengths[0]))())
+    for length in lengths:
+        providers[f"cpp, step {length}", "float32"] = problem or nth_step(length)
     flops, n_bytes = cost(config, n)
     shape = f"{size} C={config.model.tokens_per_step} N={n}"
     compare(Case("acting", "late", shape, flops, n_bytes, n, "environment steps"), providers)

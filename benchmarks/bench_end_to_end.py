@@ -55,14 +55,20 @@ def config_of(tiny: bool, dtype: str, **groups: dict[str, object]) -> Config:
     return preset("tiny" if tiny else "gym").replace(train=train, **groups)
 
 
-@pytest.mark.parametrize("n_episodes", [1, 8, 64])
-def test_training(compare, tiny, n_episodes):
+@pytest.mark.parametrize("n_episodes", [1, 16, 64, 256])
+def test_training(compare, tiny, n_threads, n_episodes):
     """An update with all that goes on around it: drawing, packing, the chains, the optimiser's rates."""
+    if n_threads > 1 and n_episodes > 16:
+        pytest.skip("takes seconds: on one thread alone")
     length, n_episodes = (10, min(n_episodes, 3)) if tiny else (100, n_episodes)
     data = trajectories("Hopper-v5", max(8, 2 * n_episodes), length)
     providers: Providers = {}
     losses: dict[str, float] = {}
     for (name, dtype), problem in backends().items():
+        if name == "reference" and n_episodes > 16:
+            problem = "left out: takes seconds, see B=16"
+        elif dtype == "float32" and n_episodes > 64 and engine_problem("window_attention", "bfloat16") is None:
+            problem = "left out: takes seconds, see B=64"
         if problem is not None:
             providers[name, dtype] = problem
             continue
@@ -74,7 +80,8 @@ def test_training(compare, tiny, n_episodes):
         losses[dtype if name == "cpp" else "reference"] = float(values["action_error"])
         providers[name, dtype] = run
     for dtype in losses.keys() & BOUNDS.keys():
-        assert losses[dtype] == pytest.approx(losses["reference"], rel=BOUNDS[dtype][0]), dtype
+        expected = losses.get("reference", losses.get("float32", losses[dtype]))
+        assert losses[dtype] == pytest.approx(expected, rel=BOUNDS[dtype][0]), dtype
     config = config_of(tiny, "float32")
     flops, n_bytes = update_cost(config, n_episodes * length)
     size = "tiny" if tiny else "gym"
@@ -105,7 +112,8 @@ def test_evaluation(compare, tiny, n_threads):
         first = action if first is None else first
         assert row_error(action, first) < ACTION_BOUND[dtype], f"{name} {dtype}"
         providers[name, dtype] = under(backend, lambda p=policy: evaluate(p, vector, n))
-    assert providers["reference", "float32"]().lengths.tolist() == [length] * n
+    quickest = [run for run in providers.values() if not isinstance(run, str)][-1]
+    assert quickest().lengths.tolist() == [length] * n
     shape = f"{'tiny' if tiny else 'gym'} {ENV} {n} episodes T={length}"
     compare(Case("end_to_end", "evaluation", shape, items=length * n, unit="environment steps"), providers)
 
@@ -139,7 +147,7 @@ def test_online(compare, tiny, n_threads, tmp_path):
     steps = length * n * (1 + n_rounds + 1)
     shape = f"gym {ENV} N={n} T={length} {n_updates} updates a round"
     case = Case("end_to_end", "online loop", shape, items=steps, unit="environment steps")
-    compare(case, providers, list(providers))
+    compare(case, providers, once=True)
 
 
 def test_commands(compare, tiny, n_threads, tmp_path):
@@ -159,25 +167,16 @@ def test_commands(compare, tiny, n_threads, tmp_path):
             f[name] = value
     command = [sys.executable, "-m", "gac_fast", "train", "--data", str(file), "--preset", "gym", "--overwrite"]
     # One episode to plan from at the end, not 64, whose chains would take most of so short a run to settle.
-    command += [
-        "--plan.n-best",
-        "1",
-        "--train.held-out",
-        "0",
-        "--train.n-updates",
-        str(n_updates),
-        "--train.batch-size",
-        "4",
-        "--no-tensorboard",
-        "--run-dir",
-    ]
+    n_best = 1
+    command += ["--plan.n-best", str(n_best), "--train.held-out", "0", "--train.n-updates", str(n_updates)]
+    command += ["--train.batch-size", "4", "--no-tensorboard", "--run-dir"]
     providers: Providers = {}
     for (name, dtype), problem in backends().items():
         variables = {"GAC_FAST_BACKEND": "reference"} if name == "reference" else {}
         bf16 = ["--train.bf16", "on" if dtype == "bfloat16" else "off"]
         process = Process([*command, str(tmp_path / f"{name}-{dtype}"), *bf16], **variables)
         providers[name, dtype] = problem or process
-    shape = f"gym hopper B=4 T={length} {n_updates} updates"
+    shape = f"gym hopper B=4 T={length} {n_updates} updates n-best {n_best}"
     steps = n_updates * 4 * length
     case = Case("end_to_end", "gac-fast train, whole process", shape, items=steps, unit="time steps")
     compare(case, providers, list(providers))
@@ -193,4 +192,4 @@ def test_import(compare, tiny, n_threads):
         "import gac_fast, train, load": "from gac_fast import train, load",
     }
     providers = {(name, "none"): Process([sys.executable, "-c", code]) for name, code in statements.items()}
-    compare(Case("end_to_end", "import, whole process", "all"), providers, list(providers))
+    compare(Case("end_to_end", "import, whole process", "all"), providers)

@@ -1,13 +1,14 @@
 """Speed of stepping 64 Hopper-v5 environments, and of the whole loop with a policy in it.
 
 Bare stepping is ``mujoco.batch`` with the same controls, the same simulation steps and nothing else, from the states
-that the vector environment went through. Without EnvPool installed its row is missing, and the summary says so.
+that the vector environment went through. Without EnvPool its row says so.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -21,12 +22,16 @@ from gac_fast import ops
 from gac_fast.act import Actor
 from gac_fast.config import preset
 from gac_fast.envs import close_vector, make_halves, make_vector
+from gac_fast.envs.envpool import EnvPoolVectorEnv
 from gac_fast.errors import EnvError
 from gac_fast.model import GAC
 from gac_fast.rollout import rollout
 
 ENV = "Hopper-v5"
 N_RECORDED = 100
+# Threads sleep while others have their turn, and may wake on one core, from which the system spreads them later: on two
+# threads EnvPool took 3 ms a step for the first 40 ms and 1.9 ms from then on.
+WARM_SECONDS = 0.05
 
 
 def recorded(env: VectorEnv, actions: np.ndarray) -> list[np.ndarray]:
@@ -38,33 +43,36 @@ def recorded(env: VectorEnv, actions: np.ndarray) -> list[np.ndarray]:
     return states
 
 
-def bare_stepper(n: int, n_threads: int, states: list[np.ndarray], actions: np.ndarray) -> Callable[[], None]:
+class BareStepper:
     """The next recorded state, controls, simulation steps; again and again."""
-    env = make_vector(ENV, n, n_threads=n_threads)
-    batch, frame_skip = env._batch, env.task.frame_skip
-    control = batch.bind("ctrl")
-    turn = 0
 
-    def step() -> None:
-        nonlocal turn
-        i = turn % len(states)
-        batch.state[:] = states[i]
-        control[:] = actions[i]
-        batch.step(nstep=frame_skip)
-        turn += 1
+    warm_seconds = WARM_SECONDS
 
-    return step
+    def __init__(self, n: int, n_threads: int, states: list[np.ndarray], actions: np.ndarray) -> None:
+        env = make_vector(ENV, n, n_threads=n_threads)
+        self._batch, self._frame_skip = env._batch, env.task.frame_skip
+        self._control = self._batch.bind("ctrl")
+        self._states, self._actions, self._turn = states, actions, 0
+
+    def __call__(self) -> None:
+        i = self._turn % len(self._states)
+        self._batch.state[:] = self._states[i]
+        self._control[:] = self._actions[i]
+        self._batch.step(nstep=self._frame_skip)
+        self._turn += 1
 
 
-def stepper(env: VectorEnv, actions: np.ndarray) -> Callable[[], None]:
-    turn = 0
+class Stepper:
+    """The next actions, again and again."""
 
-    def step() -> None:
-        nonlocal turn
-        env.step(actions[turn % len(actions)])
-        turn += 1
+    def __init__(self, env: VectorEnv, actions: np.ndarray, has_threads: bool) -> None:
+        self._env, self._actions, self._turn = env, actions, 0
+        self.warm_seconds = WARM_SECONDS if has_threads else 0.0
+        self.note = f"EnvPool {version('envpool')}" if isinstance(env, EnvPoolVectorEnv) else ""
 
-    return step
+    def __call__(self) -> None:
+        self._env.step(self._actions[self._turn % len(self._actions)])
+        self._turn += 1
 
 
 def test_step(compare, tiny, n_threads):
@@ -90,12 +98,13 @@ def test_step(compare, tiny, n_threads):
         try:
             others["envpool"] = make("envpool", num_threads=n_threads)
         except EnvError as error:
-            others["envpool"] = f"not installed ({error.__cause__})"
+            others["envpool"] = f"not installed: pip install gac_fast[envpool] ({error.__cause__})"
         providers: dict[tuple[str, str], Callable[[], object] | str] = {
-            (name, "float64"): env if isinstance(env, str) else stepper(env, actions) for name, env in others.items()
+            (name, "float64"): env if isinstance(env, str) else Stepper(env, actions, isinstance(env, EnvPoolVectorEnv))
+            for name, env in others.items()
         }
-        providers["mujoco.batch", "float64"] = bare_stepper(n, n_threads, states, actions)
-        providers["VectorEnv", "float64"] = stepper(ours, actions)
+        providers["mujoco.batch", "float64"] = BareStepper(n, n_threads, states, actions)
+        providers["VectorEnv", "float64"] = Stepper(ours, actions, True)
         for env in [ours, *others.values()]:
             if not isinstance(env, str):
                 env.reset(seed=0)
@@ -106,6 +115,8 @@ def test_step(compare, tiny, n_threads):
 @pytest.mark.parametrize("context", ["states_actions", "states"])
 def test_loop(compare, tiny, n_threads, context):
     """Episodes of equal length, so that all rows count to the end; the actor is made beforehand, as for long ones."""
+    if context == "states" and n_threads == 1 and not tiny:
+        pytest.skip("on one thread with C=2 alone")
     n, n_steps = (4, 3) if tiny else (64, 150)
     size = "tiny" if tiny else "gym"
     config = preset(size).replace(model={"context": context})
@@ -131,7 +142,7 @@ def test_loop(compare, tiny, n_threads, context):
         np.ascontiguousarray(np.stack([episode[t] for episode in expected.observations])) for t in range(n_steps)
     ]
     actions = np.stack([np.stack([episode[t] for episode in expected.actions]) for t in range(n_steps)])
-    bare = bare_stepper(n, n_threads, states, actions)
+    bare = BareStepper(n, n_threads, states, actions)
 
     def step_all() -> None:
         for _ in range(n_steps):

@@ -2,16 +2,18 @@
 
 The peer is this project's own update in eager PyTorch, whose attention is banded. ``naive`` is what published code
 does: a mask over all pairs of tokens of padded trajectories, and Langevin steps through the whole decoder. The second
-batch has trajectories of uneven lengths, where padding shows.
+batch has trajectories of uneven lengths, where padding shows. ``lengths`` holds updates on as many time steps against
+each other, in short trajectories or in one long one: they must cost the same.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import pytest
 import torch
-from harness import Case, engine_problem, under
+from harness import NEEDS_CUDA, Case, compiled, engine_problem, instead, under
 from naive import NaiveTrainer
 from torch import Tensor
 
@@ -19,7 +21,7 @@ from gac_fast import ops
 from gac_fast.config import Config, preset
 from gac_fast.model import GAC, Batch
 from gac_fast.posterior import PosteriorState
-from gac_fast.train.update import make_optimizer, update
+from gac_fast.train.update import Parts, make_optimizer, parts_of, update
 
 OBS_DIM, ACT_DIM = 11, 3  # hopper
 # Of the losses (relative), the chains (rms) and each parameter's gradient (norm of the difference over the norm).
@@ -75,19 +77,24 @@ def cost(config: Config, n_steps: int) -> tuple[float, float]:
     return tokens * (3 * layers + 2 * passes * (layers - attend)), 16.0 * tokens * m.dim * m.n_layers * (passes + 1)
 
 
-def assert_agrees(config: Config, lengths: list[int], dtype: str) -> None:
-    """One update by the engine, from the same state and with the same dropout, gives what the reference gives."""
-    found = []
-    for name, dtype_of_one in (("reference", "float32"), ("cpp", dtype)):
-        one = trainer(config, lengths, dtype_of_one)
-        ops.reset_dispatch_counts()
-        torch.manual_seed(1)
-        found.append((one, under(name if name == "reference" else "", one.step)()))
-        assert ("window_attention", name) in ops.dispatch_counts()
-        # The engine may leave to the reference what it has no engine for.
-        for op, backend in ops.dispatch_counts():
-            assert backend == name or (name == "cpp" and engine_problem(op)), (op, backend)
-    (a, losses), (b, other) = found
+def first_update(config: Config, lengths: list[int], name: str, dtype: str) -> tuple[Trainer, dict[str, Tensor]]:
+    """A trainer after one update by a backend, from the same state and with the same dropout, and the losses."""
+    one = trainer(config, lengths, dtype)
+    ops.reset_dispatch_counts()
+    torch.manual_seed(1)
+    losses = under(name if name == "reference" else "", one.step)()
+    assert ("window_attention", name) in ops.dispatch_counts()
+    # The engine may leave to the reference what it has no engine for.
+    for op, backend in ops.dispatch_counts():
+        assert backend == name or (name == "cpp" and engine_problem(op)), (op, backend)
+    return one, losses
+
+
+def assert_agrees(
+    dtype: str, expected: tuple[Trainer, dict[str, Tensor]], found: tuple[Trainer, dict[str, Tensor]]
+) -> None:
+    """The engine's first update gives what the reference's gives."""
+    (a, losses), (b, other) = expected, found
     loss_bound, chain_bound, gradient_bound = BOUNDS[dtype]
     for key in ("loss", "action_error", "return_error", "nll_per_step"):
         assert float(other[key]) == pytest.approx(float(losses[key]), rel=loss_bound), key
@@ -112,7 +119,7 @@ def naive(config: Config, lengths: list[int]) -> NaiveTrainer:
 
 @pytest.mark.parametrize("lengths", [[1000] * 4, [400, 200, 100, 100]], ids=["even", "uneven"])
 @pytest.mark.parametrize("context", ["states_actions", "states"])
-def test_update(compare, tiny, context, lengths):
+def test_update(compare, tiny, compilers, context, lengths):
     size = "tiny" if tiny else "gym"
     config = preset(size).replace(model={"context": context})
     even = lengths[0] == lengths[1]
@@ -120,20 +127,68 @@ def test_update(compare, tiny, context, lengths):
         pytest.skip("with C=2 alone")
     if tiny:
         lengths = [12, 12] if even else [12, 5]
-    providers = {("naive", "float32"): naive(config, lengths).step}
+    providers = {("naive", "float32"): naive(config, lengths).step, ("CUDA graphs", "float32"): NEEDS_CUDA}
     providers |= {
         ("reference", dtype): under("reference", trainer(config, lengths, dtype).step)
         for dtype in ("float32", "bfloat16")
     }
+    expected = first_update(config, lengths, "reference", "float32")
     for dtype in ("float32", "bfloat16"):
         problem = engine_problem("window_attention", dtype)
         if problem is None:
-            assert_agrees(config, lengths, dtype)
+            assert_agrees(dtype, expected, first_update(config, lengths, "cpp", dtype))
             providers["cpp", dtype] = under("", trainer(config, lengths, dtype).step)
         else:
             providers["cpp", dtype] = problem
+
+    def compile_parts(by: Callable[..., Any]) -> Callable[[], object]:
+        one = trainer(config, lengths, "float32")
+        parts = Parts(*map(by, parts_of(one.model, config)[:3]))
+        run = under("reference", lambda: update(*one, parts))
+        losses = run()
+        # Its dropout draws other masks, of which the chains and the actions know nothing.
+        for key in ("action_error", "nll_per_step"):
+            assert float(losses[key]) == pytest.approx(float(expected[1][key]), rel=BOUNDS["float32"][0]), key
+        return run
+
+    if context == "states" or not even:
+        compilers = instead(compilers, "left out: compiled with C=2 B=4 T=1000 alone")
+    elif not isinstance(compilers["torch.compile max-autotune"], str):
+        compilers = {**compilers, "torch.compile max-autotune": "left out: tunes for many minutes"}
+    providers = {**compiled(compilers, compile_parts), **providers}
     flops, n_bytes = cost(config, sum(lengths))
     shape = f"{size} C={config.model.tokens_per_step} B={len(lengths)} {'T=' if even else 'uneven T<='}{lengths[0]}"
     mode = f"{config.posterior.n_steps} posterior steps"
     case = Case("update", mode, shape, flops, n_bytes, sum(lengths), "time steps")
     compare(case, providers, [("naive", "float32")])
+
+
+def test_lengths(compare, tiny, n_threads):
+    """10,000 time steps in trajectories of 100, 1,000 and 10,000."""
+    if n_threads > 1:
+        pytest.skip("as on one thread")
+    size, n_steps, lengths = ("tiny", 24, (6, 12, 24)) if tiny else ("gym", 10_000, (100, 1000, 10_000))
+    config = preset(size)
+    p = config.posterior
+    providers: dict[tuple[str, str], Callable[[], object] | str] = {}
+    for dtype in ("float32", "bfloat16"):
+        for length in lengths:
+            who = f"cpp, T={length}", dtype
+            problem = engine_problem("window_attention", dtype)
+            if dtype == "float32" and engine_problem("window_attention", "bfloat16") is None:
+                problem = "left out: takes seconds, see bfloat16"
+            if problem is not None:
+                providers[who] = problem
+                continue
+            one = trainer(config, [length] * (n_steps // length), dtype)
+
+            def energy(one: Trainer = one) -> Tensor:
+                z0 = one.posterior.z0[: one.batch.n_trajectories]
+                with torch.no_grad():
+                    return one.model.energy(z0, one.batch, p.action_temperature, p.return_temperature)
+
+            torch.testing.assert_close(energy(), under("reference", energy)(), rtol=BOUNDS[dtype][0], atol=0)
+            providers[who] = under("", one.step)
+    flops, n_bytes = cost(config, n_steps)
+    shape = f"{size} C={config.model.tokens_per_step} {n_steps} time steps"
+    compare(Case("update", "lengths", shape, flops, n_bytes, n_steps, "time steps"), providers, list(providers))

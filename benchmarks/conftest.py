@@ -21,7 +21,7 @@ RECORDER = pytest.StashKey[Recorder]()
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("gac_fast benchmarks")
     group.addoption("--threads", help="thread counts to measure, for example 1,2 (default: those the machine has)")
-    group.addoption("--quick", action="store_true", help="half a second per case instead of four")
+    group.addoption("--quick", action="store_true", help="half a second per case instead of 0.8")
     group.addoption("--tiny", action="store_true", help="toy sizes, one round: shows that the cases run, no speed")
     group.addoption("--compile", action="store_true", help="torch.compile and FlexAttention too, on one thread")
     group.addoption("--guarded", action="store_true", help="only the cases that thresholds.toml names")
@@ -69,8 +69,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     if recorder.rows:
         terminalreporter.section("speed against the reference")
         terminalreporter.write_line(report.text(recorder.rows))
-    for reason in sorted({f"{op}, {' '.join(who)}: {reason}" for (op, who), reason in recorder.missing.items()}):
-        terminalreporter.write_line(f"not measured: {reason}")
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
@@ -108,13 +106,13 @@ def tiny(request: pytest.FixtureRequest) -> bool:
 
 @pytest.fixture
 def compare(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., None]:
-    """``compare(case, providers, rarely=())``: see :meth:`harness.Recorder.compare`."""
+    """``compare(case, providers, rarely=(), once=False)``: see :meth:`harness.Recorder.compare`."""
 
-    def run(case: Case, providers: Providers, rarely: Collection[Provider] = ()) -> None:
+    def run(case: Case, providers: Providers, rarely: Collection[Provider] = (), once: bool = False) -> None:
         recorder = request.config.stash[RECORDER]
         if recorder.only is not None and (case.op, case.mode, case.shape) not in recorder.only:
             pytest.skip("thresholds.toml does not name this case")
-        recorder.compare(benchmark, case, providers, rarely)
+        recorder.compare(benchmark, case, providers, rarely, once)
 
     return run
 

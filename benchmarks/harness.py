@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import ctypes
+import functools
 import gc
 import importlib
 import math
@@ -47,19 +48,24 @@ ALONE = "on one thread"
 
 MATMUL_SIZE = 1536  # 512 to 2048 differ by 3% in float32; two threads are slow on bfloat16 below 1536
 COPY_BYTES = 256 * 2**20  # far beyond L2
-MAX_FLOOR_ROUNDS = 5
+MAX_FLOOR_ROUNDS = 3
 MAX_RARE_ROUNDS = 3  # of providers that take many times as long as the others
 # After an operation of torch on several threads, OpenMP's go on spinning for about 16 ms, on the very core that the
 # next provider's second thread needs. No provider is measured beside the threads of the one before.
 SETTLE_SECONDS = 0.02
-MAX_STRETCH = 8  # of the seconds per case, for the sake of the least number of rounds
+KNOWN_SECONDS = 0.2  # a first call that takes so long is not made again to learn how long it takes
+MAX_STRETCH = 16  # of the seconds per case, for the sake of the least number of rounds
 
 Provider = tuple[str, str]
 """Who computes and in which dtype: ``("cpp", "bfloat16")``."""
 
 Providers = Mapping[Provider, Callable[[], object] | str]
 """Calls that do the whole work of a case and nothing else, or why there is none. A call with a method ``seconds`` that
-does the same and says how long it took is timed by that: it runs in another process."""
+does the same and says how long it took is timed by that: it runs in another process. One with a number ``warm_seconds``
+is repeated unmeasured for so long, where others would be for less."""
+
+Times = Mapping[int, float]
+"""Seconds by round, of those rounds in which it was measured."""
 
 
 class Settings(NamedTuple):
@@ -70,7 +76,7 @@ class Settings(NamedTuple):
     max_rounds: int
 
 
-NORMAL = Settings(seconds=1.2, min_rounds=3, max_rounds=200)
+NORMAL = Settings(seconds=0.8, min_rounds=3, max_rounds=200)
 QUICK = Settings(seconds=0.5, min_rounds=3, max_rounds=50)
 TINY = Settings(seconds=0.0, min_rounds=1, max_rounds=1)
 
@@ -112,7 +118,7 @@ def alternate(
     threads: Mapping[Any, int] | None = None,
     rarely: Collection[Any] = (),
     known: Mapping[Any, float] | None = None,
-) -> tuple[dict[Any, list[float]], int]:
+) -> tuple[dict[Any, dict[int, float]], int]:
     """Time all of ``runs`` in turn, round after round, so that a change of the machine's mood meets all alike.
 
     Args:
@@ -122,39 +128,43 @@ def alternate(
         pedantic: ``benchmark.pedantic``.
         sometimes: timed in at most ``MAX_FLOOR_ROUNDS`` of the rounds.
         threads: numbers of threads of those that run on others than torch's present number.
-        rarely: those of ``runs`` that are timed in at most ``MAX_RARE_ROUNDS`` of the rounds, or once and before them
-            where a call takes long, and do not count in how many there are.
-        known: seconds that one call of some of these took, where it was timed before.
+        rarely: those of ``runs`` that are timed in at most ``MAX_RARE_ROUNDS`` of the rounds, and do not count in how
+            many there are. Where a call takes long it is timed once, before the first round, and counted to it.
+        known: of some of those, the seconds of the one call that they are to have.
 
     Returns:
-        seconds per round, and the number of rounds.
+        seconds by round, and the number of rounds.
     """
     sometimes, threads, known = sometimes or {}, threads or {}, known or {}
     present = torch.get_num_threads()
     estimate = {}
-    for name, run in {**runs, **sometimes}.items():
+    # One that is timed no more than once comes after those that have taken memory from the system.
+    for name, run in sorted({**runs, **sometimes}.items(), key=lambda item: item[0] in rarely):
         torch.set_num_threads(threads.get(name, present))
-        if name not in rarely:
-            run()
         estimate[name] = known[name] if name in known else _timed(run)
+        if name in runs and name not in rarely and estimate[name] < KNOWN_SECONDS:
+            estimate[name] = _timed(run)
     torch.set_num_threads(present)
     # Runs in between leave the caches cold: short calls are repeated unmeasured before the measured one.
     n_warm = {name: min(20, max(3, math.ceil(1e-3 / t))) if t < 2e-2 else 0 for name, t in estimate.items()}
     settles = torch.get_num_threads() > 1 and settings.seconds > 0
     if settles:
         n_warm = {name: max(n, math.ceil(SETTLE_SECONDS / estimate[name])) if n else 0 for name, n in n_warm.items()}
+    if settings.seconds > 0:
+        for name, run in runs.items():
+            n_warm[name] = max(n_warm[name], math.ceil(getattr(run, "warm_seconds", 0.0) / estimate[name]))
     counted = [name for name in runs if name not in rarely] or list(runs)
     per_round = sum(estimate[name] * (1 + n_warm[name]) for name in counted)
     rounds = max(settings.min_rounds, min(settings.max_rounds, int(settings.seconds / per_round)))
     # A busy machine can stretch a round a hundredfold, most of all on two threads.
     rounds = min(rounds, max(1, int(MAX_STRETCH * settings.seconds / per_round)))
-    stride = dict.fromkeys(sometimes, every(rounds, MAX_FLOOR_ROUNDS))
-    times: dict[Any, list[float]] = {name: [] for name in estimate}
+    stride = dict.fromkeys(sometimes, math.ceil(rounds / MAX_FLOOR_ROUNDS))
+    times: dict[Any, dict[int, float]] = {name: {} for name in estimate}
     for name in rarely:
         affordable = int(2 * settings.seconds / estimate[name])
-        stride[name] = every(rounds, max(1, min(MAX_RARE_ROUNDS, affordable)))
-        if affordable == 0 and settings.seconds > 0:
-            times[name] = [estimate[name]]
+        stride[name] = math.ceil(rounds / max(1, min(MAX_RARE_ROUNDS, affordable)))
+        if name in known or (affordable == 0 and settings.seconds > 0):
+            times[name] = {0: estimate[name]}
     done_before = [name for name in rarely if times[name]]
     done = 0
 
@@ -168,7 +178,7 @@ def alternate(
                 time.sleep(SETTLE_SECONDS)
             for _ in range(n_warm[name]):
                 run()
-            times[name].append(_timed(run))
+            times[name][done] = _timed(run)
         torch.set_num_threads(present)
         done += 1
 
@@ -178,16 +188,9 @@ def alternate(
     return times, rounds
 
 
-def every(rounds: int, limit: int) -> int:
-    """In each of how many rounds something is measured that is to be measured in ``limit`` at most."""
-    return math.ceil(rounds / limit)
-
-
-def pairs(a: Sequence[float], b: Sequence[float], rounds: int) -> list[tuple[float, float]]:
-    """Of two that may have been measured in some of the rounds alone: their times in the rounds in which both were."""
-    a_every, b_every = (every(rounds, len(x)) for x in (a, b))
-    a_at, b_at = (dict(zip(range(0, rounds, n), x, strict=False)) for n, x in ((a_every, a), (b_every, b)))
-    return [(a_at[i], b_at[i]) for i in a_at if i in b_at]
+def pairs(a: Times, b: Times) -> list[tuple[float, float]]:
+    """Times of two in the rounds in which both were measured."""
+    return [(a[i], b[i]) for i in a if i in b]
 
 
 def _timed(run: Callable[[], object]) -> float:
@@ -316,7 +319,8 @@ class Peer:
 
     def _ask(self, what: str) -> float | None:
         assert self._process.stdin is not None
-        print(what, file=self._process.stdin, flush=True)
+        with contextlib.suppress(BrokenPipeError):
+            print(what, file=self._process.stdin, flush=True)
         answer = self._answer()
         return float(answer) if answer else None
 
@@ -347,6 +351,15 @@ COMPILE_MODES: dict[str, str | dict[str, str]] = {
 
 Compilers = Mapping[str, str | dict[str, str]]
 """By provider, the arguments of ``torch.compile``, or why it is left out."""
+
+
+def instead(compilers: Compilers, reason: str) -> Compilers:
+    """None of them, for that reason."""
+    return dict.fromkeys(compilers, reason)
+
+
+NEEDS_CUDA = "needs CUDA: make gpu"
+"""The reason of a peer that the benchmarks of the GPU measure."""
 
 
 class Compiled:
@@ -384,6 +397,7 @@ def compiled(
     return providers
 
 
+@functools.cache  # its half a gigabyte takes longer to make than to measure
 def floor_runs(tiny: bool = False) -> dict[Any, Callable[[], object]]:
     """What the machine does at best: large products by dtype and a large copy, on torch's threads."""
     n = 64 if tiny else MATMUL_SIZE
@@ -411,20 +425,20 @@ class Floors:
     """By dtype, what a large product gains over one thread; empty where it was not run there too."""
 
     @classmethod
-    def of(cls, times: Mapping[Any, Sequence[float]], tiny: bool = False) -> Floors:
+    def of(cls, times: Mapping[Any, Times], tiny: bool = False) -> Floors:
         n = 64 if tiny else MATMUL_SIZE
         flops = {
-            dtype: 2 * n**3 / statistics.median(times["matmul", dtype])
+            dtype: 2 * n**3 / statistics.median(times["matmul", dtype].values())
             for dtype in ("float32", "bfloat16")
             if times["matmul", dtype]
         }
         gain = {
-            dtype: statistics.median(a / t for a, t in zip(alone, times["matmul", dtype], strict=True))
+            dtype: statistics.median(a / t for a, t in pairs(alone, times["matmul", dtype]))
             for dtype in ("float32", "bfloat16")
             if (alone := times.get(("matmul", dtype, ALONE)))
         }
         size = 2**16 if tiny else COPY_BYTES
-        return cls(flops, 2 * size / statistics.median(times["copy", "float32"]), gain)
+        return cls(flops, 2 * size / statistics.median(times["copy", "float32"].values()), gain)
 
 
 def quantile(times: Sequence[float], q: float) -> float:
@@ -534,27 +548,25 @@ def append_rows(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence
 def row(
     case: Case,
     provider: Provider,
-    times: Sequence[float],
-    reference: Sequence[float],
+    times: Times,
+    reference: Times,
     floors: Floors | None,
-    alone: Sequence[float] = (),
+    alone: Times | None = None,
     peak: float | None = None,
 ) -> dict[str, Any]:
     """What was measured of one provider, as columns of the CSV.
 
     Args:
-        times: seconds per round.
-        reference: those of the reference in the same rounds; empty where it did not run.
-        alone: its own on one thread in the same rounds; empty where it ran on no more anyway.
+        times: its own.
+        reference: those of the reference; empty where it did not run.
+        alone: its own on one thread; None where it ran on no more anyway.
         peak: MiB of :func:`peak_mib`.
     """
     name, dtype = provider
-    p20, p50, p80 = (quantile(times, q) for q in (0.2, 0.5, 0.8))
+    p20, p50, p80 = (quantile(list(times.values()), q) for q in (0.2, 0.5, 0.8))
     n_bytes = case.bytes_of(dtype)
-    both = pairs(reference, times, max(len(reference), len(times))) if reference else []
+    both, gains = pairs(reference, times), pairs(alone or {}, times)
     speedup = statistics.median(r / t for r, t in both) if both else ""
-    # A provider that is slow runs in some of the rounds.
-    gains = pairs(alone, times, max(len(alone), len(times))) if alone else []
     gain = statistics.median(a / t for a, t in gains) if gains else ""
     return {
         "op": case.op, "provider": name, "mode": case.mode, "shape": case.shape, "dtype": dtype,
@@ -575,7 +587,7 @@ def missing_row(case: Case, provider: Provider, reason: str) -> dict[str, Any]:
     """A row that says why there is none."""
     told = {"op": case.op, "provider": provider[0], "mode": case.mode, "shape": case.shape, "dtype": provider[1]}
     told |= {"threads": torch.get_num_threads(), "rounds": 0, "isa": isa(), "note": reason}
-    return {**dict.fromkeys(row(case, provider, [1.0], [], None), ""), **told}
+    return {**dict.fromkeys(row(case, provider, {0: 1.0}, {}, None), ""), **told}
 
 
 def _short(value: float | str) -> float | str:
@@ -592,8 +604,6 @@ class Recorder:
     only: Collection[tuple[str, str, str]] | None = None
     """Op, mode and shape of the cases to measure; None: all."""
     rows: list[dict[str, Any]] = field(default_factory=list)
-    missing: dict[tuple[str, Provider], str] = field(default_factory=dict)
-    """Why a provider of an op was not measured."""
     _machine: dict[str, Any] = field(default_factory=dict)
 
     def add(self, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -603,49 +613,54 @@ class Recorder:
             append_rows(self.path, whole)
         self.rows += whole
 
-    def compare(self, benchmark: Any, case: Case, providers: Providers, rarely: Collection[Provider] = ()) -> None:
+    def compare(
+        self,
+        benchmark: Any,
+        case: Case,
+        providers: Providers,
+        rarely: Collection[Provider] = (),
+        once: bool = False,
+    ) -> None:
         """Time the providers of a case in turn; the last one that runs is the one in pytest-benchmark's own record.
 
         Args:
             benchmark: the fixture of pytest-benchmark.
             providers: of which all results have been asserted before.
             rarely: those of them that take so long that few rounds have to do.
+            once: all of them take so long that one call has to do, in which memory is looked at too. Getting it from
+                the system is in its time: not for calls that do little else.
         """
         if torch.get_num_threads() > 1 and len(rarely) < len(providers):
             able = [provider for provider in rarely if not isinstance(providers.get(provider, ""), str)]
             providers = {**providers, **dict.fromkeys(able, "left out: takes long, see one thread")}
         runs = {provider: run for provider, run in providers.items() if not isinstance(run, str)}
         missing = {provider: reason for provider, reason in providers.items() if isinstance(reason, str)}
-        self.missing |= {(case.op, provider): reason for provider, reason in missing.items()}
         rarely = [provider for provider in rarely if provider in runs]
         notes = {provider: getattr(run, "note", "") for provider, run in runs.items()}
         # Of what runs in another process pytest-benchmark would see the way there too.
         here = [name for name in runs if name not in rarely and not hasattr(runs[name], "seconds")]
         main = (here or list(runs))[-1]
         benchmark.group = f"{case.op}: {case.mode}, {case.shape}"
-        floor = floor_runs(self.tiny)
+        floor = dict(floor_runs(self.tiny))
         alone: dict[Any, Callable[[], object]] = {}
         if torch.get_num_threads() > 1:
             # A processor changes its speed within a minute, and its neighbours their ways: a gain is of neighbours in
             # time.
             alone = {(*provider, ALONE): run for provider, run in runs.items() if provider[0] == "cpp"}
             floor |= {(*name, ALONE): run for name, run in floor.items() if name[0] == "matmul"}
-        # A whole process tells its peak whenever it ran.
-        whole = [provider for provider, run in runs.items() if isinstance(run, Process)]
         peaks: dict[Provider, float | None] = {}
         known: dict[Provider, float] = {}
-        for provider, run in runs.items():
-            if self.tiny or provider in whole:
-                continue
+        if once and not self.tiny:
+            rarely = list(runs)
+            for provider, run in runs.items():
 
-            def timed(provider: Provider = provider, run: Callable[[], object] = run) -> None:
-                known[provider] = _timed(run)
+                def timed(provider: Provider = provider, run: Callable[[], object] = run) -> None:
+                    known[provider] = _timed(run)
 
-            peaks[provider] = peak_mib(timed if provider in rarely and not hasattr(run, "seconds") else run)
-        known = {provider: seconds for provider, seconds in known.items() if seconds > 2 * self.settings.seconds}
+                peaks[provider] = peak_mib(timed)
         settings = self.settings
-        if torch.get_num_threads() > 1:
-            # Every provider of the engine runs twice there.
+        if alone:
+            # Every provider of the engine runs twice.
             settings = settings._replace(seconds=settings.seconds / 2, min_rounds=max(1, settings.min_rounds - 2))
         times, rounds = alternate(
             {**runs, **alone},
@@ -660,12 +675,14 @@ class Recorder:
         if benchmark.stats is None:  # --benchmark-disable
             return
         assert all(len(times[provider]) == rounds for provider in runs if provider not in rarely)
-        peaks |= {provider: peak_mib(runs[provider]) for provider in whole if not self.tiny}
+        # Memory is handed back for it, and would be taken anew while the next one is timed.
+        if not self.tiny and not once:
+            peaks = {provider: peak_mib(run) for provider, run in runs.items()}
         floors = Floors.of(times, self.tiny)
-        reference = times.get(REFERENCE, [])
+        reference = times.get(REFERENCE, {})
         rows = []
         for provider in runs:
-            found = times[provider], reference, floors, times.get((*provider, ALONE), ()), peaks.get(provider)
+            found = times[provider], reference, floors, times.get((*provider, ALONE)), peaks.get(provider)
             rows.append(row(case, provider, *found) | {"note": notes[provider]})
         rows += [missing_row(case, provider, reason) for provider, reason in missing.items()]
         benchmark.extra_info.update(
@@ -682,4 +699,4 @@ class Recorder:
         given = {name: info[name] for name in ("flops", "bytes", "items", "unit") if name in info}
         case = Case(info["op"], info["mode"], info["shape"], **given)
         found = (info.get("provider", provider), info.get("dtype", "float32"))
-        self.add([row(case, found, benchmark.stats.stats.data, [], None)])
+        self.add([row(case, found, dict(enumerate(benchmark.stats.stats.data)), {}, None)])

@@ -189,24 +189,35 @@ class NaiveTrainer:
             0.5 * z0.square().sum((1, 2)) + actions / (2 * p.action_temperature) + returns / (2 * p.return_temperature)
         )
 
-    def step(self) -> dict[str, Tensor]:
-        """Langevin steps, then one of the parameters."""
-        p, model = self.config.posterior, self.model
-        scale = math.sqrt(self.z0[0].numel())
+    def move_chains(self, noise: Callable[[Tensor], Tensor] = torch.randn_like) -> None:
+        """Langevin steps, each through the whole decoder.
+
+        Args:
+            noise: standard normals like a tensor.
+        """
+        p, scale = self.config.posterior, math.sqrt(self.z0[0].numel())
         for _ in range(p.n_steps):
             z0 = self.z0.requires_grad_()
             (grad,) = torch.autograd.grad(self.energy(z0).sum(), z0)
             norm = grad.flatten(1).norm(dim=1)[:, None, None].clamp_min(1e-12)
             s = (2 * p.max_drift_ratio * scale / norm).clamp(max=p.step_size)
-            self.z0 = z0.detach() - 0.5 * s.square() * grad + s * torch.randn_like(grad)
-        z = model.prior(self.z0)
-        action_error = self.errors(z).sum((0, 1)) / self.real.sum()
-        means, _ = model.predict_return(z, self.observations[:, 0], dropout=True)
+            self.z0 = z0.detach() - 0.5 * s.square() * grad + s * noise(grad)
+
+    def losses(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What moves the parameters, and of it the errors of actions and returns; all []."""
+        z = self.model.prior(self.z0)
+        action_error = (self.errors(z).sum((0, 1)) / self.real.sum()).mean()
+        means, _ = self.model.predict_return(z, self.observations[:, 0], dropout=True)
         seen = self.seen / (self.seen.sum() * len(means))
         return_error = ((self.returns - means).square() * seen).sum()
-        loss = action_error.mean() + self.config.train.return_weight * return_error
+        return action_error + self.config.train.return_weight * return_error, action_error, return_error
+
+    def step(self) -> dict[str, Tensor]:
+        """Langevin steps, then one of the parameters."""
+        self.move_chains()
+        loss, action_error, return_error = self.losses()
         self.optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), self.config.train.grad_clip)
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.config.train.grad_clip)
         self.optimizer.step()
-        return {"action_error": action_error.mean().detach(), "return_error": return_error.detach()}
+        return {"action_error": action_error.detach(), "return_error": return_error.detach()}

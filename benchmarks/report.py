@@ -30,7 +30,7 @@ THREAD_BAR = 0.9  # of the gain that a large matrix product has
 
 
 class Bar(NamedTuple):
-    """A ratio of times in one run, on one thread: that of ``against`` (in float32) over that of ``provider``."""
+    """A ratio of times in one run, on one thread: that of ``against`` over that of ``provider``, see :func:`ratio`."""
 
     op: str
     mode: str
@@ -109,8 +109,11 @@ def was_measured(row: Row) -> bool:
 
 
 def ratio(rows: Sequence[Row], row: Row, against: str = "reference") -> float | None:
-    """Median time of ``against`` in float32 over that of ``row``, in the same run; None where one did not run."""
-    base = _find(rows, case_of(row), against, "float32")
+    """Median time of ``against`` over that of ``row``, in the same run; None where one did not run.
+
+    Peers count in float32, the engine doing other work of as much in the dtype of ``row``.
+    """
+    base = _find(rows, case_of(row), against, row["dtype"] if against.startswith("cpp") else "float32")
     if base is None or not (was_measured(base) and was_measured(row)):
         return None
     return float(base["p50_us"]) / float(row["p50_us"])
@@ -168,16 +171,21 @@ def text(rows: Sequence[Row]) -> str:
         "work", "provider", "p50", "p20 .. p80", "ratio", "by round", "best peer", "of the roof", "peak MiB",
         "per second", "thread gain",
     )  # fmt: skip
-    lines = [header]
+    lines, blank = [header], [""] * (len(header) - 3)
     before = None
-    for row in sorted(rows, key=_order):
+    for row in sorted(rows, key=lambda row: (_order(row), not was_measured(row))):
         case = case_of(row)
         work = f"{case[0]}, {case[1]}, {case[2]}, {_threads(case[3])}"
         who = (work if case != before else "", f"{row['provider']} {row['dtype']}")
-        before = case
         if not was_measured(row):
-            lines.append((*who, row["note"], *[""] * (len(header) - 3)))
+            # Several that have the same reason share a line.
+            if case == before and lines[-1][2:] == (row["note"], *blank):
+                who = (lines[-1][0], f"{lines[-1][1]}, {who[1]}")
+                lines.pop()
+            lines.append((*who, row["note"], *blank))
+            before = case
             continue
+        before = case
         bound = roof(row)
         lines.append(
             (
@@ -193,8 +201,8 @@ def text(rows: Sequence[Row]) -> str:
                 _number(thread_gain(rows, row)),
             )
         )
-    # A reason may be long, and stands alone in its line.
-    widths = [max(len(line[i]) for line in lines if line[-1] or line[3]) for i in range(len(header))]
+    # A line of who was not measured may be long, and ends with the reason.
+    widths = [max(len(line[i]) for line in lines if line[3] or i == 0) for i in range(len(header))]
     table = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     verdicts = [*_verdicts(rows), *_thread_verdicts(rows), *_runner_verdicts(rows)]
     return "\n".join([*table, "", *verdicts, *_notes(rows)])

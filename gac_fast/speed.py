@@ -89,7 +89,8 @@ def speed_tables(path: Path, brief: bool = False) -> str:
     rows = _latest(_read(path))
     goals = _goals(path.parent.parent / "thresholds.toml")
     whole = [] if brief else _whole(rows)
-    return "\n".join([*_headlines(rows, goals), *_losses(rows), *_histories(rows), *whole, *_made(rows)])
+    tables = [_headlines(rows, goals), _losses(rows), _histories(rows), whole, _missing(rows), _made(rows)]
+    return "\n".join(line for table in tables for line in table)
 
 
 def _read(path: Path) -> list[Row]:
@@ -254,6 +255,25 @@ def _whole(rows: dict[Key, list[Row]]) -> Iterable[str]:
     if table:
         yield from ("", "From end to end, and acting in many environments or late in an episode:", "")
         yield from _table(["work", "by", "time of a call", "rate", "peak MiB"], table)
+
+
+def _missing(rows: dict[Key, list[Row]]) -> Iterable[str]:
+    """Who was not measured, why, and where; those who share reason and places in one line."""
+    where: dict[tuple[str, str], dict[str, list[str]]] = {}
+    for key in sorted(rows, key=_order):
+        op, mode, shape, threads = key
+        case = f"{mode}, {shape}, {threads} thread{'s' * (threads > 1)}"
+        for row in rows[key]:
+            if not row["p50_us"]:
+                of_op = where.setdefault((f"{row['provider']}, {row['dtype']}", row["note"]), {})
+                of_op.setdefault(op, []).append(case)
+    who: dict[tuple[str, str], list[str]] = {}
+    for (provider, reason), of_op in where.items():
+        cases = [f"`{op}`, {of[0] if len(of) == 1 else f'{len(of)} cases'}" for op, of in of_op.items()]
+        who.setdefault((reason, "; ".join(cases)), []).append(provider)
+    if who:
+        yield from ("", "Not measured in these runs:", "")
+        yield from _table(["by", "why", "of"], [["; ".join(of), *reason] for reason, of in who.items()])
 
 
 def _made(rows: dict[Key, list[Row]]) -> Iterable[str]:

@@ -16,6 +16,8 @@ import pytest
 import torch
 from conftest import ROOT
 
+from gac_fast import ops, preset
+
 DATE = "2026-01-02T03:04:05+00:00"
 
 
@@ -88,6 +90,7 @@ def test_a_gain_is_measured_within_a_round(harness, report, monkeypatch):
         stats, extra_info, group = object(), {}, ""
 
     monkeypatch.setattr(harness, "_timed", timed)
+    monkeypatch.setattr(harness, "SETTLE_SECONDS", 0.0)  # 400 rounds of it
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
@@ -112,8 +115,8 @@ def test_a_gain_is_measured_within_a_round(harness, report, monkeypatch):
         (2e-3, 12),
         (0.02, 5),
         (0.1, 3),
-        (0.4, 2),
-        (0.9, 1),
+        (0.6, 2),
+        (1.3, 1),
     ],  # three warm-up calls and a measured one of both, or measured ones alone
 )
 def test_rounds_fill_the_time_and_floors_are_measured_in_some(harness, monkeypatch, seconds_per_call, rounds):
@@ -128,7 +131,7 @@ def test_rounds_fill_the_time_and_floors_are_measured_in_some(harness, monkeypat
     floors = harness.floor_runs(tiny=True)
     times, found = harness.alternate(runs, settings, "main", FakeBenchmark().pedantic, floors)
     assert found == rounds
-    assert times["reference"] == [seconds_per_call] * found
+    assert times["reference"] == dict.fromkeys(range(found), seconds_per_call)
     assert min(found, 3) <= len(times["copy", "float32"]) <= harness.MAX_FLOOR_ROUNDS
     rates = harness.Floors.of(times, tiny=True)
     assert rates.copy == pytest.approx(2 * 2**16 / seconds_per_call)
@@ -150,11 +153,36 @@ def test_what_takes_long_is_measured_in_few_rounds_and_paired_with_the_same_ones
         runs, settings, ("cpp", "float32"), FakeBenchmark().pedantic, threads={}, rarely=rare
     )
     assert (rounds, len(times[rare[0]]), len(times[harness.REFERENCE])) == (7, 3, 7)
-    both = harness.pairs(times[harness.REFERENCE], times[rare[0]], rounds)
-    # The clock of a round: the slow one first, then the reference, in the 1st, 4th and 7th.
+    both = harness.pairs(times[harness.REFERENCE], times[rare[0]])
+    assert list(times[rare[0]]) == [0, 3, 6]
+    # The clock of a round: the slow one first, then the reference.
     assert [reference - slow / 10 for reference, slow in both] == [1.0] * 3
     row = harness.row(harness.Case("op", "fwd", "N=1"), rare[0], times[rare[0]], times[harness.REFERENCE], None)
     assert row["speedup"] == pytest.approx(0.1, rel=0.2)
+    # One whose only call was before is not called again, and goes with the first round.
+    runs[rare[0]] = pytest.fail
+    times, _ = harness.alternate(
+        runs, settings, ("cpp", "float32"), FakeBenchmark().pedantic, rarely=rare, known={rare[0]: 7.0}
+    )
+    assert times[rare[0]] == {0: 7.0}
+
+
+def test_what_wakes_slowly_is_called_for_longer_before_it_is_timed(harness, monkeypatch):
+    class Waking:
+        warm_seconds, n_calls = 0.5, 0
+
+        def __call__(self):
+            self.n_calls += 1
+
+    def timed(run):
+        run()
+        return 0.01
+
+    monkeypatch.setattr(harness, "_timed", timed)
+    monkeypatch.setattr(harness.torch, "get_num_threads", lambda: 1)
+    runs = {"waking": Waking(), "main": lambda: None}
+    harness.alternate(runs, harness.Settings(1e3, 2, 2), "main", FakeBenchmark().pedantic)
+    assert runs["waking"].n_calls == 2 + 2 * (50 + 1)
 
 
 def test_peak_memory_is_that_of_the_call(harness):
@@ -174,6 +202,61 @@ def test_peak_memory_is_that_of_the_call(harness):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Processes
+
+
+def test_a_whole_process_is_timed_and_its_own_peak_is_told(harness, tmp_path):
+    said = tmp_path / "threads"
+    code = "import os, pathlib, time; x = bytearray(b'1') * 2**26; time.sleep(0.3); "
+    code += "pathlib.Path(os.environ['WHERE']).write_text(os.environ['OMP_NUM_THREADS'])"
+    one = harness.Process([sys.executable, "-c", code], WHERE=str(said))
+    assert harness._timed(one) >= 0.3
+    assert said.read_text() == str(torch.get_num_threads())
+    # 64 MiB and an interpreter: less than this process holds, which the system's own count would begin with.
+    assert 64 < one.peak_mib() < 100
+    assert harness.peak_mib(one) == one.peak_mib()
+    failing = harness.Process([sys.executable, "-c", "import sys; print('a last word'); sys.exit(3)"])
+    with pytest.raises(RuntimeError, match=r"exit status 3: a last word"):
+        failing()
+
+
+STAND_IN = """
+import sys
+
+if sys.argv[1:] == ["--envs", "2"]:
+    print("ready", flush=True)
+    for line in sys.stdin:
+        print({"time": "0.25", "peak": "3.5"}[line.strip()], flush=True)
+        if line.strip() == "peak":
+            break
+elif sys.argv[1:] == ["--envs", "3"]:
+    print("failed: ImportError: no such library")
+"""
+
+
+def test_a_peer_answers_from_a_process_of_its_own(harness, monkeypatch, tmp_path):
+    """Or says why it cannot, and never passes for one that was measured."""
+    peers = tmp_path / "benchmarks" / "peers"
+    peers.mkdir(parents=True)
+    (peers / "stand_in.py").write_text(STAND_IN)
+    monkeypatch.setattr(harness, "ROOT", tmp_path)
+    monkeypatch.setattr(harness, "PEERS_PYTHON", sys.executable)
+    peer = harness.Peer("stand_in", "--envs", 2)
+    try:
+        assert harness._timed(peer) == 0.25
+        assert harness.peak_mib(peer) == 3.5
+        with pytest.raises(RuntimeError, match="the peer's process has ended"):
+            peer()
+    finally:
+        peer.close()
+    assert peer._process.poll() is not None
+    assert harness.attempt(lambda: harness.Peer("stand_in", "--envs", 3)) == (
+        "failed: RuntimeError: ImportError: no such library"
+    )
+    assert harness.attempt(lambda: harness.Peer("stand_in")) == "failed: RuntimeError: no answer"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Rows
 
 
@@ -188,12 +271,12 @@ def test_a_row_has_rates_floors_and_the_median_ratio_over_rounds(harness):
     case = harness.Case("op", "fwd", "N=1", flops=3e6, bytes={"float32": 8e3, "bfloat16": 4e3})
     floors = harness.Floors({"float32": 1e11, "bfloat16": 1e12}, 1e10)
     # The machine slows down in the last round: the ratio of a round does not see it.
-    row = harness.row(case, ("cpp", "bfloat16"), [1e-6, 2e-6, 3e-6], [4e-6, 8e-6, 300e-6], floors)
+    row = harness.row(case, ("cpp", "bfloat16"), {0: 1e-6, 1: 2e-6, 2: 3e-6}, {0: 4e-6, 1: 8e-6, 2: 300e-6}, floors)
     assert (row["p50_us"], row["speedup"], row["rounds"]) == (2.0, 4.0, 3)
     assert (row["flop_per_s"], row["bytes_per_s"]) == (1.5e12, 2e9)
     assert (row["matmul_flop_per_s"], row["copy_bytes_per_s"]) == (1e12, 1e10)
     assert row["threads"] == torch.get_num_threads()
-    plain = harness.row(harness.Case("op", "fwd", "N=1"), ("cpp", "float32"), [1e-6], [], None)
+    plain = harness.row(harness.Case("op", "fwd", "N=1"), ("cpp", "float32"), {0: 1e-6}, {}, None)
     assert {plain[name] for name in ("speedup", "flops", "bytes", "flop_per_s", "matmul_flop_per_s")} == {""}
 
 
@@ -309,7 +392,11 @@ def test_who_was_not_measured_is_told(harness, report):
     assert report.ratio(rows, rows[0], "peer") is None
     engine = make_row("cpp", 5.0, op="op", mode="fwd", shape="N=1")
     assert report.over_fastest_peer([*rows, engine], engine) == 2.0
-    assert "peer float32       not installed: make peers" in report.text([*rows, engine])
+    another = missing | {"provider": "other peer", "dtype": "bfloat16"}
+    told = report.text([*rows, engine, another])
+    assert "  peer float32, other peer bfloat16  not installed: make peers\n" in told
+    # Which takes no room from the lines of those that were.
+    assert "  reference float32  10 us" in told
 
 
 def test_thresholds_fail_when_they_should(report, monkeypatch, tmp_path, capsys):
@@ -372,6 +459,11 @@ def test_ratios_stay_within_the_last_run_of_a_case(report):
     assert kept == rows[1:]
     assert report.ratio(kept, rows[2]) == 2.0
     assert report.ratio(kept, rows[3]) is None
+    # Peers in float32; the engine beside itself in the same dtype.
+    half = make_row("cpp, T=9", 20.0, dtype="bfloat16")
+    kept += [half, make_row("cpp, T=1", 10.0, dtype="bfloat16"), make_row("cpp, T=1", 40.0)]
+    assert report.ratio(kept, half) == 5.0
+    assert report.ratio(kept, half, "cpp, T=1") == 0.5
 
 
 def test_training_throughput_is_told_beside_the_published_one(report):
@@ -419,6 +511,47 @@ def test_chart(report, tmp_path):
 # The cases
 
 
+def test_the_naive_update_is_that_of_the_reference_where_it_must(harness, monkeypatch):
+    """Chains but for their noise, losses and gradients but for dropout and variances; on padded trajectories."""
+    bench = importlib.import_module("bench_update")
+    from gac_fast.posterior import langevin
+    from gac_fast.train import update as module
+
+    monkeypatch.setattr(module, "VARIANCE_WEIGHT", 0.0)
+    config = preset("tiny").replace(model={"return_dropout": 0.0})
+    one = bench.trainer(config, [12, 5, 1], "float32")
+    naive, p = bench.naive(config, [12, 5, 1]), config.posterior
+    with ops.backend("reference"):
+        parts = module.parts_of(one.model, config)
+        trunk = parts.trunk(one.batch)
+
+        def energy(z0: torch.Tensor) -> torch.Tensor:
+            return parts.energy(z0, one.batch, trunk.detach())
+
+        z0, _ = langevin(
+            energy, naive.z0.clone(), n_steps=p.n_steps, step_size=p.step_size, noise=lambda step: 0 * naive.z0,
+            max_drift_ratio=p.max_drift_ratio,
+        )  # fmt: skip
+        losses = parts.losses(z0, one.batch, trunk)
+        losses.loss.backward()
+    start = naive.z0.clone()
+    naive.move_chains(torch.zeros_like)
+    assert float((naive.z0 - start).norm()) > 1e-2
+    torch.testing.assert_close(naive.z0, z0, rtol=1e-4, atol=1e-5)
+    found = naive.losses()
+    expected = losses.loss, losses.action_error, losses.return_error
+    torch.testing.assert_close(torch.stack(found), torch.stack(expected), rtol=1e-5, atol=0)
+    found[0].backward()
+    moved = 0
+    for (name, x), y in zip(naive.model.named_parameters(), one.model.parameters(), strict=True):
+        if x.grad is not None and float(y.grad.norm()) > 0:
+            assert float((x.grad - y.grad).norm() / y.grad.norm()) < 1e-3, name
+            moved += 1
+        else:  # of the variances, which it has not
+            assert y.grad is None or not y.grad.any(), name
+    assert moved > 20
+
+
 def test_every_case_runs_on_toy_sizes(tmp_path, report):
     path = tmp_path / "speed.csv"
     command = [sys.executable, "-m", "pytest", "benchmarks", "--tiny", "--threads", "1", "--csv", str(path), "-q"]
@@ -437,6 +570,14 @@ def test_every_case_runs_on_toy_sizes(tmp_path, report):
         else:
             assert 0 < float(row["p20_us"]) <= float(row["p50_us"]) <= float(row["p80_us"])
     assert "speed against the reference" in result.stdout
+    # Peers that this run leaves out, in every case that could have them, and what only a GPU has.
+    compiled = [row for row in rows if row["op"] in ("block", "decode_step", "plan_ascent", "window_attention")]
+    compiled += [row for row in rows if (row["op"], row["mode"]) == ("update", "3 posterior steps")]
+    for case in {report.case_of(row) for row in compiled}:
+        of_case = {row["provider"]: row["note"] for row in compiled if report.case_of(row) == case}
+        assert all(of_case[name].startswith("left out") for name in ("torch.compile", "torch.compile max-autotune"))
+        assert (case[0] in ("block", "window_attention")) or of_case["CUDA graphs"] == "needs CUDA: make gpu"
+    assert all(row["note"] in result.stdout for row in rows if row["rounds"] == "0")
 
 
 def test_a_wrong_thread_count_is_refused(tmp_path):

@@ -208,6 +208,8 @@ def test_speed_tables_are_made_from_the_last_run_and_tell_what_is_slower(tmp_pat
         speed_row("cpp", 40.0), speed_row("cpp", 20.0, dtype="bfloat16"),
         speed_row("reference", 5.0, shape="tiny C=2 N=1"),
         speed_row("HF DT", None, note="not installed: make peers", **late), speed_row("cpp", 30.0, **late),
+        *(speed_row(f"torch.compile{mode}", None, note="left out", shape=f"gym C=2 N={n}")
+          for mode in ("", " max-autotune") for n in (1, 8)),
         *(speed_row("cpp", 80.0 * n, shape=f"gym C=2 N={n}", **wide) for n in (1, 16)),
     ]  # fmt: skip
     with (results / "speed.csv").open("w", newline="") as file:
@@ -238,7 +240,13 @@ def test_speed_tables_are_made_from_the_last_run_and_tell_what_is_slower(tmp_pat
         ["`decode_step`, step, gym C=2 N=1, 1 thread", "bfloat16, 20.0 us [18.0, 22.0]",
          "eager torch bfloat16, 10.0 us [9.00, 11.0]", "0.50x"]
     ]  # fmt: skip
-    assert table_rows(text, "HF DT, float32") == [["HF DT, float32", "not installed: make peers"]]
+    # In the table of the case, and among all that was not measured.
+    assert table_rows(text, "HF DT, float32") == [
+        ["HF DT, float32", "not installed: make peers"],
+        ["HF DT, float32", "not installed: make peers", "`acting`, step, gym C=2 N=1 history=1000, 1 thread"],
+    ]
+    both = "torch.compile, float32; torch.compile max-autotune, float32"
+    assert table_rows(text, both) == [[both, "left out", "`decode_step`, 2 cases"]]
     assert "2026-02-03; Some CPU, path amx, torch 2; commit abc." in text
     whole = (tmp_path / "out" / "report.md").read_text()
     assert whole.count("eager torch, 100 us") == 1
@@ -250,5 +258,5 @@ def test_speed_tables_are_made_from_the_last_run_and_tell_what_is_slower(tmp_pat
         write_between(readme, "text")
     with (results / "speed.csv").open("a", newline="") as file:
         csv.DictWriter(file, NEEDED).writerow(speed_row("cpp", 1.0) | {"p50_us": "fast"})
-    with pytest.raises(DataError, match=r"speed\.csv, line 14, column 'p50_us': expected a number .*, got 'fast'"):
+    with pytest.raises(DataError, match=r"speed\.csv, line 18, column 'p50_us': expected a number .*, got 'fast'"):
         report(results, tmp_path / "out")
