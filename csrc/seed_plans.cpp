@@ -223,20 +223,61 @@ void gradient_task(const SeedGradient& f, std::int64_t first, std::int64_t m) {
 // Outputs of a task.
 constexpr std::int64_t kOutputs = 64;
 
-// out[o][n_b], o in [first, last), rows ld_out apart, = the sum over rows of a[row][o] times row(row, i) [n_b]; sums[o]
-// that of a alone.
+// Sums of OUTS outputs over VECTORS vectors, in registers. get(v) is what for_vectors() calls `get`, of vector v.
+template <int OUTS, int VECTORS, typename Row, typename Get, typename Put>
+inline void outer_tile(std::int64_t rows, const float* a, std::int64_t lda, Row&& row, Get&& get, Put&& put, float* out,
+                       std::int64_t ld_out) {
+    Vec sums[OUTS][VECTORS] = {};
+    for (std::int64_t r = 0; r < rows; ++r) {
+        const auto at = row(r);
+        Vec x[VECTORS];
+        for (int v = 0; v < VECTORS; ++v) x[v] = at(get(v));
+        for (int o = 0; o < OUTS; ++o) {
+            const float factor = a[r * lda + o];
+            for (int v = 0; v < VECTORS; ++v) sums[o][v] = sums[o][v] + x[v] * factor;
+        }
+    }
+    for (int o = 0; o < OUTS; ++o) {
+        for (int v = 0; v < VECTORS; ++v) put(v)(out + o * ld_out, sums[o][v]);
+    }
+}
+
+template <int OUTS, typename Row>
+void outer_outputs(std::int64_t rows, const float* a, std::int64_t lda, std::int64_t n_b, Row&& row, float* out,
+                   std::int64_t ld_out) {
+    constexpr int kVectors = kLanes >= 16 ? 4 : 2;
+    std::int64_t i = 0;
+    for (; i + kVectors * kLanes <= n_b; i += kVectors * kLanes) {
+        outer_tile<OUTS, kVectors>(
+            rows, a, lda, row, [i](int v) { return [i = i + v * kLanes](const float* p) { return load(p + i); }; },
+            [i](int v) { return [i = i + v * kLanes](float* p, Vec x) { store(p + i, x); }; }, out, ld_out);
+    }
+    for (; i + kLanes <= n_b; i += kLanes) {
+        outer_tile<OUTS, 1>(
+            rows, a, lda, row, [i](int) { return [i](const float* p) { return load(p + i); }; },
+            [i](int) { return [i](float* p, Vec x) { store(p + i, x); }; }, out, ld_out);
+    }
+    if (i == n_b) return;
+    const std::int64_t left = n_b - i;
+    outer_tile<OUTS, 1>(
+        rows, a, lda, row, [i, left](int) { return [i, left](const float* p) { return load_first(p + i, left); }; },
+        [i, left](int) { return [i, left](float* p, Vec x) { store_first(p + i, x, left); }; }, out, ld_out);
+}
+
+// out[o][n_b], o in [first, last), rows ld_out apart, = the sum over rows of a[row][o] times row(row)(get) [n_b];
+// sums[o] that of a alone. Rows are added in order.
 template <typename Row>
 void outer(std::int64_t rows, const float* a, std::int64_t lda, std::int64_t first, std::int64_t last, std::int64_t n_b,
            Row&& row, float* out, std::int64_t ld_out, float* sums) {
-    for (std::int64_t o = first; o < last; ++o) {
-        float* to = out + o * ld_out;
-        std::memset(to, 0, static_cast<std::size_t>(n_b) * sizeof(float));
+    constexpr int kOuts = 4;
+    std::int64_t o = first;
+    for (; o + kOuts <= last; o += kOuts) {
+        outer_outputs<kOuts>(rows, a + o, lda, n_b, row, out + o * ld_out, ld_out);
+    }
+    for (; o < last; ++o) outer_outputs<1>(rows, a + o, lda, n_b, row, out + o * ld_out, ld_out);
+    for (o = first; o < last; ++o) {
         float total = 0.0F;
-        for (std::int64_t r = 0; r < rows; ++r) {
-            const float factor = a[r * lda + o];
-            total += factor;
-            for_vectors(n_b, [&](auto get, auto put) { put(to, get(to) + row(r, get) * factor); });
-        }
+        for (std::int64_t r = 0; r < rows; ++r) total += a[r * lda + o];
         sums[o] = total;
     }
 }
@@ -246,7 +287,9 @@ void layer_weights(const SeedWeights& f, std::int64_t l, std::int64_t first, std
     const SeedModel& m = f.model;
     const std::int64_t dim = m.dim;
     const float* position = m.layers[l].position;
-    const auto row = [&](std::int64_t r, auto get) { return get(f.z + r * dim) + get(position + r % m.n_z * dim); };
+    const auto row = [&](std::int64_t r) {
+        return [z = f.z + r * dim, p = position + r % m.n_z * dim](auto get) { return get(z) + get(p); };
+    };
     for (std::int64_t which = 0; which < 2; ++which) {
         const std::int64_t from = max_of(first - which * dim, 0);
         const std::int64_t to = min_of(last - which * dim, dim);
@@ -509,18 +552,20 @@ void return_first_layer(const ReturnLosses& f, const ReturnRows& rows, std::int6
                         std::int64_t last) {
     const std::int64_t n_in = f.d + f.n_obs;
     const float* d1 = rows.d1 + e * rows.n * rows.ld1;
-    const auto z = [&](std::int64_t r, auto get) { return get(f.z + r % f.n_plans * f.d); };
+    const auto z = [&](std::int64_t r) { return [p = f.z + r % f.n_plans * f.d](auto get) { return get(p); }; };
     float* dw = f.dw1 + e * f.hidden1 * n_in;
     outer(rows.n, d1, rows.ld1, first, last, f.d, z, dw, n_in, f.db1 + e * f.hidden1);
     if (f.n_obs == 0) return;
-    const auto start = [&](std::int64_t r, auto get) { return get(f.context + r % f.n_plans * f.context_stride); };
+    const auto start = [&](std::int64_t r) {
+        return [p = f.context + r % f.n_plans * f.context_stride](auto get) { return get(p); };
+    };
     outer(rows.n, d1, rows.ld1, first, last, f.n_obs, start, dw + f.d, n_in, f.db1 + e * f.hidden1);
 }
 
 void return_second_layer(const ReturnLosses& f, const ReturnRows& rows, std::int64_t e, std::int64_t first,
                          std::int64_t last) {
     const float* active1 = rows.active1 + e * rows.n * rows.ld1;
-    const auto row = [&](std::int64_t r, auto get) { return get(active1 + r * rows.ld1); };
+    const auto row = [&](std::int64_t r) { return [p = active1 + r * rows.ld1](auto get) { return get(p); }; };
     outer(rows.n, rows.d2 + e * rows.n * rows.ld2, rows.ld2, first, last, f.hidden1, row,
           f.dw2 + e * f.hidden2 * f.hidden1, f.hidden1, f.db2 + e * f.hidden2);
 }
@@ -530,7 +575,7 @@ void return_heads(const ReturnLosses& f, const ReturnRows& rows, std::int64_t e)
     for (std::int64_t head = 0; head < 2; ++head) {
         const std::int64_t first = e * rows.n + head * f.n_plans;
         const float* active2 = rows.active2 + first * rows.ld2;
-        const auto row = [&](std::int64_t r, auto get) { return get(active2 + r * rows.ld2); };
+        const auto row = [&](std::int64_t r) { return [p = active2 + r * rows.ld2](auto get) { return get(p); }; };
         outer(f.n_plans, rows.d_out + first, 1, 0, 1, f.hidden2, row, f.dw3 + (2 * e + head) * f.hidden2, f.hidden2,
               f.db3 + 2 * e + head);
     }
@@ -596,13 +641,13 @@ void seed_weights(const SeedWeights& args) {
         const auto first = [](std::int64_t range) { return range * kOutputs; };
         const auto last = [](std::int64_t range, std::int64_t n) { return min_of(n, (range + 1) * kOutputs); };
         if (i < n_w1) {
-            const auto row = [&](std::int64_t p, auto get) { return get(args.z0 + p * d); };
+            const auto row = [&](std::int64_t p) { return [x = args.z0 + p * d](auto get) { return get(x); }; };
             outer(m.n_plans, args.dbefore, m.hidden, first(i), last(i, m.hidden), d, row, args.dw1, d, args.db1);
             return;
         }
         i -= n_w1;
         if (i < n_w2) {
-            const auto row = [&](std::int64_t p, auto get) { return get(args.active + p * m.hidden); };
+            const auto row = [&](std::int64_t p) { return [x = args.active + p * m.hidden](auto get) { return get(x); }; };
             outer(m.n_plans, args.du, d, first(i), last(i, d), m.hidden, row, args.dw2, m.hidden, args.db2);
             return;
         }
