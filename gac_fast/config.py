@@ -168,7 +168,8 @@ class PlanConfig:
     """Trust region: greatest distance from the start seed, in units of sqrt(d). By regression: how far plans move
     before they are taken back to |z0| = sqrt(d)."""
     average_temperature: float = 0.7
-    """By average: trajectories count exp(R / this), R the return of their episode in standard deviations over all."""
+    """By average: trajectories count exp(R / this), R the return of their episode, or their advantage where returns are
+    advantages of segments, in standard deviations over all."""
     max_norm: float = 1.1
     """Trust region: greatest |z0|, in units of sqrt(d)."""
     n_best: int = 64

@@ -41,7 +41,7 @@ class Policy:
         step: parameter updates made.
         opens: bool [B], trajectories that an episode begins with: all, unless they are segments.
         episode_returns: float64 [B], of the episodes that the trajectories are parts of; their own, unless they are
-            segments.
+            segments that return what is to go.
         candidates: int64 [n], trajectories whose seeds exploit starts from, best first: those given, then all other
             usable ones by return.
         values: of states, where returns are advantages of segments: what plans are said to return is beyond the value

@@ -156,9 +156,9 @@ class Explored(NamedTuple):
 
     @property
     def episode_returns(self) -> np.ndarray:
-        """float64 [n], of the whole episode that each is a part of."""
-        whole = self.episodes.returns[self.opens] if self.whole is None else self.whole
-        return whole[self.episode]
+        """float64 [n], of the whole episode that each is a part of; of segments whose returns are advantages, these."""
+        returns = self.episodes.returns
+        return returns[self.opens][self.episode] if self.whole is None else returns
 
 
 class OnlineTrainer(Trainer):
@@ -195,8 +195,8 @@ class OnlineTrainer(Trainer):
         if offline is not None:
             parts = split(offline, config, self.values)
             offline, self.held_out, self._offline_usable, self._offline_opens, self._raw = parts
-            if parts.episode_returns is not None:
-                self._offline_episode_returns = parts.episode_returns
+            whole = parts.episode_returns
+            self._offline_episode_returns = torch.from_numpy(offline.returns) if whole is None else whole
         self.offline = offline
         self.buffer = EpisodeBuffer(offline, online.capacity, online.keep_best)
         self.schedule = TargetSchedule(online.target_best)
@@ -316,6 +316,7 @@ class OnlineTrainer(Trainer):
             return
         returns = tensors["data.returns"][: len(self.offline)].numpy()
         self.offline = dataclasses.replace(self.offline, returns=returns)
+        self._offline_episode_returns = torch.from_numpy(returns)
         self.buffer = EpisodeBuffer(self.offline, self.config.online.capacity, self.config.online.keep_best)
 
     def _take_over_split(self, tensors: dict[str, Tensor]) -> None:

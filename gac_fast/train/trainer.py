@@ -103,7 +103,7 @@ class Trainer:
         usable: bool [B], episodes trained on whose return is known.
         rows: int64 [B], each episode's trajectory in the posterior.
         opens: bool [B], where trajectories are segments: which ones episodes begin with. None: all are episodes.
-        episode_returns: float64 [B], where trajectories are segments: of their episodes. None: all are episodes.
+        episode_returns: float64 [B], where trajectories are segments that return what is to go: of their episodes.
         values: of states, where the returns of segments are advantages.
         step: updates made.
         plans_known: whether chains were moved at all.
@@ -430,8 +430,11 @@ class Split(NamedTuple):
 
     @property
     def episode_returns(self) -> Tensor | None:
-        """float64 [B], of the episodes that the trajectories are parts of; None where they are episodes."""
-        return None if self.opens is None else returns_of_episodes(torch.from_numpy(self.raw.returns), self.opens)
+        """float64 [B], of the episodes that the trajectories are parts of; None where they are episodes, or where
+        their returns are advantages, which say more of each."""
+        if self.opens is None or self.raw is not self.data:
+            return None
+        return returns_of_episodes(torch.from_numpy(self.data.returns), self.opens)
 
 
 def split(data: Trajectories, config: Config, values: ValueModel | None = None) -> Split:
