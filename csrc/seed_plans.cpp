@@ -647,7 +647,9 @@ void seed_weights(const SeedWeights& args) {
         }
         i -= n_w1;
         if (i < n_w2) {
-            const auto row = [&](std::int64_t p) { return [x = args.active + p * m.hidden](auto get) { return get(x); }; };
+            const auto row = [&](std::int64_t p) {
+                return [x = args.active + p * m.hidden](auto get) { return get(x); };
+            };
             outer(m.n_plans, args.du, d, first(i), last(i, d), m.hidden, row, args.dw2, m.hidden, args.db2);
             return;
         }
