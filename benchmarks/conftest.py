@@ -21,7 +21,7 @@ RECORDER = pytest.StashKey[Recorder]()
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("gac_fast benchmarks")
     group.addoption("--threads", help="thread counts to measure, for example 1,2 (default: those the machine has)")
-    group.addoption("--quick", action="store_true", help="half a second per case instead of 0.8")
+    group.addoption("--quick", action="store_true", help="half a second per case instead of 0.6")
     group.addoption("--tiny", action="store_true", help="toy sizes, one round: shows that the cases run, no speed")
     group.addoption("--compile", action="store_true", help="torch.compile and FlexAttention too, on one thread")
     group.addoption("--guarded", action="store_true", help="only the cases that thresholds.toml names")

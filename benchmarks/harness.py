@@ -49,7 +49,7 @@ ALONE = "on one thread"
 MATMUL_SIZE = 1536  # 512 to 2048 differ by 3% in float32; two threads are slow on bfloat16 below 1536
 COPY_BYTES = 256 * 2**20  # far beyond L2
 MAX_FLOOR_ROUNDS = 3
-MAX_RARE_ROUNDS = 3  # of providers that take many times as long as the others
+MAX_RARE_ROUNDS = 2  # of providers that take many times as long as the others
 # After an operation of torch on several threads, OpenMP's go on spinning for about 16 ms, on the very core that the
 # next provider's second thread needs. No provider is measured beside the threads of the one before.
 SETTLE_SECONDS = 0.02
@@ -76,7 +76,7 @@ class Settings(NamedTuple):
     max_rounds: int
 
 
-NORMAL = Settings(seconds=0.8, min_rounds=3, max_rounds=200)
+NORMAL = Settings(seconds=0.6, min_rounds=3, max_rounds=200)
 QUICK = Settings(seconds=0.5, min_rounds=3, max_rounds=50)
 TINY = Settings(seconds=0.0, min_rounds=1, max_rounds=1)
 
