@@ -1,19 +1,20 @@
-"""All steps of the inference of few plans by programs that go alone: no barrier between programs, no scratch to share.
+"""All steps of the inference of few plans by programs that go alone: no barrier between programs.
 
 ``plan_groups`` shares 64 plans among programs that wait for one another nine times a step. Here a program owns up to
-eight plans for all steps and streams every weight of every step from the second-level cache to its registers; what
+eight plans for all steps and reads all weights of every step, from the second-level cache into its registers; what
 passes from product to product stays on its processor.
 
-**Products.** Rows are the outputs, columns the plans: a warp multiplies 16 rows of weights with 8 plans, which is the
-least that tensor cores take, so that up to eight plans cost what one does. Weights lie in memory as the registers of
-that product want them (``_as_operand``): a thread reads 16 bytes, and multiplies them without a detour through shared
-memory. The way there is in plain shapes, reshaped and permuted, which the compiler finds to be no work; a test looks
-into what it made of them.
+**Products.** Rows are outputs, columns plans: a warp multiplies 16 rows of weights with 8 plans, the least that tensor
+cores take, so that eight plans cost what one does. Weights lie in memory as those products want them in registers
+(``_as_operand``): a thread reads 16 bytes and multiplies them, without a detour through shared memory. That is written
+as reshapes and permutations of plain tensors, right however the compiler lays them out, and for how it does lay them
+out they are no work; a test looks into what it made of them.
 
-**The stream.** The loop over a step is written out: its tiles of weights follow each other at addresses that are
-constants, and each is loaded ``AHEAD`` tiles before its use, across products and steps. Barriers of the program do not
-stop loads on their way. Of all tiles, evenly spread, ``KEPT`` are read through the first-level cache, where they fit
-and stay; all others pass it by.
+**The stream.** A step is written out, so that its weights follow each other at constant offsets, and each R tiles are
+loaded AHEAD before their use, across products: barriers within a program do not stop loads that are on their way. A
+step ends where its gradient is known; the next one starts to load before it makes the update. Of all tiles those that a
+step begins with, and KEPT of every 16 more, are read by way of the first-level cache, where they have room to stay; all
+others pass it by.
 
 A step (sizes as in ``plan_ascent``; z, its start, slopes and gradients are float32 in registers):
 
@@ -43,7 +44,7 @@ from gac_fast.kernels._launch import INTERPRETED, Launch, Option
 from gac_fast.kernels._plan_math import at_least, log_slope, moment_slopes, silu, variance_of
 from gac_fast.kernels.philox_normal import box_muller, philox4x32
 
-__all__ = ["launch", "option_for", "plans_of_a_program", "refusal", "single_kernel"]
+__all__ = ["best_own", "launch", "option_for", "refusal", "single_kernel"]
 
 _NORM_EPS = tl.constexpr(1e-5)
 _LEAST_NORM = tl.constexpr(1e-12)
@@ -117,6 +118,24 @@ def _activations(p_x, i, S: tl.constexpr, WARPS: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
+def _store(p, x, mask):
+    """``tl.store`` of bfloat16 or float32 as it lies in registers: that one first brings neighbours in memory together,
+    by way of shared memory."""
+    if _INTERPRETED:
+        tl.store(p, x, mask=mask)
+    elif x.dtype == tl.bfloat16:
+        tl.inline_asm_elementwise(
+            "st.global.b16 [$1], $2; mov.b32 $0, 0;", "=r,l,h,~{memory}", [p, x.to(tl.int16, bitcast=True)],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+    else:
+        tl.inline_asm_elementwise(
+            "{.reg .pred p; setp.ne.s32 p, $3, 0; @p st.global.b32 [$1], $2; mov.b32 $0, 0;}", "=r,l,r,r,~{memory}",
+            [p, x.to(tl.int32, bitcast=True), mask.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
 def _leave(p_x, x, S: tl.constexpr, WARPS: tl.constexpr, ROWS: tl.constexpr, N: tl.constexpr):
     """An operand [WARPS, ROWS, N] in the order in which ``_activations`` reads 16 S rows: by 16 P of them, [N, 4, P, 2,
     2], where P = 2 fills 16 bytes of a thread."""
@@ -124,20 +143,13 @@ def _leave(p_x, x, S: tl.constexpr, WARPS: tl.constexpr, ROWS: tl.constexpr, N: 
     row = tl.arange(0, WARPS)[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
     o = row // (16 * P) * (16 * P * N) + row % 8 // 2 * (4 * P) + row // 16 % P * 4 + row % 16 // 8 * 2 + row % 2
     o = o[:, :, None] + 16 * P * tl.arange(0, N)[None, None, :]
-    x = x.to(p_x.dtype.element_ty)
-    if _INTERPRETED:
-        tl.store(p_x + o, x)
-    else:
-        # A plain store would first bring neighbours in memory together, by way of shared memory.
-        tl.inline_asm_elementwise(
-            "st.global.b16 [$1], $2; mov.b32 $0, 0;", "=r,l,h,~{memory}", [p_x + o, x.to(tl.int16, bitcast=True)],
-            dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
+    _store(p_x + o, x.to(p_x.dtype.element_ty), True)
 
 
 @triton.jit
 def _product(ring, p_w, p_x, AT: tl.constexpr, K: tl.constexpr, H: tl.constexpr, TILES: tl.constexpr,
-             AHEAD: tl.constexpr, KEPT: tl.constexpr, R: tl.constexpr, WARPS: tl.constexpr, N: tl.constexpr):  # fmt: skip
+             AHEAD: tl.constexpr, KEPT: tl.constexpr, R: tl.constexpr, WARPS: tl.constexpr,
+             N: tl.constexpr):  # fmt: skip
     """The next K x H tiles of the stream, from tile ``AT`` on, times the 16 K rows of an operand.
 
     Returns [WARPS, 16 H, N], float32, and the AHEAD x R tiles of weights that follow.
@@ -153,9 +165,19 @@ def _product(ring, p_w, p_x, AT: tl.constexpr, K: tl.constexpr, H: tl.constexpr,
 
 
 @triton.jit
-def _of_rows(p, WARPS: tl.constexpr, R: tl.constexpr):
-    """A vector by rows, [WARPS, R, 1]."""
-    return tl.load(p + tl.arange(0, WARPS)[:, None] * R + tl.arange(0, R)[None, :])[:, :, None]
+def _of_rows(p, H: tl.constexpr, WARPS: tl.constexpr):
+    """A vector by rows, [WARPS, 16 H, 1]; 16 rows of each warp at once, so few that every thread loads its own."""
+    o = tl.arange(0, WARPS)[:, None] * (16 * H) + tl.arange(0, 16)[None, :]
+    if H == 1:
+        b = tl.load(p + o)
+    else:
+        if H == 2:
+            b = tl.join(tl.load(p + o), tl.load(p + 16 + o))
+        else:
+            even = tl.join(tl.load(p + o), tl.load(p + 32 + o))
+            b = tl.join(even, tl.join(tl.load(p + 16 + o), tl.load(p + 48 + o)))
+        b = tl.reshape(tl.permute(tl.reshape(b, (WARPS, 16, H)), (0, 2, 1)), (WARPS, 16 * H))
+    return b[:, :, None]
 
 
 @triton.jit
@@ -201,7 +223,8 @@ def single_kernel(
     n_plans, n_own, n_steps, step_size, kappa, prior_weight, reach, most_norm, longest, first_step, seed0, seed1,
     stride_z0_plan, stride_z0_vector, stride_z0_element, stride_first_plan,
     LANGEVIN: tl.constexpr, HAS_PRIOR_WEIGHT: tl.constexpr, HAS_RADIUS: tl.constexpr, HAS_MOST_NORM: tl.constexpr,
-    HAS_CONTEXT: tl.constexpr, VECTORS_ALL: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, MEMBERS: tl.constexpr,
+    HAS_CONTEXT: tl.constexpr, VECTORS_ALL: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
+    MEMBERS: tl.constexpr,
     D: tl.constexpr, U: tl.constexpr, H1: tl.constexpr, H2: tl.constexpr,  # rows, in tiles
     ROOM: tl.constexpr, N: tl.constexpr,
     TILES: tl.constexpr, WARPS: tl.constexpr, R: tl.constexpr, AHEAD: tl.constexpr, KEPT: tl.constexpr,
@@ -247,10 +270,6 @@ def single_kernel(
     from_zero = tl.zeros((1, N), tl.float32)
     if HAS_RADIUS:
         from_zero = _sums(z * z, 1, WARPS, R_D, N)
-    b2 = _of_rows(p_b + B2, WARPS, R_D)
-    b1 = b2
-    if U > 0:
-        b1 = _of_rows(p_b, WARPS, R_U)
     firsts = ()
     if HAS_CONTEXT:
         row_1 = tl.arange(0, WARPS)[:, None] * R_1 + tl.arange(0, R_1)[None, :]
@@ -288,7 +307,7 @@ def single_kernel(
             move_noise = tl.where(move_noise > step_size, step_size, move_noise)
             move = 0.5 * move_noise * move_noise
         else:
-            move = step_size * (1.0 - step.to(tl.float32) / tl.cast(n_steps, tl.float32)) / norm
+            move = step_size * (1.0 - step.to(tl.float32) / tl.cast(tl.maximum(n_steps, 1), tl.float32)) / norm
         moved = z + g * move[:, None, :]
         if HAS_RADIUS:
             off = moved - start
@@ -316,12 +335,12 @@ def single_kernel(
         if U > 0:
             # 1
             h, ring = _product(ring, p_ws, p_read, 0, D * WARPS, U, TILES, AHEAD, KEPT, R, WARPS, N)
-            a, slope = silu(h + b1)
+            a, slope = silu(h + _of_rows(p_bs, U, WARPS))
             _leave(p_write, a, R // D, WARPS, R_U, N)
             tl.debug_barrier()
             # 2
             h, ring = _product(ring, p_ws, p_write, T2, U * WARPS, D, TILES, AHEAD, KEPT, R, WARPS, N)
-            u = h + b2 + z
+            u = h + _of_rows(p_bs + B2, D, WARPS) + z
         scale = tl.rsqrt(_sums(u * u, PARTS, WARPS, R_D, N) / WIDTH + _NORM_EPS)
         scale = _over_rows(scale, PARTS, WARPS, R_D, N)
         x = u * scale
@@ -331,11 +350,13 @@ def single_kernel(
         # 3
         slopes1 = ()
         for e in tl.static_range(MEMBERS):
-            h, ring = _product(ring, p_ws, p_read, T3 + e * (H1 * D * WARPS), D * WARPS, H1, TILES, AHEAD, KEPT, R, WARPS, N)
+            h, ring = _product(
+                ring, p_ws, p_read, T3 + e * (H1 * D * WARPS), D * WARPS, H1, TILES, AHEAD, KEPT, R, WARPS, N
+            )
             if HAS_CONTEXT:
                 h += firsts[e]
             else:
-                h += _of_rows(p_first + nought + e * ROWS_1, WARPS, R_1)
+                h += _of_rows(p_first + nought + e * ROWS_1, H1, WARPS)
             a, slope1 = silu(h)
             slopes1 = slopes1 + (slope1,)
             _leave(p_write + e * (ROWS_1 * N), a, R // H2, WARPS, R_1, N)
@@ -347,12 +368,13 @@ def single_kernel(
         slopes2 = ()
         for e in tl.static_range(MEMBERS):
             h, ring = _product(
-                ring, p_ws, p_write + e * (ROWS_1 * N), T4 + e * (H2 * H1 * WARPS), H1 * WARPS, H2, TILES, AHEAD, KEPT, R, WARPS, N
-            )
-            a, slope2 = silu(h + _of_rows(p_bs + BR2 + e * ROWS_2, WARPS, R_2))
+                ring, p_ws, p_write + e * (ROWS_1 * N), T4 + e * (H2 * H1 * WARPS), H1 * WARPS, H2, TILES, AHEAD, KEPT,
+                R, WARPS, N,
+            )  # fmt: skip
+            a, slope2 = silu(h + _of_rows(p_bs + BR2 + e * ROWS_2, H2, WARPS))
             slopes2 = slopes2 + (slope2,)
-            w_mean = _of_rows(p_bs + W3 + e * ROWS_2, WARPS, R_2)
-            w_log = _of_rows(p_bs + W3 + (MEMBERS + e) * ROWS_2, WARPS, R_2)
+            w_mean = _of_rows(p_bs + W3 + e * ROWS_2, H2, WARPS)
+            w_log = _of_rows(p_bs + W3 + (MEMBERS + e) * ROWS_2, H2, WARPS)
             # [1, N]
             mean_e, log_e = _two_sums(a * w_mean, a * w_log, WARPS, R_2, N)
             means = means + (mean_e + tl.load(p_bs + B3 + e),)
@@ -375,8 +397,8 @@ def single_kernel(
         for e in tl.static_range(MEMBERS):
             by_mean = (share + each * (means[e] - mean))[:, None, :]
             by_log = log_slope(logs[e], each)[:, None, :]
-            w_mean = _of_rows(p_bs + W3 + e * ROWS_2, WARPS, R_2)
-            w_log = _of_rows(p_bs + W3 + (MEMBERS + e) * ROWS_2, WARPS, R_2)
+            w_mean = _of_rows(p_bs + W3 + e * ROWS_2, H2, WARPS)
+            w_log = _of_rows(p_bs + W3 + (MEMBERS + e) * ROWS_2, H2, WARPS)
             g2 = slopes2[e] * by_mean * w_mean + slopes2[e] * by_log * w_log
             _leave(p_read + e * (ROWS_2 * N), g2, R // H1, WARPS, R_2, N)
         tl.debug_barrier()
@@ -384,8 +406,9 @@ def single_kernel(
         # 6
         for e in tl.static_range(MEMBERS):
             h, ring = _product(
-                ring, p_ws, p_read + e * (ROWS_2 * N), T6 + e * (H1 * H2 * WARPS), H2 * WARPS, H1, TILES, AHEAD, KEPT, R, WARPS, N
-            )
+                ring, p_ws, p_read + e * (ROWS_2 * N), T6 + e * (H1 * H2 * WARPS), H2 * WARPS, H1, TILES, AHEAD, KEPT,
+                R, WARPS, N,
+            )  # fmt: skip
             _leave(p_write + e * (ROWS_1 * N), h * slopes1[e], R // D, WARPS, R_1, N)
         tl.debug_barrier()
 
@@ -406,16 +429,16 @@ def single_kernel(
 
     # Anew, not kept all the way.
     nought = _nought()
-    row = tl.arange(0, WARPS)[:, None] * R_D + tl.arange(0, R_D)[None, :] + nought
+    row = (tl.arange(0, WARPS) + nought)[:, None] * R_D + (tl.arange(0, R_D) + nought)[None, :]
     vector = row // PADDED
     place = row % PADDED
     m_row = ((place < WIDTH) & (vector < VECTORS_ALL))[:, :, None]
     o_last = tl.arange(0, N) + nought
     o_plan = tl.program_id(0).to(tl.int64) * n_own + o_last
     m_plan = (o_last < n_own) & (o_plan < n_plans)
-    tl.store(
+    _store(
         p_seeds + o_plan[None, None, :] * (VECTORS_ALL * WIDTH) + (vector * WIDTH + place)[:, :, None], z,
-        mask=m_row & m_plan[None, None, :],
+        m_row & m_plan[None, None, :],
     )  # fmt: skip
 
 
@@ -423,9 +446,9 @@ def single_kernel(
 # Sizes, weights, launches
 
 # Tiles of 16 rows of a warp that one product may have: its sums are in registers, and seeds, starts, plans and
-# gradients are as many each.
+# gradients are as many each. Slopes of members are too: with four the compiled kernel spills.
 _MOST_HEIGHT = 4
-_MOST_MEMBERS = 4
+_MOST_MEMBERS = 2
 
 
 def counts(sizes: Any, warps: int) -> dict[str, int]:
@@ -462,12 +485,13 @@ def refusal(sizes: Any) -> str | None:
 def option_for() -> Option:
     if INTERPRETED:
         return Option((("WARPS", 4), ("R", 4), ("AHEAD", 3), ("KEPT", 2)), 4, 1)
-    return Option((("WARPS", 8), ("R", 4), ("AHEAD", 4), ("KEPT", 2)), 8, 1)
+    return Option((("WARPS", 8), ("R", 4), ("AHEAD", 4), ("KEPT", 1)), 8, 1)
 
 
-def plans_of_a_program(n_plans: int) -> int:
-    """The fewest with which all programs together read no faster than the second-level cache gives."""
-    return min(_PLANS, max(1, triton.cdiv(n_plans, 48)))
+def best_own(n_plans: int) -> int:
+    """Plans of a program: the fewest with which what all programs read is bound by a processor's share of the
+    second-level cache (some 110 GB/s), not by all of it (5.5 TB/s); counted, not measured."""
+    return min(_PLANS, max(1, triton.cdiv(n_plans, 50)))
 
 
 def pack(
@@ -522,17 +546,22 @@ _ARGUMENTS = (
 )  # fmt: skip
 
 
-def launch(call: Any, option: Option, n_own: int) -> Launch:
-    """The one launch of a call of ``plan_ascent``, ``n_own`` plans to a program."""
-    sizes, arguments, z0 = call.sizes, call.arguments, call.z0
+def launch(call: Any, own: int | None = None) -> Launch:
+    """The one launch of a call of ``plan_ascent``, with ``own`` plans to a program, up to eight."""
+    sizes, arguments, z0, option = call.sizes, call.arguments, call.z0, option_for()
     warps = dict(option.tiles)["WARPS"]
+    if own is None:
+        own = best_own(z0.shape[0])
     c = counts(sizes, warps)
     stream, vectors, first = pack(sizes, c, warps, call.prior, call.returns, arguments["p_context"], call.dtype)
-    programs = triton.cdiv(z0.shape[0], n_own)
+    programs = triton.cdiv(z0.shape[0], own)
     of_call = {name: arguments[name] for name in _ARGUMENTS} | {
-        "p_w": stream, "p_b": vectors, "p_first": first, "n_own": n_own,
+        "p_w": stream, "p_b": vectors, "p_first": first, "n_own": own,
         "p_x": z0.new_empty((programs, 2, c["ROOM"]), dtype=call.dtype),
         "stride_first_plan": first.stride(0) if len(first) > 1 else 0,
     }  # fmt: skip
-    constants = {**call.constants, **c, "VECTORS_ALL": sizes.n_z, "WIDTH": sizes.dim, "MEMBERS": sizes.members, "HAS_CONTEXT": sizes.n_obs > 0}
+    constants = {
+        **call.constants, **c, "VECTORS_ALL": sizes.n_z, "WIDTH": sizes.dim, "MEMBERS": sizes.members,
+        "HAS_CONTEXT": sizes.n_obs > 0,
+    }  # fmt: skip
     return Launch(single_kernel, (programs,), of_call, constants, option)
