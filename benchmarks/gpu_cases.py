@@ -423,7 +423,7 @@ SHARES = {1: (1,), 4: (1, 4), 64: (1, 2, 4)}
 
 
 def option_name(own: int) -> str:
-    return f"{OPTION}, programs alone with {own} plan{'s' * (own > 1)} each"
+    return f"{OPTION} (a program for {'each plan' if own == 1 else f'{own} plans'})"
 
 
 def alone(run: Callable[[], Any], own: int) -> Callable[[], Any]:

@@ -208,7 +208,7 @@ def test_verdicts_take_the_best_peer_and_every_bar(gpu):
     assert gpu.verdict([make_row("torch", 9e3)], bar)[-1] == "no value"
     assert gpu.verdict(rows, None)[-1] == "-"
     # An option that no call takes is neither.
-    option = make_row("triton option, programs alone with 1 plan each", 1.0)
+    option = make_row("triton option (a program for each plan)", 1.0)
     assert gpu.verdict([*rows, option], bar) == gpu.verdict(rows, bar)
     # Without any peer nothing is claimed.
     assert gpu.verdict([make_row("triton", 10.0)], bar)[-1] == "NOT MET (3x)"
