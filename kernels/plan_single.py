@@ -471,7 +471,7 @@ def counts(sizes: Any, warps: int) -> dict[str, int]:
 
 def refusal(sizes: Any) -> str | None:
     """Why programs that go alone do not take a call; None where they do."""
-    warps = dict(option_for().tiles)["WARPS"]
+    warps = dict(option_for(sizes, False).tiles)["WARPS"]
     if sizes.apart:
         return "several starts for each plan"
     if sizes.members > _MOST_MEMBERS:
@@ -482,10 +482,12 @@ def refusal(sizes: Any) -> str | None:
     return None
 
 
-def option_for() -> Option:
+def option_for(sizes: Any, langevin: bool) -> Option:
     if INTERPRETED:
         return Option((("WARPS", 4), ("R", 4), ("AHEAD", 3), ("KEPT", 2)), 4, 1)
-    return Option((("WARPS", 8), ("R", 4), ("AHEAD", 4), ("KEPT", 1)), 8, 1)
+    # 64 KB on their way; less where noise, members or a first state need the registers.
+    ahead = 2 if sizes.members > 1 else 3 if langevin or sizes.n_obs > 0 else 4
+    return Option((("WARPS", 8), ("R", 4), ("AHEAD", ahead), ("KEPT", 1)), 8, 1)
 
 
 def best_own(n_plans: int) -> int:
@@ -548,7 +550,8 @@ _ARGUMENTS = (
 
 def launch(call: Any, own: int | None = None) -> Launch:
     """The one launch of a call of ``plan_ascent``, with ``own`` plans to a program, up to eight."""
-    sizes, arguments, z0, option = call.sizes, call.arguments, call.z0, option_for()
+    sizes, arguments, z0 = call.sizes, call.arguments, call.z0
+    option = option_for(sizes, call.constants["LANGEVIN"])
     warps = dict(option.tiles)["WARPS"]
     if own is None:
         own = best_own(z0.shape[0])

@@ -549,7 +549,7 @@ def test_gym_weights_come_as_operands_to_programs_alone(fresh_cache):
     weights = [line for line in ptx.splitlines() if re.search(r"ld\.global\S*(\.cg|evict_last)\S*\.v4", line)]
     assert len(weights) == products
     assert "local_alloc" not in ir
-    # Sums over rows alone; with warps spread otherwise there are twenty times as many.
+    # Sums over rows alone; with warps spread otherwise there are ten times as many.
     assert ptx.count("st.shared") < 100
 
 
@@ -695,27 +695,41 @@ def test_gpu_call_is_captured_into_a_graph():
         assert torch.equal(x, y)
 
 
-@pytest.mark.gpu
-@pytest.mark.usefixtures("nan_filled_empty")
-def test_gpu_programs_alone_agree_and_repeat(monkeypatch):
-    from gac_fast.kernels import plan_ascent as kernel
+@pytest.fixture
+def alone_on_gpu(nan_filled_empty, monkeypatch):
+    from gac_fast.kernels import plan_ascent
 
-    monkeypatch.setattr(kernel, "ALONE", kernel.Alone(64))
-    for sizes in (Sizes(64, dim=128, hidden_u=256, hidden1=128, hidden2=128), *ALONE_SIZES):
-        step_in_the_direction(sizes, bf16=True, device="cuda")
-    case = with_context("one", p=37)
+    monkeypatch.setattr(plan_ascent, "ALONE", plan_ascent.Alone(64))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sizes", ALONE_SIZES, ids=lambda sizes: "-".join(map(str, sizes)))
+def test_gpu_programs_alone_take_the_direction_of_the_gradient(sizes, alone_on_gpu):
+    step_in_the_direction(sizes, bf16=True, device="cuda")
+
+
+@pytest.mark.gpu
+def test_gpu_programs_alone_have_every_option(alone_on_gpu):
+    case = with_context("one", p=37, members=2)
     for options in OPTIONS:
         assert_ascent(case, {"n_steps": 3, "step_size": 0.1, **options}, bf16=True, device="cuda")
     plans = torch.arange(37) * 7
     assert_langevin(case, {"n_steps": 4, "plans": plans, **LANGEVIN}, torch.linspace(-2, 2, 37), True, "cuda")
+
+
+@pytest.mark.gpu
+def test_gpu_programs_alone_repeat_bit_for_bit(alone_on_gpu, monkeypatch):
+    from gac_fast.kernels import plan_ascent as kernel
+
+    case = random_case(Sizes(64, dim=128, hidden_u=256, hidden1=128, hidden2=128))
     options = {"n_steps": 40, "step_size": 0.05, "kappa": 1.0, "radius": 0.5, "max_norm": 1.1}
-    follows_many_steps(random_case(Sizes(50, members=2)), options, 0.1, True, "cuda")
-    prior, returns, z0, _ = random_case(Sizes(64, dim=128, hidden_u=256, hidden1=128, hidden2=128))
-    prior, returns = (type(w)(*(x.cuda() for x in w)) for w in (prior, returns))
-    first = ops.plan_ascent(prior, returns, z0.cuda(), **options, bf16=True)
+    follows_many_steps(case, options, 0.1, True, "cuda")
+    prior, returns = (type(w)(*(x.cuda() for x in w)) for w in case[:2])
+    z0 = case[2].cuda()
+    first = ops.plan_ascent(prior, returns, z0, **options, bf16=True)
     for own in (1, 2, 3, 8):
         # A plan does not know with which others it is.
         monkeypatch.setattr(kernel, "ALONE", kernel.Alone(64, own))
         for _ in range(25):
-            for x, y in zip(ops.plan_ascent(prior, returns, z0.cuda(), **options, bf16=True), first, strict=True):
+            for x, y in zip(ops.plan_ascent(prior, returns, z0, **options, bf16=True), first, strict=True):
                 assert torch.equal(x, y)
