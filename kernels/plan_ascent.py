@@ -69,7 +69,7 @@ class Alone(NamedTuple):
     own: int | None = None
 
 
-# None: no device has measured them. A measurement changes this number, and puts another in place for its calls.
+# No call: no device has measured them yet. Once one has, this number is all that changes.
 ALONE = Alone(most_plans=0)
 
 # Microseconds that a step of a program takes alone, by its plans; counted, not measured.

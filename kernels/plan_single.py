@@ -449,6 +449,8 @@ def single_kernel(
 # gradients are as many each. Slopes of members are too: with four the compiled kernel spills.
 _MOST_HEIGHT = 4
 _MOST_MEMBERS = 2
+# Tiles of a step, each of which is code: two members at the `gym` size have 416.
+_MOST_TILES = 432
 
 
 def counts(sizes: Any, warps: int) -> dict[str, int]:
@@ -479,6 +481,8 @@ def refusal(sizes: Any) -> str | None:
     c = counts(sizes, warps)
     if max(c[name] for name in ("D", "U", "H1", "H2")) > _MOST_HEIGHT:
         return f"more than {_MOST_HEIGHT * 16 * warps} rows of a product"
+    if c["TILES"] > _MOST_TILES:
+        return f"more than {_MOST_TILES} tiles of weights"
     return None
 
 

@@ -443,8 +443,8 @@ def test_programs_go_alone_where_the_one_number_says_so(monkeypatch):
     assert not kernel._alone(call(65))
     assert not kernel._alone(call(64, torch.float32))
     assert not kernel._alone(call(64, architecture=80))
-    # Nor what they do not hold: starts, many members, long plans.
-    for fields in ({"apart": True}, {"members": 3}, {"n_z": 5}):
+    # Nor what they do not hold: starts, many members, long plans, many weights.
+    for fields in ({"apart": True}, {"members": 3}, {"n_z": 5}, {"hidden": 512}):
         refused = call(64)
         refused.sizes = replace(refused.sizes, **fields)
         assert not kernel._alone(refused)
