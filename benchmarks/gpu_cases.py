@@ -422,6 +422,11 @@ SHARES = {1: (1,), 4: (1, 4), 64: (1, 2, 4)}
 """By plans: plans of a program, of options that no call takes by itself (``kernels/plan_single.py``)."""
 
 
+def shares(device: torch.device, n_plans: int) -> tuple[int, ...]:
+    before_hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0)
+    return () if before_hopper else SHARES.get(n_plans, ())
+
+
 def option_name(own: int) -> str:
     return f"{OPTION} (a program for {'each plan' if own == 1 else f'{own} plans'})"
 
@@ -501,7 +506,7 @@ def ascent_case(device: torch.device, tiny: bool, n_plans: int) -> Planned:
     providers = {
         **variants(device, lambda: op, None, "triton"),
         **{
-            name: make for own in SHARES.get(n_plans, ())
+            name: make for own in shares(device, n_plans)
             for name, make in variants(device, lambda own=own: alone(op, own), None, option_name(own)).items()
         },
         **variants(device, lambda: on_reference(op), None, "reference"),
