@@ -372,6 +372,8 @@ def alone(on_triton, monkeypatch):
     from gac_fast.kernels import plan_ascent, plan_single
 
     taken = []
+    # As few programs as there may be: here one runs after the other.
+    monkeypatch.setattr(plan_ascent, "ALONE", plan_ascent.Alone(64, 8))
     monkeypatch.setattr(
         plan_ascent, "_alone", lambda call: (taken.append(plan_single.refusal(call.sizes) is None), taken[-1])[1]
     )
