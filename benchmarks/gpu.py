@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from gpu_cases import FEWER_REPEATS, Built, Planned, cases_of, one_pass, repeat_cases
+from gpu_cases import FEWER_REPEATS, OPTION, Built, Planned, cases_of, one_pass, option_name, repeat_cases
 from harness import ROOT, Floors, append_rows, commit, quantile
 
 from gac_fast import ops
@@ -309,14 +309,17 @@ def compile_kernels(ctx: Context) -> None:
 def warm_names() -> list[str]:
     """Of the engine's kernels; then of peers that compile, whose code Inductor keeps, all but those that autotune:
     on a device that others use they would choose by chance."""
-    cases = {"decode_step": 4, "update": 4, "plan_ascent": 2, "window_attention": 1}
+    cases = {"decode_step": 4, "update": 4, "plan_ascent": 3, "window_attention": 1}
+    # One plan has no peer that compiles.
+    with_peers = {**cases, "plan_ascent": 2}
     peers = {
         "decode_step": ["torch + compile"], "plan_ascent": ["torch + compile"],
         "update": ["triton + compile"],
         "window_attention": ["flex 128", "flex 64", "sdpa banded + compile"],
     }  # fmt: skip
     names = ["repeats:bfloat16", "repeats:float32", *(f"{op}:{i}" for op, n in cases.items() for i in range(n))]
-    return names + [f"{op}:{i}:{peer}" for op, n in cases.items() for i in range(n) for peer in peers[op]]
+    names.append(f"plan_ascent:0:{option_name(1)}")
+    return names + [f"{op}:{i}:{peer}" for op, n in with_peers.items() for i in range(n) for peer in peers[op]]
 
 
 def warm(name: str, device: torch.device, dry: bool) -> None:
@@ -525,7 +528,12 @@ def turn_of(provider: str) -> int:
     """The engine first, what compiles for long last."""
     if "autotune" in provider:
         return 3
-    return 2 if "compile" in provider or "flex" in provider else 0 if provider.startswith("triton") else 1
+    return 2 if "compile" in provider or "flex" in provider else 0 if is_engine(provider) else 1
+
+
+def is_engine(provider: str) -> bool:
+    """What a call takes by itself."""
+    return provider.startswith("triton") and not provider.startswith(OPTION)
 
 
 def measure(
@@ -883,7 +891,11 @@ def verdict(rows: Sequence[Mapping[str, Any]], bar: Bar | None) -> tuple[str, ..
     """Cells of one case: engine, fastest peer, their ratio, share of the roof, whether the bar is met."""
 
     def fastest(of_engine: bool) -> Mapping[str, Any] | None:
-        timed = [row for row in rows if row["p50_us"] != "" and row["provider"].startswith("triton") == of_engine]
+        timed = [
+            row for row in rows
+            if row["p50_us"] != "" and is_engine(row["provider"]) == of_engine
+            and not row["provider"].startswith(OPTION)
+        ]  # fmt: skip
         return min(timed, key=lambda row: float(row["p50_us"]), default=None)
 
     def cell(row: Mapping[str, Any] | None) -> str:

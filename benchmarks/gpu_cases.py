@@ -36,6 +36,9 @@ MODES = {"compile": None, "max-autotune": "max-autotune-no-cudagraphs"}
 """Of ``torch.compile``, by what providers call them; graphs are recorded by :func:`recorded`, for all alike."""
 ASCENT_STEPS = 100
 
+OPTION = "triton option"
+"""How names of providers begin that are kernels of the engine which no call takes by itself."""
+
 Run = Callable[[], object]
 
 
@@ -193,7 +196,7 @@ def cases_of(op: str, device: torch.device, tiny: bool) -> list[Planned]:
         sizes = [(2, 10)] if tiny else [(500, 1000), (64, 300)]
         return [update_case(device, tiny, c, *size) for size in sizes for c in (2, 1)]
     if op == "plan_ascent":
-        return [ascent_case(device, tiny, n) for n in ([4] if tiny else [64, 4096])]
+        return [ascent_case(device, tiny, n) for n in ([4] if tiny else [64, 4096, 1])]
     return [decode_case(device, tiny, c, n) for n in ([2] if tiny else [1024, 1]) for c in (2, 1)]
 
 
@@ -415,6 +418,37 @@ def update_case(device: torch.device, tiny: bool, c: int, b: int, t: int) -> Pla
 # Planning
 
 
+SHARES = {1: (1,), 4: (1, 4), 64: (1, 2, 4)}
+"""By plans: plans of a program, of options that no call takes by itself (``kernels/plan_single.py``)."""
+
+
+def shares(device: torch.device, n_plans: int) -> tuple[int, ...]:
+    before_hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0)
+    return () if before_hopper else SHARES.get(n_plans, ())
+
+
+def option_name(own: int) -> str:
+    return f"{OPTION} (a program for {'each plan' if own == 1 else f'{own} plans'})"
+
+
+def alone(run: Callable[[], Any], own: int) -> Callable[[], Any]:
+    """Of planning on a device: by programs that go alone."""
+
+    def inside() -> Any:
+        # The dry run knows no kernels.
+        if not torch.cuda.is_available():
+            return run()
+        from gac_fast.kernels import plan_ascent
+
+        before, plan_ascent.ALONE = plan_ascent.ALONE, plan_ascent.Alone(4096, own)
+        try:
+            return run()
+        finally:
+            plan_ascent.ALONE = before
+
+    return inside
+
+
 def ascent_case(device: torch.device, tiny: bool, n_plans: int) -> Planned:
     size = "tiny" if tiny else "gym"
     config = preset(size).replace(model={"return_ensemble": 1})
@@ -471,9 +505,16 @@ def ascent_case(device: torch.device, tiny: bool, n_plans: int) -> Planned:
     flops, n_bytes = ascent_cost(config, n_plans)
     providers = {
         **variants(device, lambda: op, None, "triton"),
+        **{
+            name: make for own in shares(device, n_plans)
+            for name, make in variants(device, lambda own=own: alone(op, own), None, option_name(own)).items()
+        },
         **variants(device, lambda: on_reference(op), None, "reference"),
-        **variants(device, lambda: ascend(step), lambda mode: ascend(by_compiler(step, device, mode)), "torch"),
-    }
+    }  # fmt: skip
+    if n_plans > 1:
+        providers |= variants(
+            device, lambda: ascend(step), lambda mode: ascend(by_compiler(step, device, mode)), "torch"
+        )
     return Planned(
         "plan_ascent", f"{n_steps} steps", f"{size} E=1 P={n_plans}", "bfloat16", flops * n_steps / N_STEPS,
         n_bytes["bfloat16"], 5e-2, providers, exact,

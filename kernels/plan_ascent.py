@@ -30,7 +30,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +38,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gac_fast.kernels import plan_groups
+from gac_fast.kernels import plan_groups, plan_single
 from gac_fast.kernels._launch import INTERPRETED, Launch, Option, architecture_of
 from gac_fast.kernels._plan_math import at_least, log_slope, moment_slopes, silu, variance_of
 from gac_fast.kernels.philox_normal import box_muller, philox4x32
@@ -55,6 +55,23 @@ _COLUMNS = {80: 32, 90: 64}
 
 # Streaming multiprocessors of an H100 or H200: how many programs run at once.
 _PROCESSORS = plan_groups.PROCESSORS
+
+
+class Alone(NamedTuple):
+    """Which calls programs take that go alone (``plan_single``), of those that they can take.
+
+    Attributes:
+        most_plans: calls of at most so many plans.
+        own: plans of a program; None: as many as ``plan_single`` finds best.
+    """
+
+    most_plans: int
+    own: int | None = None
+
+
+# No call: no device has measured them yet. Once one has, this number is all that changes.
+ALONE = Alone(most_plans=0)
+
 # Microseconds that a step of a program takes alone, by its plans; counted, not measured.
 _CHAIN = {16: 19.0, 32: 21.0, 64: 31.0, 128: 60.0}
 
@@ -1040,13 +1057,21 @@ def run(
     if z0.shape[0] == 0:
         return
     call = _call(prior, returns, z0, context, out, n_steps, **options_of_call)
-    if _in_groups(call):
+    if _alone(call):
+        launches = [plan_single.launch(call, ALONE.own)]
+    elif _in_groups(call):
         option, group = plan_groups.option_for(z0.shape[0], plan_groups.processors_of(z0.device))
         launches = [plan_groups.launch(call, option, group)]
     else:
         launches = call.launches(likely_option(call.options, z0.shape[0]))
     for launch in launches:
         launch.run()
+
+
+def _alone(call: _Call) -> bool:
+    """Whether programs that go alone take a call: see ``ALONE``."""
+    is_theirs = call.dtype == torch.bfloat16 and call.architecture >= 90
+    return is_theirs and call.z0.shape[0] <= ALONE.most_plans and plan_single.refusal(call.sizes) is None
 
 
 def _in_groups(call: _Call) -> bool:
@@ -1069,8 +1094,10 @@ def shipped(
     langevin: bool = False,
     architecture: int = 90,
     n_plans: int = 4096,
+    alone: bool = False,
 ) -> list[Launch]:
-    """Every launch that some number of plans may get at these sizes, on the meta device, with n_plans plans."""
+    """Every launch that some number of plans may get at these sizes, on the meta device, with n_plans plans; or the one
+    of programs that go alone."""
 
     def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -1087,6 +1114,8 @@ def shipped(
         prior, returns, meta(p, n_z, dim), context, (meta(p, n_z, dim), meta(p), meta(p)), 100, step_size=0.1,
         bf16=dtype == torch.bfloat16, architecture=architecture, **of_call,
     )  # fmt: skip
+    if alone:
+        return [plan_single.launch(call)]
     found = [launch for option in call.options for launch in call.launches(option)]
     if _in_groups(call):
         # One number of plans for each size of a group.

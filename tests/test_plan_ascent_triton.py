@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -359,6 +362,98 @@ def test_scratch_memory_of_groups_is_bounded():
     assert min(one.grid[0] for one in launches) < 66
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The same by programs that go alone, which take nothing yet by themselves
+
+
+@pytest.fixture
+def alone(on_triton, monkeypatch):
+    """Which calls of a test programs took that go alone."""
+    from gac_fast.kernels import plan_ascent, plan_single
+
+    taken = []
+    # As few programs as there may be: here one runs after the other.
+    monkeypatch.setattr(plan_ascent, "ALONE", plan_ascent.Alone(64, 8))
+    monkeypatch.setattr(
+        plan_ascent, "_alone", lambda call: (taken.append(plan_single.refusal(call.sizes) is None), taken[-1])[1]
+    )
+    return taken
+
+
+# Tiles have 64 rows here: one, two and four of them.
+ALONE_SIZES = [
+    Sizes(3, n_z=3, dim=48, hidden_u=70, hidden1=70, hidden2=20, n_obs=37),
+    Sizes(9, n_z=2, dim=10, hidden_u=0, hidden1=3, hidden2=66, members=2),
+]
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("sizes", ALONE_SIZES, ids=lambda sizes: "-".join(map(str, sizes)))
+def test_interpreted_programs_alone_take_the_direction_of_the_gradient(sizes, alone):
+    step_in_the_direction(sizes)
+    assert alone == [True]
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(("kind", "which"), [("one", 5), ("none", 4)])
+def test_interpreted_programs_alone_have_every_option(kind, which, alone):
+    assert_ascent(with_context(kind, members=2), {"n_steps": 2, "step_size": 0.1, **OPTIONS[which]})
+    assert alone == [True]
+
+
+@pytest.mark.interpreter
+def test_interpreted_programs_alone_make_langevin_steps(alone):
+    case = with_context("none", dim=10, members=1)
+    plans = torch.tensor([(1 << 32) - 1, 5, 0, 9, 1])
+    assert_langevin(case, {"n_steps": 2, "plans": plans, **LANGEVIN}, torch.linspace(-2, 2, 5))
+    assert alone == [True]
+
+
+@pytest.mark.interpreter
+def test_interpreted_programs_alone_meet_the_same_cases(alone, monkeypatch):
+    from gac_fast.kernels import plan_ascent, plan_single
+
+    test_interpreted_keeps_a_nan_in_its_own_row()
+    prior, returns, z0, _ = random_case(Sizes(3, n_z=2, dim=8, hidden_u=8))
+    assert torch.equal(ops.plan_ascent(prior, returns, z0[:2], n_steps=0, step_size=0.1, max_norm=0.1)[0], z0[:2])
+    # A plan does not know with which others it is.
+    found, grids, run = [], [], plan_single.Launch.run
+    monkeypatch.setattr(plan_single.Launch, "run", lambda launch: (grids.append(launch.grid), run(launch)))
+    for own in (2, 8):
+        monkeypatch.setattr(plan_ascent, "ALONE", plan_ascent.Alone(64, own))
+        found.append(ops.plan_ascent(prior, returns, z0, n_steps=1, step_size=0.1, radius=0.1))
+    assert grids == [(2,), (1,)]
+    for x, y in zip(*found, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-6)
+    assert all(alone)
+
+
+def test_programs_go_alone_where_the_one_number_says_so(monkeypatch):
+    from gac_fast.kernels import plan_ascent as kernel
+
+    def call(n_plans, dtype=torch.bfloat16, architecture=90):
+        # What is asked of a call.
+        return SimpleNamespace(
+            dtype=dtype, architecture=architecture, z0=torch.empty(n_plans, 4, 128, device="meta"),
+            sizes=kernel.Sizes(n_z=4, dim=128, hidden=256, members=1, hidden1=128, hidden2=128, n_obs=0, apart=False),
+        )  # fmt: skip
+
+    # Nobody has measured them: they take nothing.
+    assert not kernel._alone(call(1))
+    monkeypatch.setattr(kernel, "ALONE", kernel.Alone(64))
+    assert kernel._alone(call(64))
+    assert not kernel._alone(call(65))
+    assert not kernel._alone(call(64, torch.float32))
+    assert not kernel._alone(call(64, architecture=80))
+    # Nor what they do not hold: starts, many members, long plans, many weights.
+    for fields in ({"apart": True}, {"members": 3}, {"n_z": 5}, {"hidden": 512}):
+        refused = call(64)
+        refused.sizes = replace(refused.sizes, **fields)
+        assert not kernel._alone(refused)
+    found = {n: kernel.plan_single.best_own(n) for n in (1, 50, 51, 64, 400, 10_000)}
+    assert found == {1: 1, 50: 1, 51: 2, 64: 2, 400: 8, 10_000: 8}
+
+
 @pytest.mark.slow
 @pytest.mark.interpreter
 @pytest.mark.usefixtures("on_triton")
@@ -438,6 +533,34 @@ def test_gym_weights_run_ahead_of_the_products(fresh_cache):
     copies = [line for line in ir.splitlines() if "async_copy_global_to_local" in line]
     assert copies
     assert all("tensor<128x128x!tt.ptr<bf16>" in line for line in copies)
+
+
+def test_gym_weights_come_as_operands_to_programs_alone(fresh_cache):
+    """Every thread multiplies what it has loaded: no detour of weights or activations through shared memory."""
+    from gac_fast.kernels import plan_ascent as kernel
+
+    launch = kernel.shipped(dtype=torch.bfloat16, **GYM, n_plans=64, alone=True)[0]
+    assert launch.grid == (32,)
+    found = assert_fits(launch, 90, fresh_cache)
+    assert found.shared <= 16 * 1024
+    compiled = launch.compile(90)
+    ptx, ir = compiled.asm["ptx"], compiled.asm["ttgir"]
+    # 1.376 MB: 336 times 16 bytes of 256 threads, each one product.
+    products = 2 * (2 * 512 * 256 + 512 * 128 + 128 * 128) // 2048
+    assert ptx.count("mma.sync.aligned.m16n8k16") == products
+    weights = [line for line in ptx.splitlines() if re.search(r"ld\.global\S*(\.cg|evict_last)\S*\.v4", line)]
+    assert len(weights) == products
+    assert "local_alloc" not in ir
+    # Sums over rows alone; with warps spread otherwise there are ten times as many.
+    assert ptx.count("st.shared") < 100
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", [{"langevin": True}, {"hidden": 0}, {"members": 2, "n_obs": 17}], ids=str)
+def test_gym_fits_programs_alone_with_every_option(variant, tmp_path):
+    from gac_fast.kernels import plan_ascent as kernel
+
+    assert_fits(kernel.shipped(dtype=torch.bfloat16, **GYM, **variant, alone=True)[0], 90, tmp_path)
 
 
 @pytest.mark.parametrize(("n_plans", "n"), [(1, 16), (64, 16), (1024, 16), (4096, 64), (16384, 128)])
@@ -572,3 +695,43 @@ def test_gpu_call_is_captured_into_a_graph():
     graph.replay()
     for x, y in zip(out, expected, strict=True):
         assert torch.equal(x, y)
+
+
+@pytest.fixture
+def alone_on_gpu(nan_filled_empty, monkeypatch):
+    from gac_fast.kernels import plan_ascent
+
+    monkeypatch.setattr(plan_ascent, "ALONE", plan_ascent.Alone(64))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sizes", ALONE_SIZES, ids=lambda sizes: "-".join(map(str, sizes)))
+def test_gpu_programs_alone_take_the_direction_of_the_gradient(sizes, alone_on_gpu):
+    step_in_the_direction(sizes, bf16=True, device="cuda")
+
+
+@pytest.mark.gpu
+def test_gpu_programs_alone_have_every_option(alone_on_gpu):
+    case = with_context("one", p=37, members=2)
+    for options in OPTIONS:
+        assert_ascent(case, {"n_steps": 3, "step_size": 0.1, **options}, bf16=True, device="cuda")
+    plans = torch.arange(37) * 7
+    assert_langevin(case, {"n_steps": 4, "plans": plans, **LANGEVIN}, torch.linspace(-2, 2, 37), True, "cuda")
+
+
+@pytest.mark.gpu
+def test_gpu_programs_alone_repeat_bit_for_bit(alone_on_gpu, monkeypatch):
+    from gac_fast.kernels import plan_ascent as kernel
+
+    case = random_case(Sizes(64, dim=128, hidden_u=256, hidden1=128, hidden2=128))
+    options = {"n_steps": 40, "step_size": 0.05, "kappa": 1.0, "radius": 0.5, "max_norm": 1.1}
+    follows_many_steps(case, options, 0.1, True, "cuda")
+    prior, returns = (type(w)(*(x.cuda() for x in w)) for w in case[:2])
+    z0 = case[2].cuda()
+    first = ops.plan_ascent(prior, returns, z0, **options, bf16=True)
+    for own in (1, 2, 3, 8):
+        # A plan does not know with which others it is.
+        monkeypatch.setattr(kernel, "ALONE", kernel.Alone(64, own))
+        for _ in range(25):
+            for x, y in zip(ops.plan_ascent(prior, returns, z0, **options, bf16=True), first, strict=True):
+                assert torch.equal(x, y)
