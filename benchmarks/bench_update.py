@@ -191,4 +191,4 @@ def test_lengths(compare, tiny, n_threads):
             providers[who] = under("", one.step)
     flops, n_bytes = cost(config, n_steps)
     shape = f"{size} C={config.model.tokens_per_step} {n_steps} time steps"
-    compare(Case("update", "lengths", shape, flops, n_bytes, n_steps, "time steps"), providers, list(providers))
+    compare(Case("update", "lengths", shape, flops, n_bytes, n_steps, "time steps"), providers)

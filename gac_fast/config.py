@@ -155,7 +155,8 @@ class PlanConfig:
     """How exploit plans: by ascent of the return model; or along the one direction of a ridge regression of returns on
     the posterior seeds of all trajectories, from samples of the prior (where model.return_context = 'none'). The return
     model fits each trajectory's own plan, the regression only what they have in common. Or one plan, the average of the
-    posterior seeds of all trajectories, each counted by what its episode returned: for data of many policies."""
+    posterior seeds of all trajectories, each counted by what its episode returned: for data of many policies; of the
+    other fields strength alone has an effect on it."""
     n_steps: int = 100
     """Ascent or Langevin steps."""
     step_size: float = 0.05
@@ -343,9 +344,11 @@ class OnlineConfig:
     target_best: int = 32
     """Best returns whose mean the target return starts from; of segments, the best advantages over what is expected."""
     exploit_share: float = 0.5
-    """Share of exploring environments that act by exploit's plans: what the ascent believes in is put to the test."""
+    """Share of exploring environments that act by exploit's plans: what the model believes in is put to the test. By
+    average that is one plan for all of them."""
     radius: float = 0.1
-    """Trust region that takes the place of plan.radius: a return model fitted to its own plans is right near them."""
+    """Trust region that takes the place of plan.radius: a return model fitted to its own plans is right near them.
+    It and bold_radius have no effect by average."""
     bold_radius: float = 1.0
     """Trust region of exploit's plans in exploring environments at the start, to find what is beyond; it shrinks to
     radius over the budget."""
@@ -518,7 +521,8 @@ _REPLAY = Config(
     ),
     # On hopper-medium, one run of one seed each, from 2,221: at a learning rate of 3e-4, half of each batch online and
     # half of that the best, 278 after 48,000 steps; with these shares and 5e-5 2,410 to 2,740 in the first 46,000; and
-    # acting closer to the policy, as here, 2,200 at 21,000, 2,860, 2,930 and 2,820 on the way, 2,530 at 105,000.
+    # acting closer to the policy, as here, 2,200 at 21,000, 2,860, 2,930 and 2,820 on the way, 2,530 at 105,000. All with
+    # plans by ascent, which explore more than an average does.
     online=OnlineConfig(
         n_envs=8, updates_per_round=100, learning_rate=5e-5, online_share=0.25, best_share=0.0, action_noise=0.1,
         exploit_share=0.75, radius=0.25, bold_radius=0.25, eval_every=2, checkpoint_every=2,

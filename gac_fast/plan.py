@@ -91,8 +91,13 @@ def average_seed(seeds: Tensor, returns: Tensor, temperature: float) -> Tensor:
         seeds: [M, n_z, D], posterior seeds of trajectories.
         returns: [M], of the episodes that these are (parts of).
         temperature: above 0; the smaller, the fewer count.
+
+    Raises:
+        DataError: there are none.
     """
     r = returns.double()
+    if len(r) == 0:
+        raise DataError("plan.method = 'average': expected trajectories of known return, got none")
     spread = r.std(correction=0)
     weights = torch.softmax((r - r.max()) / (temperature * spread) if bool(spread > 0) else torch.zeros_like(r), 0)
     mean = (weights @ seeds.flatten(1).double()).view(seeds.shape[1:])

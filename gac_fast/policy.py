@@ -165,8 +165,9 @@ class Policy:
     def average_seed(self, temperature: float) -> Tensor:
         """[1, n_z, D], the average posterior seed of the training trajectories by what their episodes returned."""
         if self._average is None or self._average[0] != temperature:
-            returns = self.episode_returns[self.usable]
-            self._average = temperature, planning.average_seed(self.z0[self.usable], returns, temperature)[None]
+            rows = self.usable & ~self.episode_returns.isnan()
+            one = planning.average_seed(self.z0[rows], self.episode_returns[rows], temperature)
+            self._average = temperature, one[None]
         return self._average[1]
 
     def explore(
@@ -424,13 +425,17 @@ def returns_of_episodes(returns: Tensor, opens: Tensor) -> Tensor:
 
 
 def _episode_returns(tensors: dict[str, Tensor]) -> Tensor | None:
-    """Of a checkpoint; None where its trajectories are episodes, or where one of before they were written down has
-    segments that came and went."""
+    """Of a checkpoint; None where its trajectories are episodes, or their returns advantages.
+
+    In one of before they were written down, those of segments that came and went are not known: NaN.
+    """
     if (saved := tensors.get("data.episode_returns")) is not None or "data.opens" not in tensors:
         return saved
-    if "data.rows" in tensors or any(name.startswith("values.") for name in tensors):
+    if any(name.startswith("values.") for name in tensors):
         return None
-    return returns_of_episodes(tensors["data.returns"], tensors["data.opens"])
+    returns, opens = tensors["data.returns"], tensors["data.opens"]
+    n = len(returns) - len(tensors.get("online.slots", ()))
+    return torch.cat((returns_of_episodes(returns[:n], opens[:n]), torch.full_like(returns[n:], torch.nan)))
 
 
 def from_checkpoint(

@@ -158,3 +158,5 @@ def test_the_best_may_be_told_by_something_else_than_returns():
     )
     assert (other.best().tolist(), other.opens.all()) == ([2], True)
     assert other.episode_returns.tolist() == buffer.trajectories.returns.tolist()
+    other.load({k: v for k, v in buffer.state().items() if k != "episode_returns"}, buffer.trajectories)
+    assert np.isnan(other.episode_returns).all()

@@ -42,7 +42,8 @@ class EpisodeBuffer:
         born: int64 [b], number of each, counted over all that ever were added.
         worth: float64 [b], by which the best are told: their returns, unless others were given.
         opens: bool [b], trajectories that an episode begins with: all, unless they are segments.
-        episode_returns: float64 [b], of the whole episode that each is a part of.
+        episode_returns: float64 [b], of the whole episode that each is a part of, or what was given for it; NaN where
+            it is not known.
         n_added: online episodes ever added.
 
     Raises:
@@ -248,7 +249,8 @@ class EpisodeBuffer:
         returns = arrays.get("returns", np.zeros(0))
         worth = arrays.get("worth", np.where(arrays.get("complete", np.zeros(0, np.bool_)), returns, -np.inf))
         opens = arrays.get("opens", np.ones(len(slots), np.bool_))
-        whole = arrays.get("episode_returns", returns)
+        # Segments do not tell of the episode whose others may have gone.
+        whole = arrays.get("episode_returns", returns if opens.all() else np.full(len(slots), np.nan))
         if any(len(x) != len(slots) for x in (arrays["born"], returns, worth, opens, whole)):
             raise DataError(
                 f"born, returns, worth, opens and episode_returns: expected {len(slots)} entries, one per slot"
