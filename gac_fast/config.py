@@ -521,8 +521,8 @@ _REPLAY = Config(
     ),
     # On hopper-medium, one run of one seed each, from 2,221: at a learning rate of 3e-4, half of each batch online and
     # half of that the best, 278 after 48,000 steps; with these shares and 5e-5 2,410 to 2,740 in the first 46,000; and
-    # acting closer to the policy, as here, 2,200 at 21,000, 2,860, 2,930 and 2,820 on the way, 2,530 at 105,000. All with
-    # plans by ascent, which explore more than an average does.
+    # acting closer to the policy, as here, 2,200 at 21,000, 2,860, 2,930 and 2,820 on the way, 2,530 at 105,000. All
+    # with plans by ascent, which explore more than an average does.
     online=OnlineConfig(
         n_envs=8, updates_per_round=100, learning_rate=5e-5, online_share=0.25, best_share=0.0, action_noise=0.1,
         exploit_share=0.75, radius=0.25, bold_radius=0.25, eval_every=2, checkpoint_every=2,

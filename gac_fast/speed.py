@@ -284,8 +284,8 @@ def _made(rows: dict[Key, list[Row]]) -> Iterable[str]:
     made = "; ".join(f"{cpu}, path {isa}, torch {torch}" for cpu, isa, torch in where)
     yield ""
     yield (
-        "`make bench`, medians with 20th and 80th percentiles over rounds in brackets (without: one call), of each case "
-        "its last run, "
+        "`make bench`, medians with 20th and 80th percentiles over rounds in brackets (without: one call), of each "
+        "case its last run, "
         f"{_days(days)}; {made}; commit{'s' * (len(commits) > 1)} {', '.join(commits)}."
     )
 
