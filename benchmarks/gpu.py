@@ -701,7 +701,7 @@ def looped(ctx: Context, n: int, n_steps: int, rounds: int) -> dict[str, list[fl
     """Seconds of rounds in turns: two halves with the policy, and the simulator alone with the same states and
     controls."""
     import numpy as np
-    from bench_runner import ACT_DIM, ENV, OBS_DIM, bare_stepper, units
+    from bench_runner import ACT_DIM, ENV, OBS_DIM, BareStepper, units
 
     from gac_fast.act import Actor
     from gac_fast.config import preset
@@ -733,7 +733,7 @@ def looped(ctx: Context, n: int, n_steps: int, rounds: int) -> dict[str, list[fl
             whole, make_actor, n, seed=0, keep=n, on_step=lambda done, steps: states.append(whole._batch.state.copy())
         )
         actions = np.stack([np.stack([episode[t] for episode in seen.actions]) for t in range(n_steps)])
-        bare = bare_stepper(n, n_threads, states, actions)
+        bare = BareStepper(n, n_threads, states, actions)
 
         def step_all() -> None:
             for _ in range(n_steps):
